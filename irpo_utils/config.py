@@ -1,0 +1,286 @@
+"""A run's parameters: typed, from a YAML preset and `key=value` overrides. Anything unknown or mistyped is an error.
+
+A method is four choices (`METHODS`): where the reward comes from, what is selected, which loss, and what training
+starts from. All methods share one code path; `method_settings` gives each its own hyper-parameters, and
+`irpo.train.lr=1e-3` sets one from the command line.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+import yaml
+
+PRESETS = Path(__file__).parent / "presets"
+
+
+class ConfigError(ValueError):
+    """A parameter is unknown, mistyped or out of range; the message names it and the mend."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """One point in the space of self-training methods."""
+
+    reward: str  # "answer": the final answer matches; "none"
+    selection: str  # "pairs": K cyclic pairs of right with wrong; "gold": the gold solutions
+    loss: str  # one of losses.LOSSES
+    start: str  # "M_t": go on from the sampled model; "M_0": from the base, every round. Also the DPO reference.
+    rounds: int | None = None  # a method that does not sample gains nothing from a second round
+
+
+METHODS = {
+    "irpo": Method("answer", "pairs", "dpo+nll", "M_t"),
+    "dpo": Method("answer", "pairs", "dpo", "M_t"),
+    "sft_chosen": Method("answer", "pairs", "nll", "M_0"),
+    "sft_gold": Method("none", "gold", "nll", "M_0", rounds=1),
+}
+
+
+@dataclass
+class TaskConfig:
+    name: str = "word_problems"
+    train_size: int = 1000
+    dev_size: int = 200
+    test_size: int = 300
+    seed: int = 0
+    guessable_share: float = 0.5  # share of problems that ask "odd or even?"
+
+
+@dataclass
+class ModelConfig:
+    path: str = "seed"  # a hub name, a folder, or "seed": the model in the package
+    tuning: str = "lora"  # "lora", or "full" for a model small enough to save whole
+    quantize: str = "none"  # "nf4": 4-bit base (QLoRA)
+    dtype: str = "float32"
+    lora_r: int = 32
+    lora_alpha: int = 64
+
+
+@dataclass
+class SamplingConfig:
+    n: int = 16
+    temperature: list[float] = field(default_factory=lambda: [0.8])  # per iteration; the last one goes on
+    max_new_tokens: int = 64
+    rows: int = 512
+
+
+@dataclass
+class PairsConfig:
+    k: int = 8
+    gold: bool = False  # whether the gold solution joins the winners
+    max_tokens: int = 128  # longer prompt + response: dropped and counted, never cut
+    max_pairs: int = 0  # random cap on pairs per iteration, 0 for none
+
+
+@dataclass
+class TrainConfig:
+    lr: float = 1.0e-3
+    beta: float = 0.1
+    alpha: float = 1.0
+    batch: int = 16  # pairs per optimizer step
+    micro_batch: int = 16  # pairs per forward pass
+    max_steps: int = 250
+    max_epochs: int = 4
+    warmup: float = 0.1  # share of the steps
+    max_grad_norm: float = 1.0
+    eval_every: int = 50  # steps between dev scores; the best step becomes M_{t+1}
+
+
+@dataclass
+class EvaluationConfig:
+    samples: int = 32
+    temperature: float = 0.8
+
+
+@dataclass
+class Config:
+    task: TaskConfig = field(default_factory=TaskConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    pairs: PairsConfig = field(default_factory=PairsConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    methods: list[str] = field(default_factory=lambda: ["irpo"])
+    seeds: int = 1
+    iterations: int = 3
+    threads: int = 2  # CPU threads of a stage; part of what makes a rerun bit-identical
+    method_settings: dict[str, Any] = field(default_factory=dict)
+
+    def temperature(self, iteration: int) -> float:
+        """The sampling temperature of iteration 1, 2, ...; the last one of the list goes on."""
+        return self.sampling.temperature[min(iteration, len(self.sampling.temperature)) - 1]
+
+    def for_method(self, name: str) -> Config:
+        """This configuration with the method's own settings put in."""
+        return apply(self, self.method_settings.get(name, {}).items())
+
+    def rounds(self, method: str) -> int:
+        return min(self.iterations, METHODS[method].rounds or self.iterations)
+
+
+def _typed(name: str, value: Any, kind: Any, from_text: bool) -> Any:
+    """`value` as `kind`, or a ConfigError. Text from a command line is read; text from YAML must be of the right type."""
+    if get_origin(kind) is list:
+        items = [v.strip() for v in value.split(",")] if from_text and isinstance(value, str) else value
+        if not isinstance(items, list):
+            items = [items]
+        if not items:
+            raise ConfigError(f"{name}: expected at least one value")
+        return [_typed(name, item, get_args(kind)[0], from_text) for item in items]
+    if from_text and isinstance(value, str) and kind is not str:
+        try:
+            value = {"true": True, "false": False}[value.lower()] if kind is bool else kind(value)
+        except (ValueError, KeyError):
+            raise ConfigError(f"{name}: expected {kind.__name__}, got {value!r}") from None
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if kind is float and isinstance(value, str):
+        raise ConfigError(f"{name}: expected a number, got the text {value!r}; YAML reads 1e-5 as text, write 1.0e-5")
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise ConfigError(f"{name}: expected {kind.__name__}, got {value!r}")
+    return value
+
+
+def _unknown(name: str, known: Iterable[str]) -> ConfigError:
+    near = difflib.get_close_matches(name, list(known), 1)
+    return ConfigError(f"no parameter is called {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+
+
+def parameter_names(config: Config) -> list[str]:
+    """Every settable key, as in `train.lr`."""
+    names = []
+    for f in dataclasses.fields(config):
+        part = getattr(config, f.name)
+        names += [f"{f.name}.{g.name}" for g in dataclasses.fields(part)] if dataclasses.is_dataclass(part) else [f.name]
+    return [name for name in names if name != "method_settings"]
+
+
+def apply(config: Config, settings: Iterable[tuple[str, Any]], from_text: bool = False) -> Config:
+    """A copy of `config` with dotted `settings` put in, each checked.
+
+    Raises:
+        ConfigError: a key is unknown or a value is of the wrong type or out of range.
+    """
+    config = dataclasses.replace(
+        config,
+        **{f.name: dataclasses.replace(v) for f in dataclasses.fields(config) if dataclasses.is_dataclass(v := getattr(config, f.name))},
+        method_settings={k: dict(v) for k, v in config.method_settings.items()},
+    )
+    names = parameter_names(config)
+    for name, value in settings:
+        head, _, rest = name.partition(".")
+        if head in METHODS:
+            if rest not in names:
+                raise _unknown(name, [f"{head}.{n}" for n in names])
+            owner, leaf = rest.split(".") if "." in rest else (None, rest)
+            if owner != "train":
+                raise ConfigError(f"{name}: only train.* can differ between methods, so that they share their samples")
+            kind = get_type_hints(TrainConfig)[leaf]
+            config.method_settings.setdefault(head, {})[rest] = _typed(name, value, kind, from_text)
+            continue
+        if name not in names:
+            raise _unknown(name, names)
+        target = getattr(config, head) if rest else config
+        leaf = rest or head
+        setattr(target, leaf, _typed(name, value, get_type_hints(type(target))[leaf], from_text))
+    return config
+
+
+def check(config: Config) -> Config:
+    """Raise a ConfigError for values that no run could use."""
+    c = config
+    rules = [
+        (c.model.tuning in ("lora", "full"), "model.tuning: one of lora, full"),
+        (c.model.quantize in ("none", "nf4"), "model.quantize: one of none, nf4"),
+        (c.model.dtype in ("float32", "bfloat16"), "model.dtype: one of float32, bfloat16"),
+        (
+            not (c.model.quantize == "nf4" and c.model.tuning == "full"),
+            "model.quantize: nf4 weights cannot be trained; set model.tuning=lora",
+        ),
+        (0 <= c.task.guessable_share <= 1, "task.guessable_share: between 0 and 1"),
+        (all(t > 0 for t in c.sampling.temperature), "sampling.temperature: above 0"),
+        (c.evaluation.temperature > 0, "evaluation.temperature: above 0"),
+        (c.train.batch % c.train.micro_batch == 0, "train.batch: a multiple of train.micro_batch"),
+        (c.train.lr > 0 and c.train.beta > 0 and c.train.alpha >= 0, "train: lr and beta above 0, alpha not below"),
+        (c.evaluation.samples <= c.sampling.rows, "evaluation.samples: at most sampling.rows"),
+        (c.sampling.n <= c.sampling.rows, "sampling.n: at most sampling.rows"),
+    ]
+    positive = ["task.train_size", "task.dev_size", "task.test_size", "sampling.n", "sampling.max_new_tokens", "pairs.k"]
+    positive += ["train.batch", "train.micro_batch", "train.max_steps", "train.max_epochs", "train.eval_every"]
+    positive += ["evaluation.samples", "seeds", "iterations", "threads", "model.lora_r"]
+    for name in positive:
+        value = c
+        for part in name.split("."):
+            value = getattr(value, part)
+        rules.append((value >= 1, f"{name}: at least 1, got {value}"))
+    for fits, message in rules:
+        if not fits:
+            raise ConfigError(message)
+    for method in c.methods:
+        if method not in METHODS:
+            raise ConfigError(f"methods: no method is called {method!r}; there is: {', '.join(METHODS)}")
+    return config
+
+
+def _flatten(raw: Any, where: str) -> list[tuple[str, Any]]:
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{where}: expected parameters as `key: value`, got {type(raw).__name__}")
+    flat = []
+    for key, value in raw.items():
+        if key == "method_settings":
+            flat += [(f"{m}.{k}", v) for m, part in (value or {}).items() for k, v in part.items()]
+        elif isinstance(value, dict):
+            flat += [(f"{key}.{k}", v) for k, v in value.items()]
+        else:
+            flat.append((str(key), value))
+    return flat
+
+
+def read_config(path: Path) -> Config:
+    """A configuration from a YAML file.
+
+    Raises:
+        ConfigError: the file is not YAML, or a parameter in it is unknown or mistyped.
+    """
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not YAML: {error}") from None
+    try:
+        return check(apply(Config(), _flatten({} if raw is None else raw, str(path))))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def presets() -> dict[str, str]:
+    """The presets by name, each with the first comment line of its file."""
+    return {p.stem: p.read_text().splitlines()[0].lstrip("# ") for p in sorted(PRESETS.glob("*.yaml"))}
+
+
+def load_preset(name: str, overrides: Iterable[str] = ()) -> Config:
+    """The preset `name` with `key=value` overrides.
+
+    Raises:
+        ConfigError: no such preset, or an override is not `key=value`, unknown or mistyped.
+    """
+    path = PRESETS / f"{name}.yaml"
+    if not path.exists():
+        raise ConfigError(f"no preset is called {name!r}; there is: {', '.join(presets())}")
+    pairs = []
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError(f"{text!r} is not key=value, as in train.lr=1e-3")
+        pairs.append((key, value))
+    return check(apply(read_config(path), pairs, from_text=True))
+
+
+def dump(config: Config) -> str:
+    """The whole configuration as YAML that `read_config` reads back."""
+    return yaml.safe_dump(asdict(config), sort_keys=False)
