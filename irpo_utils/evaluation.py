@@ -1,0 +1,87 @@
+"""Accuracy of a model: greedy, majority vote, pass@k, with intervals; and what is wrong where it is wrong."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+Record = dict[str, Any]
+
+
+def wilson(correct: int, total: int, z: float = 1.96) -> tuple[float, float]:
+    """The 95 % Wilson score interval of a proportion, as fractions. Raises ValueError for total = 0."""
+    if total < 1:
+        raise ValueError("an interval needs at least one problem")
+    p, zz = correct / total, z * z / total
+    center, half = p + zz / 2, z * math.sqrt(p * (1 - p) / total + zz / (4 * total))
+    return max(0.0, (center - half) / (1 + zz)), min(1.0, (center + half) / (1 + zz))
+
+
+def pass_at_k(correct: int, total: int, k: int) -> float:
+    """Unbiased probability that one of k samples is right, given `correct` of `total` (arXiv 2107.03374, Eq. 1)."""
+    if not 1 <= k <= total:
+        raise ValueError(f"pass@{k} needs at least {k} samples, got {total}")
+    return 1.0 - math.comb(total - correct, k) / math.comb(total, k)
+
+
+def majority(answers: Sequence[str | None], gold_is: Sequence[bool], k: int) -> float:
+    """Whether the most frequent of the first k answers is right; among tied answers, the share that is.
+
+    Args:
+        answers: extracted answers, [samples]; None (unparsed) does not vote.
+        gold_is: whether each of them is right, [samples].
+    """
+    votes = Counter(a for a in answers[:k] if a is not None)
+    if not votes:
+        return 0.0
+    right = {a for a, ok in zip(answers, gold_is, strict=True) if ok}
+    top = [a for a, count in votes.items() if count == max(votes.values())]
+    return sum(a in right for a in top) / len(top)
+
+
+def summarize(records: list[Record]) -> dict[str, float]:
+    """The accuracies of one model on one split, as fractions.
+
+    Args:
+        records: one per problem, with `greedy` (the greedy response's reward), `answers` and `rewards` [samples].
+    """
+    total = len(records)
+    greedy = sum(r["greedy"] == 1 for r in records)
+    low, high = wilson(greedy, total)
+    samples = len(records[0]["rewards"])
+    out = {"problems": total, "greedy": greedy / total, "greedy_low": low, "greedy_high": high}
+    out["greedy_unparsed"] = sum(r["greedy"] is None for r in records) / total
+    out["sampled"] = sum(x == 1 for r in records for x in r["rewards"]) / (total * samples)
+    for k in (1, 2, 4, 8, 16, 32):
+        if k <= samples:
+            rewards = [[x == 1 for x in r["rewards"]] for r in records]
+            out[f"maj{k}"] = sum(majority(r["answers"], w, k) for r, w in zip(records, rewards, strict=True)) / total
+            out[f"pass{k}"] = sum(pass_at_k(sum(w), samples, k) for w in rewards) / total
+    return out
+
+
+def step_summary(judged: list[list[tuple[str, str]]], rewards: list[float | None]) -> dict[str, Any]:
+    """What step-by-step truth says of solutions (only a task with `judge_steps` has it).
+
+    Args:
+        judged: (kind, verdict) of every event of every solution. rewards: the solutions' rewards.
+
+    Returns:
+        `steps_right`: share of solutions whose every step is right. `right_for_wrong_reason`: share of all solutions
+        with a right answer and a wrong step. `errors`: kind -> {"careless", "wrong", "count"}: shares of its events.
+    """
+    clean = [all(verdict == "right" for _, verdict in steps) for steps in judged]
+    counts: dict[str, Counter[str]] = {}
+    for steps in judged:
+        for kind, verdict in steps:
+            counts.setdefault(kind, Counter())[verdict] += 1
+    return {
+        "steps_right": sum(clean) / len(judged),
+        "right_for_wrong_reason": sum(r == 1 and not c for r, c in zip(rewards, clean, strict=True)) / len(judged),
+        "errors": {
+            kind: {"careless": c["careless"] / c.total(), "wrong": 1 - c["right"] / c.total(), "count": c.total()}
+            for kind, c in sorted(counts.items())
+        },
+    }

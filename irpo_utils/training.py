@@ -1,0 +1,312 @@
+"""Train M_{t+1} from M_t on one iteration's pairs, with the transformers Trainer and the losses of `losses.py`.
+
+What is added to the Trainer: the paper's loss, reference log-probabilities computed once before the first step, two
+checks that refuse to start (the DPO term must be ln 2, and the sampled tokens must have the log-probability that the
+sampler saw), metrics on disk as they happen, and the step that is best on dev kept.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+
+from .losses import pair_losses, token_logps
+
+LN2 = math.log(2)
+Pair = dict[str, Any]
+
+
+def training_order(count: int, batch: int, max_steps: int, max_epochs: int, seed: int) -> list[int]:
+    """Which pair comes when: whole shuffled passes over `count` pairs, cut to `max_steps` batches or `max_epochs`."""
+    rng, order = random.Random(seed), []
+    steps = min(max_steps, max(1, count * max_epochs // batch))
+    while len(order) < steps * batch:
+        order += rng.sample(range(count), count)
+    return order[: steps * batch]
+
+
+def collate(rows: list[tuple[list[int], list[int]]]) -> dict[str, Tensor]:
+    """Right-padded batch of (prompt ids, response ids): `input_ids`, `attention_mask`, `scored` each [rows, length].
+
+    `scored` marks the response tokens, EOS included; the prompt is conditioned on, never scored. The pad id is never
+    looked at, so a tokenizer whose pad is its EOS trains its EOS all the same.
+    """
+    width = max(len(p) + len(r) for p, r in rows)
+
+    def pad(parts: Callable[[list[int], list[int]], list[int]]) -> Tensor:
+        return torch.tensor([(row := parts(p, r)) + [0] * (width - len(row)) for p, r in rows])
+
+    return {
+        "input_ids": pad(lambda p, r: p + r),
+        "attention_mask": pad(lambda p, r: [1] * (len(p) + len(r))),
+        "scored": pad(lambda p, r: [0] * len(p) + [1] * len(r)),
+    }
+
+
+def response_logps(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
+    """log p(response | prompt), the sum over response tokens in nats, [rows]. Only the responses' positions are projected."""
+    scored = batch["scored"].bool()
+    first = int(scored.int().argmax(-1).min())  # no row's response starts before this column
+    positions = torch.arange(first - 1, scored.shape[1] - 1, device=scored.device)
+    logits = model(
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False, logits_to_keep=positions
+    ).logits
+    logps = token_logps(logits, batch["input_ids"][:, first:])
+    return logps.masked_fill(~scored[:, first:], 0.0).sum(-1)
+
+
+@torch.no_grad()
+def reference_logps(model: PreTrainedModel, pairs: list[Pair], rows: int = 64) -> list[tuple[float, float]]:
+    """log M_t of every pair's chosen and rejected response; each distinct response is scored once."""
+    keys = {(p["problem"], tuple(p[f"{side}_ids"])): p["prompt_ids"] for p in pairs for side in ("chosen", "rejected")}
+    todo = sorted((k for k in keys if k[1]), key=lambda k: (len(keys[k]) + len(k[1]), k))
+    scores: dict[Any, float] = {}
+    model.eval()
+    for i in range(0, len(todo), rows):
+        part = todo[i : i + rows]
+        batch = to_device(collate([(keys[k], list(k[1])) for k in part]), model)
+        scores.update(zip(part, response_logps(model, batch).tolist(), strict=True))
+    return [tuple(scores.get((p["problem"], tuple(p[f"{side}_ids"])), 0.0) for side in ("chosen", "rejected")) for p in pairs]
+
+
+def to_device(batch: dict[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
+    device = next(model.parameters()).device
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def pair_batch(pairs: list[Pair]) -> dict[str, Tensor]:
+    """Chosen rows first, then rejected ones (where there are any), with the pairs' reference log-probabilities."""
+    rows = [(p["prompt_ids"], p["chosen_ids"]) for p in pairs]
+    rows += [(p["prompt_ids"], p["rejected_ids"]) for p in pairs if p["rejected_ids"]]
+    reference = torch.tensor([[p["reference_chosen"], p["reference_rejected"]] for p in pairs])
+    return {**collate(rows), "reference": reference, "lengths": torch.tensor([len(p["chosen_ids"]) for p in pairs])}
+
+
+def batch_losses(model: PreTrainedModel, batch: dict[str, Tensor], loss: str, beta: float, alpha: float):
+    """The `PairLosses` of a batch made by `pair_batch`, and the policy's (chosen, rejected) log-probabilities [pairs]."""
+    count = len(batch["lengths"])
+    logps = response_logps(model, batch)
+    chosen, rejected = logps[:count], logps[count:] if len(logps) > count else torch.zeros_like(logps[:count])
+    reference = batch["reference"].to(logps.dtype)
+    terms = pair_losses(loss, chosen, rejected, reference[:, 0], reference[:, 1], batch["lengths"], beta, alpha)
+    return terms, chosen, rejected
+
+
+class PreferenceTrainer(Trainer):
+    """The transformers Trainer with the loss of a method; `terms` holds the last step's means for the log."""
+
+    def __init__(self, *args: Any, loss: str, beta: float, alpha: float, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        # Our loss is a mean over pairs, so the Trainer must divide by the accumulation steps itself.
+        self.model_accepts_loss_kwargs = False
+        self.loss, self.beta, self.alpha = loss, beta, alpha
+        self.terms: list[dict[str, float]] = []
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        terms, chosen, rejected = batch_losses(model, inputs, self.loss, self.beta, self.alpha)
+        loss = terms.total.mean()
+        if not torch.isfinite(loss):
+            raise FloatingPointError(
+                f"the loss is {loss.item()} at step {self.state.global_step + 1}; lower train.lr (it is {self.args.learning_rate:g})"
+            )
+        margin = terms.chosen_reward - terms.rejected_reward
+        values = {
+            "loss": loss, "dpo": terms.dpo, "nll": terms.nll, "chosen_logp": chosen, "rejected_logp": rejected,
+            "margin": margin, "accuracy": (margin > 0).float(),
+        }  # fmt: skip
+        self.terms.append({name: value.detach().double().mean().item() for name, value in values.items()})
+        return loss
+
+
+class Recorder(TrainerCallback):
+    """Writes every step's terms to disk, scores dev, and keeps the policy that is best there."""
+
+    def __init__(self, folder: Path, every: int, score: Callable[[PreTrainedModel], float] | None, show: Callable[[str], None]):
+        self.folder, self.every, self.score, self.show = folder, every, score, show
+        self.trainer: PreferenceTrainer | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        rewind(self.folder, state.global_step)
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        step, terms = state.global_step, self.trainer.terms
+        row = {"step": step, **{name: sum(t[name] for t in terms) / len(terms) for name in terms[0]}}
+        terms.clear()
+        if step % self.every == 0 or step == state.max_steps:
+            control.should_save = True
+            if self.score:
+                row["dev_greedy"] = self.score(model)
+                model.train()
+            self._keep_best(model, step, row.get("dev_greedy", float(step)))
+        with open(self.folder / "steps.jsonl", "a") as f:
+            f.write(json.dumps(row) + "\n")
+        if "dev_greedy" in row:
+            self.show(f"step {step}/{state.max_steps}  loss {row['loss']:.3f}  dev {row['dev_greedy']:.1%}")
+
+    def _keep_best(self, model: PreTrainedModel, step: int, score: float) -> None:
+        best = self.folder / "best"
+        if best.exists() and json.loads((best / "best.json").read_text())["score"] >= score:
+            return
+        fresh = self.folder / "best.tmp"
+        shutil.rmtree(fresh, ignore_errors=True)
+        model.save_pretrained(fresh)
+        (fresh / "best.json").write_text(json.dumps({"step": step, "score": score}))
+        shutil.rmtree(best, ignore_errors=True)
+        fresh.rename(best)
+
+    def on_save(self, args, state, control, **kwargs):
+        # A checkpoint counts only with this mark: a run killed while saving leaves one without it. What was recorded
+        # so far is part of it, since a resumed run goes on from here.
+        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        (checkpoint / "complete").touch()
+
+
+def rewind(folder: Path, step: int) -> None:
+    """Forget what was recorded after `step`, so that a resumed run ends with the same record as an undisturbed one."""
+    path = folder / "steps.jsonl"
+    rows = []
+    if path.exists():
+        for line in path.read_text().splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:  # the line in flight when the run was killed
+                break
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows if r["step"] <= step))
+    best = folder / "best"
+    if best.exists() and (not (best / "best.json").exists() or json.loads((best / "best.json").read_text())["step"] > step):
+        shutil.rmtree(best)
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest whole checkpoint; half-written ones are removed."""
+    found = []
+    for path in folder.glob("checkpoint-*"):
+        if (path / "complete").exists():
+            found.append(path)
+        else:
+            shutil.rmtree(path)
+    return str(max(found, key=lambda p: int(p.name.split("-")[1]))) if found else None
+
+
+def check_start(terms: Any, loss: str, tolerance: float) -> float:
+    """The mean DPO term before the first step.
+
+    Raises:
+        RuntimeError: it is not ln 2, so that policy and reference are not the same model (a wrong reference, dropout
+            left on, or another adapter loaded).
+    """
+    dpo = terms.dpo.mean().item()
+    if loss != "nll" and not abs(dpo - LN2) < tolerance:
+        raise RuntimeError(
+            f"the DPO term before the first step is {dpo:.6f}, not ln 2 = {LN2:.6f}: the policy is not its reference; "
+            "check that both are M_t and that dropout is off"
+        )
+    return dpo
+
+
+def check_sampled(pairs: list[Pair], tolerance: float) -> float:
+    """Largest difference per token between the sampler's log-probabilities and the reference's, nats.
+
+    Raises:
+        RuntimeError: it exceeds `tolerance`: the sampler did not run the model that is trained.
+    """
+    gaps = [
+        abs(p[f"{side}_logp"] - p[f"reference_{side}"]) / len(p[f"{side}_ids"])
+        for p in pairs
+        for side in ("chosen", "rejected")
+        if p[f"{side}_logp"] is not None
+    ]
+    worst = max(gaps, default=0.0)
+    if not worst < tolerance:
+        raise RuntimeError(
+            f"the sampler saw other log-probabilities than the reference (off by {worst:.4f} nats per token): "
+            "the pairs are not samples of M_t; run 01_sample and 02_pairs again"
+        )
+    return worst
+
+
+def train(
+    model: PreTrainedModel,
+    pairs: list[Pair],
+    folder: Path,
+    *,
+    loss: str,
+    config,
+    seed: int,
+    sampled_by_start: bool,
+    score: Callable[[PreTrainedModel], float] | None = None,
+    show: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Train `model` on `pairs` in place and leave the best policy in `folder`/best; a killed run goes on where it was.
+
+    Args:
+        model: M_t (or M_0), trainable. It is the reference too, so its log-probabilities are taken before step 1.
+        folder: gets `steps.jsonl` (a line per step), `best/` and, while it runs, checkpoints.
+        loss: one of `losses.LOSSES`. config: a `TrainConfig`.
+        sampled_by_start: the pairs' responses were sampled from `model` as it is now, which is then verified.
+        score: dev score of a policy, higher is better, called every `config.eval_every` steps; None keeps the last.
+
+    Returns:
+        step and score of the best policy, the DPO term at the start, and the number of steps.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tolerance = 1e-3 if next(model.parameters()).dtype == torch.float32 else 5e-2
+    pairs = [dict(p) for p in pairs]
+    for pair, (chosen, rejected) in zip(pairs, reference_logps(model, pairs), strict=True):
+        pair["reference_chosen"], pair["reference_rejected"] = chosen, rejected
+    model.train()
+    with torch.no_grad():
+        batch = to_device(pair_batch(pairs[: config.micro_batch]), model)
+        start = check_start(batch_losses(model, batch, loss, config.beta, config.alpha)[0], loss, tolerance)
+    gap = check_sampled(pairs, tolerance) if sampled_by_start else None
+
+    order = training_order(len(pairs), config.batch, config.max_steps, config.max_epochs, seed)
+    steps = len(order) // config.batch
+    recorder = Recorder(folder, config.eval_every, score, show)
+    trainer = PreferenceTrainer(
+        model,
+        TrainingArguments(
+            output_dir=str(folder / "checkpoints"),
+            max_steps=steps,
+            per_device_train_batch_size=config.micro_batch,
+            gradient_accumulation_steps=config.batch // config.micro_batch,
+            learning_rate=config.lr,
+            lr_scheduler_type="linear",
+            warmup_steps=math.ceil(config.warmup * steps),
+            max_grad_norm=config.max_grad_norm,
+            weight_decay=0.0,
+            train_sampling_strategy="sequential",  # `order` is the shuffle, so that a resumed run sees the same batches
+            save_strategy="no",  # the recorder asks for a checkpoint after each dev score
+            save_total_limit=1,
+            logging_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            dataloader_pin_memory=False,
+            seed=seed,
+        ),
+        train_dataset=[pairs[i] for i in order],
+        data_collator=pair_batch,
+        callbacks=[recorder],
+        loss=loss,
+        beta=config.beta,
+        alpha=config.alpha,
+    )
+    recorder.trainer = trainer
+    trainer.train(resume_from_checkpoint=last_checkpoint(folder / "checkpoints"))
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    best = json.loads((folder / "best" / "best.json").read_text())
+    return {"best_step": best["step"], "best_score": best["score"], "steps": steps, "dpo_at_start": start, "sampler_gap": gap}
+
+
+def read_steps(path: Path) -> Iterator[dict[str, float]]:
+    return (json.loads(line) for line in path.read_text().splitlines())
