@@ -30,7 +30,9 @@ class Method:
     reward: str  # "answer": the final answer matches; "none"
     selection: str  # "pairs": K cyclic pairs of right with wrong; "gold": the gold solutions
     loss: str  # one of losses.LOSSES
-    start: str  # "M_t": go on from the sampled model; "M_0": from the base, every round. Also the DPO reference.
+    start: (
+        str  # "M_t": go on from the sampled model; "M_0": from the base, every round. Also the DPO reference.
+    )
     rounds: int | None = None  # a method that does not sample gains nothing from a second round
 
 
@@ -141,7 +143,9 @@ def _typed(name: str, value: Any, kind: Any, from_text: bool) -> Any:
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if kind is float and isinstance(value, str):
-        raise ConfigError(f"{name}: expected a number, got the text {value!r}; YAML reads 1e-5 as text, write 1.0e-5")
+        raise ConfigError(
+            f"{name}: expected a number, got the text {value!r}; YAML reads 1e-5 as text, write 1.0e-5"
+        )
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise ConfigError(f"{name}: expected {kind.__name__}, got {value!r}")
     return value
@@ -157,7 +161,11 @@ def parameter_names(config: Config) -> list[str]:
     names = []
     for f in dataclasses.fields(config):
         part = getattr(config, f.name)
-        names += [f"{f.name}.{g.name}" for g in dataclasses.fields(part)] if dataclasses.is_dataclass(part) else [f.name]
+        names += (
+            [f"{f.name}.{g.name}" for g in dataclasses.fields(part)]
+            if dataclasses.is_dataclass(part)
+            else [f.name]
+        )
     return [name for name in names if name != "method_settings"]
 
 
@@ -169,7 +177,11 @@ def apply(config: Config, settings: Iterable[tuple[str, Any]], from_text: bool =
     """
     config = dataclasses.replace(
         config,
-        **{f.name: dataclasses.replace(v) for f in dataclasses.fields(config) if dataclasses.is_dataclass(v := getattr(config, f.name))},
+        **{
+            f.name: dataclasses.replace(v)
+            for f in dataclasses.fields(config)
+            if dataclasses.is_dataclass(v := getattr(config, f.name))
+        },
         method_settings={k: dict(v) for k, v in config.method_settings.items()},
     )
     names = parameter_names(config)
@@ -180,7 +192,9 @@ def apply(config: Config, settings: Iterable[tuple[str, Any]], from_text: bool =
                 raise _unknown(name, [f"{head}.{n}" for n in names])
             owner, leaf = rest.split(".") if "." in rest else (None, rest)
             if owner != "train":
-                raise ConfigError(f"{name}: only train.* can differ between methods, so that they share their samples")
+                raise ConfigError(
+                    f"{name}: only train.* can differ between methods, so that they share their samples"
+                )
             kind = get_type_hints(TrainConfig)[leaf]
             config.method_settings.setdefault(head, {})[rest] = _typed(name, value, kind, from_text)
             continue
@@ -207,12 +221,28 @@ def check(config: Config) -> Config:
         (all(t > 0 for t in c.sampling.temperature), "sampling.temperature: above 0"),
         (c.evaluation.temperature > 0, "evaluation.temperature: above 0"),
         (c.train.batch % c.train.micro_batch == 0, "train.batch: a multiple of train.micro_batch"),
-        (c.train.lr > 0 and c.train.beta > 0 and c.train.alpha >= 0, "train: lr and beta above 0, alpha not below"),
+        (
+            c.train.lr > 0 and c.train.beta > 0 and c.train.alpha >= 0,
+            "train: lr and beta above 0, alpha not below",
+        ),
         (c.evaluation.samples <= c.sampling.rows, "evaluation.samples: at most sampling.rows"),
         (c.sampling.n <= c.sampling.rows, "sampling.n: at most sampling.rows"),
     ]
-    positive = ["task.train_size", "task.dev_size", "task.test_size", "sampling.n", "sampling.max_new_tokens", "pairs.k"]
-    positive += ["train.batch", "train.micro_batch", "train.max_steps", "train.max_epochs", "train.eval_every"]
+    positive = [
+        "task.train_size",
+        "task.dev_size",
+        "task.test_size",
+        "sampling.n",
+        "sampling.max_new_tokens",
+        "pairs.k",
+    ]
+    positive += [
+        "train.batch",
+        "train.micro_batch",
+        "train.max_steps",
+        "train.max_epochs",
+        "train.eval_every",
+    ]
     positive += ["evaluation.samples", "seeds", "iterations", "threads", "model.lora_r"]
     for name in positive:
         value = c

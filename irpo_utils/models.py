@@ -10,7 +10,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 SEED_MODEL = Path(__file__).parent / "assets" / "seed_model"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -29,7 +35,9 @@ def load_tokenizer(config) -> PreTrainedTokenizerBase:
     """
     tokenizer = AutoTokenizer.from_pretrained(base_path(config))
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"model.path: the tokenizer of {config.path} has no EOS token; set one in its tokenizer_config.json")
+        raise ValueError(
+            f"model.path: the tokenizer of {config.path} has no EOS token; set one in its tokenizer_config.json"
+        )
     return tokenizer
 
 
@@ -43,7 +51,10 @@ def load_base(config) -> PreTrainedModel:
     quantization = None
     if config.quantize == "nf4":
         quantization = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
         )
     return AutoModelForCausalLM.from_pretrained(
         base_path(config),
@@ -58,7 +69,9 @@ def is_adapter(policy: Path) -> bool:
     return (policy / "adapter_config.json").exists()
 
 
-def load_policy(config, policy: Path | None = None, trainable: bool = False, seed: int = 0) -> PreTrainedModel:
+def load_policy(
+    config, policy: Path | None = None, trainable: bool = False, seed: int = 0, threads: int = 0
+) -> PreTrainedModel:
     """M_t: the base for `policy=None`, else what the directory `policy` holds.
 
     With `trainable`, the same function ready for training: a fresh adapter (which starts as the identity) on M_0, or
@@ -67,10 +80,16 @@ def load_policy(config, policy: Path | None = None, trainable: bool = False, see
     Raises:
         FileNotFoundError: `policy` holds neither an adapter nor a model.
     """
+    if threads:
+        torch.set_num_threads(threads)  # sums round differently with another number of threads
     if policy is not None and not is_adapter(policy) and not (policy / "config.json").exists():
-        raise FileNotFoundError(f"{policy} holds no policy (neither adapter_config.json nor config.json); run 03_train first")
+        raise FileNotFoundError(
+            f"{policy} holds no policy (neither adapter_config.json nor config.json); run 03_train first"
+        )
     if policy is not None and not is_adapter(policy):
-        return AutoModelForCausalLM.from_pretrained(policy, dtype=DTYPES[config.dtype], device_map={"": device()})
+        return AutoModelForCausalLM.from_pretrained(
+            policy, dtype=DTYPES[config.dtype], device_map={"": device()}
+        )
     model = load_base(config)
     if policy is None and (not trainable or config.tuning == "full"):
         return model
@@ -86,6 +105,10 @@ def load_policy(config, policy: Path | None = None, trainable: bool = False, see
         return model
     torch.manual_seed(seed)  # LoRA's A is random; B is zero, so theta_0 = M_0
     lora = LoraConfig(
-        r=config.lora_r, lora_alpha=config.lora_alpha, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM"
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        target_modules="all-linear",
+        lora_dropout=0.0,
+        task_type="CAUSAL_LM",
     )
     return get_peft_model(model, lora)

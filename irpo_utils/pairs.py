@@ -99,10 +99,7 @@ def build_pairs(
     }
 
 
-AUDIT_KEYS = (
-    "problems none_right some_right all_right samples unparsed unfinished duplicates over_long "
-    "problems_with_pairs capped pairs"
-).split()
+AUDIT_KEYS = ["problems", "none_right", "some_right", "all_right", "samples", "unparsed", "unfinished", "duplicates", "over_long", "problems_with_pairs", "capped", "pairs"]
 
 
 def _pair(name: str, prompt: str, prompt_ids: list[int], chosen: Sample, rejected: Sample) -> dict[str, Any]:
@@ -141,4 +138,9 @@ def gold_only(
     if not rows:
         raise ValueError("no gold solution to train on: the task has none, or all exceed pairs.max_tokens")
     lengths = mean(len(r["chosen_ids"]) for r in rows)
-    return rows, {"problems": len(gold), "over_long": len(gold) - len(rows), "pairs": len(rows), "chosen_tokens": lengths}
+    return rows, {
+        "problems": len(gold),
+        "over_long": len(gold) - len(rows),
+        "pairs": len(rows),
+        "chosen_tokens": lengths,
+    }

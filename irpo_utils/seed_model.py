@@ -11,7 +11,12 @@ from pathlib import Path
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, get_cosine_schedule_with_warmup
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    get_cosine_schedule_with_warmup,
+)
 
 from .losses import nll_term, token_logps
 from .tasks.word_problems import MAX_VALUE, Story, careless_choice, draw_problems, prompt
@@ -68,7 +73,10 @@ def train_seed_model(
     """
     rng = random.Random(seed)
     every = [tuple(bool(bit >> i & 1) for i in range(len(s.events))) for s in stories for bit in (0, -1)]
-    texts = [prompt(s.question()) + s.solution(c)[0] for s, c in zip([s for s in stories for _ in "ab"], every, strict=True)]
+    texts = [
+        prompt(s.question()) + s.solution(c)[0]
+        for s, c in zip([s for s in stories for _ in "ab"], every, strict=True)
+    ]
     tokenizer = build_tokenizer([*texts, "Final answer: odd", "Final answer: even"])
     model = build_model(len(tokenizer), seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01, betas=(0.9, 0.98))
@@ -82,7 +90,9 @@ def train_seed_model(
             rows.append((prompts[i], ids))
         width = max(len(p) + len(r) for p, r in rows)
         ids = torch.tensor([p + r + [0] * (width - len(p) - len(r)) for p, r in rows])
-        scored = torch.tensor([[0] * len(p) + [1] * len(r) + [0] * (width - len(p) - len(r)) for p, r in rows])
+        scored = torch.tensor(
+            [[0] * len(p) + [1] * len(r) + [0] * (width - len(p) - len(r)) for p, r in rows]
+        )
         logps = token_logps(model(input_ids=ids).logits[:, :-1], ids[:, 1:]) * scored[:, 1:]
         loss = nll_term(logps.sum(-1), scored.sum(-1)).mean()
         loss.backward()

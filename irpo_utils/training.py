@@ -58,7 +58,10 @@ def response_logps(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
     first = int(scored.int().argmax(-1).min())  # no row's response starts before this column
     positions = torch.arange(first - 1, scored.shape[1] - 1, device=scored.device)
     logits = model(
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False, logits_to_keep=positions
+        input_ids=batch["input_ids"],
+        attention_mask=batch["attention_mask"],
+        use_cache=False,
+        logits_to_keep=positions,
     ).logits
     logps = token_logps(logits, batch["input_ids"][:, first:])
     return logps.masked_fill(~scored[:, first:], 0.0).sum(-1)
@@ -67,7 +70,11 @@ def response_logps(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
 @torch.no_grad()
 def reference_logps(model: PreTrainedModel, pairs: list[Pair], rows: int = 64) -> list[tuple[float, float]]:
     """log M_t of every pair's chosen and rejected response; each distinct response is scored once."""
-    keys = {(p["problem"], tuple(p[f"{side}_ids"])): p["prompt_ids"] for p in pairs for side in ("chosen", "rejected")}
+    keys = {
+        (p["problem"], tuple(p[f"{side}_ids"])): p["prompt_ids"]
+        for p in pairs
+        for side in ("chosen", "rejected")
+    }
     todo = sorted((k for k in keys if k[1]), key=lambda k: (len(keys[k]) + len(k[1]), k))
     scores: dict[Any, float] = {}
     model.eval()
@@ -75,7 +82,10 @@ def reference_logps(model: PreTrainedModel, pairs: list[Pair], rows: int = 64) -
         part = todo[i : i + rows]
         batch = to_device(collate([(keys[k], list(k[1])) for k in part]), model)
         scores.update(zip(part, response_logps(model, batch).tolist(), strict=True))
-    return [tuple(scores.get((p["problem"], tuple(p[f"{side}_ids"])), 0.0) for side in ("chosen", "rejected")) for p in pairs]
+    return [
+        tuple(scores.get((p["problem"], tuple(p[f"{side}_ids"])), 0.0) for side in ("chosen", "rejected"))
+        for p in pairs
+    ]
 
 
 def to_device(batch: dict[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
@@ -88,7 +98,11 @@ def pair_batch(pairs: list[Pair]) -> dict[str, Tensor]:
     rows = [(p["prompt_ids"], p["chosen_ids"]) for p in pairs]
     rows += [(p["prompt_ids"], p["rejected_ids"]) for p in pairs if p["rejected_ids"]]
     reference = torch.tensor([[p["reference_chosen"], p["reference_rejected"]] for p in pairs])
-    return {**collate(rows), "reference": reference, "lengths": torch.tensor([len(p["chosen_ids"]) for p in pairs])}
+    return {
+        **collate(rows),
+        "reference": reference,
+        "lengths": torch.tensor([len(p["chosen_ids"]) for p in pairs]),
+    }
 
 
 def batch_losses(model: PreTrainedModel, batch: dict[str, Tensor], loss: str, beta: float, alpha: float):
@@ -97,7 +111,9 @@ def batch_losses(model: PreTrainedModel, batch: dict[str, Tensor], loss: str, be
     logps = response_logps(model, batch)
     chosen, rejected = logps[:count], logps[count:] if len(logps) > count else torch.zeros_like(logps[:count])
     reference = batch["reference"].to(logps.dtype)
-    terms = pair_losses(loss, chosen, rejected, reference[:, 0], reference[:, 1], batch["lengths"], beta, alpha)
+    terms = pair_losses(
+        loss, chosen, rejected, reference[:, 0], reference[:, 1], batch["lengths"], beta, alpha
+    )
     return terms, chosen, rejected
 
 
@@ -130,7 +146,13 @@ class PreferenceTrainer(Trainer):
 class Recorder(TrainerCallback):
     """Writes every step's terms to disk, scores dev, and keeps the policy that is best there."""
 
-    def __init__(self, folder: Path, every: int, score: Callable[[PreTrainedModel], float] | None, show: Callable[[str], None]):
+    def __init__(
+        self,
+        folder: Path,
+        every: int,
+        score: Callable[[PreTrainedModel], float] | None,
+        show: Callable[[str], None],
+    ):
         self.folder, self.every, self.score, self.show = folder, every, score, show
         self.trainer: PreferenceTrainer | None = None
 
@@ -182,7 +204,9 @@ def rewind(folder: Path, step: int) -> None:
                 break
     path.write_text("".join(json.dumps(r) + "\n" for r in rows if r["step"] <= step))
     best = folder / "best"
-    if best.exists() and (not (best / "best.json").exists() or json.loads((best / "best.json").read_text())["step"] > step):
+    if best.exists() and (
+        not (best / "best.json").exists() or json.loads((best / "best.json").read_text())["step"] > step
+    ):
         shutil.rmtree(best)
 
 
@@ -305,7 +329,13 @@ def train(
     trainer.train(resume_from_checkpoint=last_checkpoint(folder / "checkpoints"))
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     best = json.loads((folder / "best" / "best.json").read_text())
-    return {"best_step": best["step"], "best_score": best["score"], "steps": steps, "dpo_at_start": start, "sampler_gap": gap}
+    return {
+        "best_step": best["step"],
+        "best_score": best["score"],
+        "steps": steps,
+        "dpo_at_start": start,
+        "sampler_gap": gap,
+    }
 
 
 def read_steps(path: Path) -> Iterator[dict[str, float]]:

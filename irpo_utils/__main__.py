@@ -1,0 +1,208 @@
+"""The driver: run every stage of a run as a notebook, skip what is done, end with the table and the report.
+
+python -m irpo_utils [preset] [key=value ...]      (what ./run_all.sh calls)
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from . import config as configs
+from .runs import NOTEBOOKS, OUTPUTS, Busy, MissingArtefact, Stage, arms, locked, plan, write_text
+
+HELP = """usage: ./run_all.sh [preset] [key=value ...]     run the loop, skip what is done, write outputs/<run>/report.html
+       ./run_all.sh --list                        show the presets and every parameter with its default
+       ./run_all.sh --test                        run the tests
+
+  run=NAME       the folder under outputs/ (default: the preset's name)
+  jobs=J         arms (method and seed) at work side by side (default 1; each takes `threads` CPU threads)
+  key=value      any parameter, as in iterations=2 seeds=3 methods=irpo,dpo train.lr=1e-3 dpo.train.beta=0.3
+
+A run that was stopped goes on with the same command. A changed parameter reruns what depends on it, and no more."""
+
+
+def execute(stage: Stage) -> None:
+    """Run one stage's notebook; its executed copy lies beside its artefacts, also when it fails."""
+    run_notebook(
+        NOTEBOOKS / f"{stage.name}.ipynb",
+        stage.folder / f"{stage.name}.ipynb",
+        {"run": str(stage.run), "method": stage.method, "seed": stage.seed, "iteration": stage.iteration},
+        stage.config.threads,
+    )
+
+
+def run_notebook(source: Path, target: Path, parameters: dict, threads: int) -> None:
+    """Execute a notebook with papermill.
+
+    Raises:
+        ConfigError: a parameter that the notebook does not have (papermill itself would only log it).
+    """
+    import logging
+
+    import papermill
+
+    logging.getLogger("papermill").setLevel(logging.ERROR)
+    unknown = set(parameters) - set(papermill.inspect_notebook(str(source)))
+    if unknown:
+        raise configs.ConfigError(f"{source.name} has no parameter {', '.join(sorted(unknown))}")
+    os.environ.update(
+        OMP_NUM_THREADS=str(threads),
+        TOKENIZERS_PARALLELISM="false",
+        HF_HUB_DISABLE_PROGRESS_BARS="1",
+        PYDEVD_DISABLE_FILE_VALIDATION="1",
+    )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(f".{target.name}.part")
+    try:
+        papermill.execute_notebook(
+            str(source),
+            str(part),
+            parameters=parameters,
+            progress_bar=False,
+            cwd=str(NOTEBOOKS.parent),
+            log_output=False,
+        )
+    finally:
+        if part.exists():
+            os.replace(part, target)
+
+
+def run_arm(run: Path, config: configs.Config, method: str, seed: int, wait: bool = False) -> None:
+    stages = plan(config, run, method, seed)
+    spent: list[float] = []
+    for i, stage in enumerate(stages):
+        label = f"{method}, seed {seed}, iteration {stage.iteration}, {stage.name}"
+        # M_0's stages are shared: whoever comes first does them, the others wait and then find them done.
+        with locked(stage.folder / f".{stage.name}.turn", patience=7200.0):
+            if stage.is_done():
+                print(f"[{i + 1}/{len(stages)}] {label}: done already", flush=True)
+                continue
+            left = f", about {sum(spent) / len(spent) * (len(stages) - i):.0f} s left" if spent else ""
+            print(f"[{i + 1}/{len(stages)}] {label} ...{left}", flush=True)
+            started = time.monotonic()
+            execute(stage)
+            spent.append(time.monotonic() - started)
+
+
+def report(run: Path, threads: int) -> None:
+    """Run 05_report and render it as a page."""
+    target = run / "05_report.ipynb"
+    run_notebook(NOTEBOOKS / "05_report.ipynb", target, {"run": str(run)}, threads)
+    from nbconvert import HTMLExporter
+
+    page, _ = HTMLExporter(
+        exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True
+    ).from_filename(str(target))
+    write_text(run / "report.html", page)
+
+
+def start(arguments: list[str]) -> int:
+    preset, settings, name, jobs = "tiny", [], None, 1
+    for i, argument in enumerate(arguments):
+        key, equals, value = argument.partition("=")
+        if not equals and i == 0:
+            preset = argument
+        elif key == "run":
+            name = value
+        elif key == "jobs":
+            if not value.isdigit() or int(value) < 1:
+                raise configs.ConfigError(f"jobs: expected a number of at least 1, got {value!r}")
+            jobs = int(value)
+        else:
+            settings.append(argument)
+    config = configs.load_preset(preset, settings)
+    run = OUTPUTS / (name or preset)
+    if Path(run).resolve().parent != OUTPUTS.resolve() or not run.name:
+        raise configs.ConfigError(f"run: a plain folder name under outputs/, got {name!r}")
+    with locked(run / ".lock"):
+        write_text(run / "config.yaml", configs.dump(config))
+        work = arms(config)
+        print(
+            f"{run.name}: {', '.join(config.methods)}; {config.seeds} seed(s), {config.iterations} iterations -> {run}"
+        )
+        if jobs == 1:
+            for method, seed in work:
+                run_arm(run, config, method, seed)
+        else:
+            run_side_by_side(run, work, jobs)
+        print("report ...", flush=True)
+        report(run, config.threads)
+        print((run / "table.txt").read_text())
+        print(f"report: {run / 'report.html'}")
+    return 0
+
+
+def run_side_by_side(run: Path, work: list[tuple[str, int]], jobs: int) -> None:
+    """Arms in processes of their own, `jobs` at a time; the first failure stops the rest."""
+    waiting, going = list(work), []
+    try:
+        while waiting or going:
+            while waiting and len(going) < jobs:
+                method, seed = waiting.pop(0)
+                going.append(
+                    subprocess.Popen(
+                        [sys.executable, "-m", "irpo_utils", "--arm", str(run), method, str(seed)]
+                    )
+                )
+            time.sleep(0.2)
+            for process in [p for p in going if p.poll() is not None]:
+                going.remove(process)
+                if process.returncode:
+                    raise RuntimeError(
+                        "an arm failed; its message is above. The same command goes on from there"
+                    )
+    finally:
+        for process in going:
+            process.terminate()
+
+
+def main(arguments: list[str]) -> int:
+    from papermill.exceptions import PapermillExecutionError
+
+    if arguments[:1] == ["--arm"]:
+        run, method, seed = Path(arguments[1]), arguments[2], int(arguments[3])
+        work = lambda: run_arm(run, configs.read_config(run / "config.yaml"), method, seed)  # noqa: E731
+    elif arguments[:1] in (["--help"], ["-h"]):
+        print(HELP)
+        return 0
+    elif arguments[:1] == ["--list"]:
+        print("presets:")
+        for name, text in configs.presets().items():
+            print(f"  {name:10} {text}")
+        print(
+            "\nmethods: "
+            + ", ".join(configs.METHODS)
+            + "\n\nparameters and their defaults (before the preset's):"
+        )
+        print(configs.dump(configs.Config()))
+        return 0
+    elif arguments[:1] and arguments[0].startswith("-"):
+        print(f"error: no option is called {arguments[0]!r}; see ./run_all.sh --help", file=sys.stderr)
+        return 2
+    else:
+        work = lambda: start(arguments)  # noqa: E731
+    try:
+        return work() or 0
+    except (configs.ConfigError, MissingArtefact, Busy) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except PapermillExecutionError as error:
+        print(
+            f"error: {error.ename}: {error.evalue}\n(cell {error.exec_count} of the executed notebook)",
+            file=sys.stderr,
+        )
+        return 1
+    except RuntimeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,150 @@
+"""The figures. Each takes plain records, so that they render wherever the small artefacts are."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Any
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.figure import Figure
+
+COLORS = {"irpo": "#1b6ca8", "dpo": "#c44e52", "sft_chosen": "#55a868", "sft_gold": "#8172b3"}
+Steps = list[dict[str, float]]
+
+
+def versions(torch: bool = True) -> str:
+    """The versions that a reader needs to repeat a notebook, on one line."""
+    names = ("irpo-utils", *(("torch", "transformers", "peft") if torch else ("pandas", "matplotlib")))
+    return ", ".join(f"{name} {version(name)}" for name in names)
+
+
+def show(fig: Figure) -> None:
+    """Display a figure once and free it."""
+    from IPython.display import display
+
+    display(fig)
+    plt.close(fig)
+
+
+def correct_counts(counts: list[int], n: int, title: str) -> Figure:
+    """Histogram of how many of a problem's n samples are right."""
+    fig, ax = plt.subplots(figsize=(7, 3), layout="constrained")
+    heights = [counts.count(i) for i in range(n + 1)]
+    ax.bar(range(n + 1), heights, color=["#c44e52", *["#1b6ca8"] * (n - 1), "#999999"])
+    ax.set(xlabel=f"right samples of {n}", ylabel="problems", title=f"{title}: red and grey give no pair")
+    return fig
+
+
+def loss_curves(steps: Steps, best_step: int) -> Figure:
+    """Loss terms, margin and dev accuracy against steps; the kept step is marked."""
+    fig, axes = plt.subplots(1, 3, figsize=(11, 3), layout="constrained")
+    x = [s["step"] for s in steps]
+    for name, color in (("loss", "black"), ("dpo", "#1b6ca8"), ("nll", "#55a868")):
+        axes[0].plot(x, [s[name] for s in steps], label=name, color=color)
+    axes[0].set(xlabel="step", ylabel="nats", title="loss and its terms")
+    axes[0].legend(frameon=False)
+    axes[1].plot(x, [s["margin"] for s in steps], color="#1b6ca8")
+    axes[1].set(xlabel="step", title="margin (chosen minus rejected reward)")
+    scored = [s for s in steps if "dev_greedy" in s]
+    axes[2].plot([s["step"] for s in scored], [s["dev_greedy"] * 100 for s in scored], "o-", color="#55a868")
+    axes[2].axvline(best_step, color="grey", linestyle=":")
+    axes[2].set(xlabel="step", title="greedy accuracy on dev (%); dotted: kept")
+    return fig
+
+
+def logp_curves(curves: dict[str, Steps]) -> Figure:
+    """The paper's figure: mean log-probability of chosen (solid) and rejected (dashed) responses against steps."""
+    fig, ax = plt.subplots(figsize=(7, 3.6), layout="constrained")
+    for method, steps in curves.items():
+        frame = pd.DataFrame(steps)
+        smooth = max(1, len(frame) // 15)
+        for name, style in (("chosen_logp", "-"), ("rejected_logp", "--")):
+            if name == "rejected_logp" and not frame[name].any():
+                continue
+            values = frame[name].rolling(smooth, min_periods=1).mean()
+            ax.plot(frame.step, values, style, color=COLORS[method], label=f"{method}, {name.split('_')[0]}")
+    ax.set(
+        xlabel="step",
+        ylabel="log-probability of a response (nats)",
+        title="Chosen (solid) and rejected (dashed)",
+    )
+    ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    return fig
+
+
+def at_k(summary: dict[str, float], title: str) -> Figure:
+    """maj@k and pass@k against k, with the greedy accuracy as a line."""
+    ks = [k for k in (1, 2, 4, 8, 16, 32) if f"maj{k}" in summary]
+    fig, ax = plt.subplots(figsize=(6, 3), layout="constrained")
+    ax.plot(ks, [summary[f"pass{k}"] * 100 for k in ks], "o-", label="pass@k", color="#1b6ca8")
+    ax.plot(ks, [summary[f"maj{k}"] * 100 for k in ks], "s-", label="maj@k", color="#55a868")
+    ax.axhline(summary["greedy"] * 100, color="grey", linestyle=":", label="greedy")
+    ax.set(xscale="log", xticks=ks, xticklabels=ks, xlabel="samples k", ylabel="%", title=title)
+    ax.minorticks_off()
+    ax.legend(frameon=False)
+    return fig
+
+
+def flips(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> str:
+    """How many greedy answers turned right, and wrong, on each split."""
+    old = {(r["split"], r["problem"]): r["greedy"] == 1 for r in before}
+    lines = []
+    for split in ("dev", "test"):
+        pairs = [(old[r["split"], r["problem"]], r["greedy"] == 1) for r in after if r["split"] == split]
+        lines.append(
+            f"{split}: {pairs.count((False, True))} turned right, {pairs.count((True, False))} turned wrong"
+        )
+    return "\n".join(lines)
+
+
+def accuracy_curves(metrics: pd.DataFrame, labels: dict[str, str]) -> Figure:
+    """Greedy test accuracy against iteration, a line per method."""
+    fig, ax = plt.subplots(figsize=(7, 3.8), layout="constrained")
+    test = metrics[metrics.split == "test"]
+    for i, (method, frame) in enumerate(test.groupby("method", sort=False)):
+        by = frame.groupby("iteration")
+        mean, several = by.greedy.mean() * 100, frame.seed.nunique() > 1
+        low = (by.greedy.min() if several else by.greedy_low.mean()) * 100
+        high = (by.greedy.max() if several else by.greedy_high.mean()) * 100
+        x = mean.index + (i - 1) * 0.04
+        ax.errorbar(
+            x,
+            mean,
+            [mean - low, high - mean],
+            fmt="o-",
+            capsize=3,
+            color=COLORS[method],
+            label=labels[method],
+        )
+    ax.set(
+        xlabel="iteration (0 is M_0)",
+        ylabel="greedy accuracy on test (%)",
+        xticks=sorted(test.iteration.unique()),
+    )
+    ax.grid(axis="y", alpha=0.3)
+    ax.legend(frameon=False)
+    return fig
+
+
+def error_heatmap(rows: list[dict[str, Any]], methods: list[str]) -> Figure:
+    """Share of wrong steps by kind and iteration, a panel per method (seed 0, test)."""
+    fig, axes = plt.subplots(
+        1, len(methods), figsize=(2 + 2.6 * len(methods), 3.2), squeeze=False, layout="constrained"
+    )
+    for ax, method in zip(axes[0], methods, strict=True):
+        mine = [r for r in rows if r["method"] == method and r["seed"] == 0 and "errors" in r["test"]]
+        if not mine:
+            ax.set_axis_off()
+            continue
+        kinds = sorted(mine[0]["test"]["errors"], key=lambda kind: -mine[0]["test"]["errors"][kind]["wrong"])
+        grid = [[r["test"]["errors"][kind]["wrong"] * 100 for r in mine] for kind in kinds]
+        ax.imshow(grid, vmin=0, vmax=100, cmap="Reds", aspect="auto")
+        for y, line in enumerate(grid):
+            for x, value in enumerate(line):
+                ax.text(
+                    x, y, f"{value:.0f}", ha="center", va="center", color="white" if value > 60 else "black"
+                )
+        ax.set(xticks=range(len(mine)), xticklabels=[r["iteration"] for r in mine], yticks=range(len(kinds)))
+        ax.set(yticklabels=kinds, xlabel="iteration", title=f"{method}: steps wrong (%)")
+    return fig

@@ -1,0 +1,383 @@
+"""Bookkeeping of a run: where each artefact is, which stage is done, and nothing half-written read as whole.
+
+    outputs/<run>/config.yaml
+    outputs/<run>/m0/seed_<s>/             M_0's evaluation and its samples, shared by all methods
+    outputs/<run>/<method>/seed_<s>/iteration_<t>/   samples of M_{t-1}, pairs, the policy M_t, its evaluation
+    outputs/<run>/report.html, metrics.csv, timing.csv
+
+A stage is done when its manifest says so. The manifest is written last and names what the stage depended on: its
+parameters, its input files, the code it runs and the package versions. If any of these differ, the stage runs again.
+"""
+
+from __future__ import annotations
+
+import ast
+import fcntl
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Iterable
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from .config import METHODS, Config, ConfigError, dump, load_preset, read_config
+
+PACKAGE = Path(__file__).parent
+NOTEBOOKS = PACKAGE.parent / "notebooks"
+OUTPUTS = PACKAGE.parent / "outputs"
+VERSIONS = ("torch", "transformers", "peft", "bitsandbytes")
+
+
+class MissingArtefact(FileNotFoundError):
+    """An input is not there, or is damaged; the message names the notebook that makes it."""
+
+
+class Busy(RuntimeError):
+    """Another process is at work in the same folder."""
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that it is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def read_jsonl(path: Path, made_by: str = "the stage before") -> list[dict[str, Any]]:
+    """The records of a JSON-lines file.
+
+    Raises:
+        MissingArtefact: the file is missing, or a line is not a whole record; names the line and the mend.
+    """
+    if not path.exists():
+        raise MissingArtefact(f"{path} is missing; run {made_by} first")
+    rows = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            raise MissingArtefact(
+                f"{path}, line {number} is damaged or cut off; delete it and run {made_by} again"
+            ) from None
+    if not rows:
+        raise MissingArtefact(f"{path} is empty; delete it and run {made_by} again")
+    return rows
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file, or of a folder's files with their names."""
+    digest = hashlib.sha256()
+    for part in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
+        digest.update(part.relative_to(path).as_posix().encode())
+        with open(part, "rb") as f:
+            while block := f.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _meaning(source: str) -> str:
+    """The source's syntax tree without comments, layout and docstrings: what changes when the program does."""
+    tree = ast.parse(
+        "\n".join("" if line.lstrip().startswith(("%", "!")) else line for line in source.splitlines())
+    )
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if (
+            isinstance(body, list)
+            and body
+            and isinstance(body[0], ast.Expr)
+            and isinstance(body[0].value, ast.Constant)
+        ):
+            body[0] = ast.Pass()
+    return ast.dump(tree)
+
+
+def _imports(source: str, module: str) -> set[str]:
+    """Names of this package's modules that a source imports, anywhere in it."""
+    found, here = set(), ["irpo_utils", *module.split(".")[:-1]] if module else ["irpo_utils"]
+    if module.endswith("__init__"):
+        here = ["irpo_utils", *module.split(".")[:-1]]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom):
+            base = here[: len(here) - node.level + 1] if node.level else []
+            full = [*base, *(node.module or "").split(".")] if node.module else base
+            if full[:1] == ["irpo_utils"]:
+                found |= {
+                    ".".join([*full[1:], *extra]) for extra in ([], *([alias.name] for alias in node.names))
+                }
+        elif isinstance(node, ast.Import):
+            found |= {
+                a.name.removeprefix("irpo_utils.") for a in node.names if a.name.startswith("irpo_utils.")
+            }
+    return found
+
+
+def _module_file(name: str) -> Path | None:
+    for path in (PACKAGE / f"{name.replace('.', '/')}.py", PACKAGE / name.replace(".", "/") / "__init__.py"):
+        if name and path.is_file():
+            return path
+    return None
+
+
+@cache
+def code_hash(notebook: Path) -> str:
+    """Hash of what a notebook runs: its code cells and the modules of this package that they reach.
+
+    `runs` and `plots` are left out: they keep and show results, and do not make them.
+    """
+    cells = [c for c in json.loads(notebook.read_text())["cells"] if c["cell_type"] == "code"]
+    # The parameters cell is replaced by the run's own, which are in the key already.
+    source = "\n".join(
+        "".join(c["source"]) for c in cells if "parameters" not in c.get("metadata", {}).get("tags", [])
+    )
+    clean = "\n".join("" if line.lstrip().startswith(("%", "!")) else line for line in source.splitlines())
+    digest, seen, todo = hashlib.sha256(_meaning(source).encode()), set(), sorted(_imports(clean, ""))
+    while todo:
+        name = todo.pop()
+        path = _module_file(name)
+        if name in seen or path is None or name in ("runs", "plots"):
+            continue
+        seen.add(name)
+        module = name + ".__init__" if path.name == "__init__.py" else name
+        todo += sorted(_imports(path.read_text(), module))
+    for name in sorted(seen):
+        digest.update(name.encode() + _meaning(_module_file(name).read_text()).encode())
+    return digest.hexdigest()
+
+
+@contextmanager
+def locked(path: Path, patience: float = 0.0):
+    """Hold `path` as a lock, given back when the block or the process ends, however it ends. Raises Busy."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle = open(path, "a+")  # noqa: SIM115 - the lock lives as long as the handle
+    until = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if time.monotonic() > until:
+                handle.close()
+                raise Busy(
+                    f"another process is at work in {path.parent}; wait for it or stop it, or choose another run="
+                ) from None
+            time.sleep(0.1)
+    try:
+        yield handle
+    finally:
+        handle.close()
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a stage depends on: sections of the configuration, and the artefacts it reads and writes."""
+
+    sections: tuple[str, ...]
+    writes: tuple[str, ...]
+
+
+STAGES = {
+    "01_sample": Spec(("task", "model", "sampling"), ("samples.jsonl",)),
+    "02_pairs": Spec(("task", "pairs"), ("pairs.jsonl", "audit.json")),
+    "03_train": Spec(("task", "model", "train"), ("adapter", "steps.jsonl", "training.json")),
+    "04_evaluate": Spec(("task", "model", "evaluation"), ("evaluation.json", "judged.jsonl")),
+}
+
+
+class Stage:
+    """One stage of one arm (method, seed, iteration) of a run; `iteration` 0 is M_0 itself.
+
+    Args:
+        name: one of `STAGES`. run: the run's folder. method: one of `config.METHODS`.
+    """
+
+    def __init__(self, name: str, run: str | Path, method: str = "irpo", seed: int = 0, iteration: int = 1):
+        if method not in METHODS:
+            raise ConfigError(f"method: no method is called {method!r}; there is: {', '.join(METHODS)}")
+        self.name, self.spec, self.run = name, STAGES[name], Path(run)
+        self.method, self.seed, self.iteration = method, seed, iteration
+        self.config = open_run(self.run).for_method(method)
+        self.choices = METHODS[method]
+        shared = iteration == 0 or (iteration == 1 and name == "01_sample")
+        self.folder = self.m0_folder() if shared else self.folder_of(iteration)
+        self._lock = None
+
+    def m0_folder(self) -> Path:
+        return self.run / "m0" / f"seed_{self.seed}"
+
+    def folder_of(self, iteration: int) -> Path:
+        return self.run / self.method / f"seed_{self.seed}" / f"iteration_{iteration}"
+
+    def policy(self, iteration: int) -> Path | None:
+        """The folder of M_t, None for M_0 (the base itself)."""
+        return self.folder_of(iteration) / "adapter" if iteration else None
+
+    def inputs(self) -> dict[str, tuple[Path, str]]:
+        """Input name -> (path, the notebook that makes it)."""
+        t, found = self.iteration, {}
+        if self.name == "01_sample" and t > 1:
+            found["policy"] = (self.policy(t - 1), f"03_train.ipynb with iteration = {t - 1}")
+        if self.name == "02_pairs" and self.choices.selection == "pairs":
+            folder = self.m0_folder() if t == 1 else self.folder_of(t)
+            found["samples"] = (folder / "samples.jsonl", "01_sample.ipynb")
+        if self.name == "03_train":
+            found["pairs"] = (self.folder / "pairs.jsonl", "02_pairs.ipynb")
+            if t > 1 and self.choices.start == "M_t":
+                found["policy"] = (self.policy(t - 1), f"03_train.ipynb with iteration = {t - 1}")
+        if self.name == "04_evaluate" and t > 0:
+            found["policy"] = (self.policy(t), "03_train.ipynb")
+        return found
+
+    def input(self, name: str) -> Path | None:
+        """The path of an input; None for the policy M_0. Raises MissingArtefact."""
+        path, made_by = self.inputs().get(name, (None, ""))
+        if path is not None and not path.exists():
+            raise MissingArtefact(f"{path} is missing; run notebooks/{made_by} first")
+        return path
+
+    def parameters(self) -> dict[str, Any]:
+        """The parameters this stage depends on, and no others."""
+        chosen = {section: asdict(getattr(self.config, section)) for section in self.spec.sections}
+        chosen["threads"] = self.config.threads
+        chosen["seed"], chosen["iteration"] = self.seed, self.iteration
+        if self.name == "01_sample":
+            chosen["sampling"]["temperature"] = self.config.temperature(self.iteration)
+        if self.name == "02_pairs":
+            chosen["selection"] = self.choices.selection
+        if self.name == "03_train":
+            chosen["loss"], chosen["start"] = self.choices.loss, self.choices.start
+        return chosen
+
+    def key(self) -> dict[str, Any]:
+        """Everything the stage's result depends on. Raises MissingArtefact if an input is not there."""
+        inputs = {name: file_hash(self.input(name)) for name in self.inputs()}
+        if "model" in self.spec.sections and self.config.model.path == "seed":
+            inputs["base"] = file_hash(PACKAGE / "assets" / "seed_model")
+        return {
+            "stage": self.name,
+            "parameters": self.parameters(),
+            "inputs": inputs,
+            "code": code_hash(NOTEBOOKS / f"{self.name}.ipynb"),
+            "versions": {name: version(name) for name in VERSIONS},
+            "python": sys.version.split()[0],
+        }
+
+    def path(self, name: str) -> Path:
+        return self.folder / name
+
+    def manifest_path(self) -> Path:
+        return self.folder / f"{self.name}.manifest.json"
+
+    def manifest(self) -> dict[str, Any] | None:
+        try:
+            return json.loads(self.manifest_path().read_text())
+        except (FileNotFoundError, json.JSONDecodeError):
+            return None
+
+    def is_done(self) -> bool:
+        """Whether the manifest names the present inputs and the outputs are as it left them."""
+        manifest = self.manifest()
+        if manifest is None or any(not self.path(name).exists() for name in self.spec.writes):
+            return False
+        if any(not path.exists() for path, _ in self.inputs().values()) or manifest["key"] != self.key():
+            return False
+        return all(file_hash(self.path(name)) == digest for name, digest in manifest["outputs"].items())
+
+    def begin(self) -> Stage:
+        """Take the stage's folder, forget its old manifest, and clear away what other inputs left there.
+
+        Raises:
+            MissingArtefact: an input is missing. Busy: another process is at work on this stage.
+        """
+        self._started = time.time()
+        self._key = self.key()
+        # A kernel whose driver was killed lives on for about a second; give it the time to notice.
+        self._lock = locked(self.folder / f".{self.name}.lock", patience=20.0)
+        self._lock.__enter__()
+        self.manifest_path().unlink(missing_ok=True)
+        self.partial = self.folder / f".{self.name}.partial"
+        mark = self.partial / "key.json"
+        if not mark.exists() or json.loads(mark.read_text()) != self._key:
+            import shutil
+
+            shutil.rmtree(self.partial, ignore_errors=True)
+            write_json(mark, self._key)
+        if "torch" not in sys.modules:
+            os.environ["OMP_NUM_THREADS"] = str(self.config.threads)
+        return self
+
+    def finish(self, **facts: Any) -> dict[str, Any]:
+        """Write the manifest: from now on the stage is done."""
+        import shutil
+
+        outputs = {name: file_hash(self.path(name)) for name in self.spec.writes}
+        manifest = {
+            "key": self._key,
+            "outputs": outputs,
+            "seconds": round(time.time() - self._started, 2),
+            **facts,
+        }
+        write_json(self.manifest_path(), manifest)
+        shutil.rmtree(self.partial, ignore_errors=True)
+        self._lock.__exit__(None, None, None)
+        return manifest
+
+
+def open_run(folder: Path, preset: str = "tiny") -> Config:
+    """The configuration of a run. A folder that is not there yet starts as `preset`."""
+    path = Path(folder) / "config.yaml"
+    if not path.exists():
+        write_text(path, dump(load_preset(preset)))
+    return read_config(path)
+
+
+def arms(config: Config) -> list[tuple[str, int]]:
+    """Every (method, seed) of a run, seed by seed."""
+    return [(method, seed) for seed in range(config.seeds) for method in config.methods]
+
+
+def plan(config: Config, run: Path, method: str, seed: int) -> list[Stage]:
+    """The stages of one arm, in order."""
+    stages = [Stage("04_evaluate", run, method, seed, 0)]
+    for t in range(1, config.rounds(method) + 1):
+        names = ["02_pairs", "03_train", "04_evaluate"]
+        if METHODS[method].selection == "pairs":
+            names = ["01_sample", *names]
+        stages += [Stage(name, run, method, seed, t) for name in names]
+    return stages
+
+
+def evaluations(run: Path) -> list[dict[str, Any]]:
+    """Every evaluation of a run: method, seed, iteration and the contents of `evaluation.json`. M_0 counts for each method."""
+    config, rows = read_config(Path(run) / "config.yaml"), []
+    for method, seed in arms(config):
+        for t in range(config.rounds(method) + 1):
+            stage = Stage("04_evaluate", run, method, seed, t)
+            if not stage.path("evaluation.json").exists():
+                raise MissingArtefact(
+                    f"{stage.path('evaluation.json')} is missing; run notebooks/04_evaluate.ipynb for it, or ./run_all.sh"
+                )
+            rows.append(
+                {
+                    "method": method,
+                    "seed": seed,
+                    "iteration": t,
+                    **json.loads(stage.path("evaluation.json").read_text()),
+                }
+            )
+    return rows

@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# Set up what is missing, then run the loop (default), the tests (--test), or show what there is (--list, --help).
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+find_python() {
+  for candidate in python3.11 python3.12 python3.13 python3 python; do
+    if command -v "$candidate" >/dev/null && "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+      echo "$candidate"; return
+    fi
+  done
+  echo "error: Python 3.11 or newer is needed; install it, or use 'conda env create -f environment.yml'" >&2
+  exit 1
+}
+
+# An active environment that has this checkout installed, with all it needs, is used. Else .venv is made from the pins.
+ready() { "$1" - 2>/dev/null <<'P'
+import importlib.metadata as m, os, re, sys, tomllib
+import irpo_utils
+if os.path.realpath(os.path.dirname(irpo_utils.__file__)) != os.path.realpath("irpo_utils"): sys.exit(1)
+if not m.files("irpo-utils"): sys.exit(1)
+project = tomllib.load(open("pyproject.toml", "rb"))["project"]
+for pin in project["dependencies"] + project["optional-dependencies"]["dev"]:
+    name, wanted = pin.split("==")
+    if m.version(name).split("+")[0] != wanted: sys.exit(1)
+P
+}
+active=${VIRTUAL_ENV:-${CONDA_PREFIX:-}}
+if [ -n "$active" ] && ready "$active/bin/python"; then
+  python="$active/bin/python"
+else
+  python=.venv/bin/python
+  if ! { [ -x "$python" ] && ready "$python"; }; then
+    echo "setting up .venv from the pins in pyproject.toml (once, a few minutes) ..."
+    base=$(find_python)
+    [ -x "$python" ] || "$base" -m venv .venv
+    # torch first: a plain dependency resolution may look at builds that are not wanted
+    "$python" -m pip install --quiet --disable-pip-version-check "$(grep -o 'torch==[0-9.]*' pyproject.toml | head -1)"
+    "$python" -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+  fi
+fi
+python=$(cd "$(dirname "$python")" && pwd)/$(basename "$python")
+export PATH="$(dirname "$python"):$PATH"
+case "${1:-}" in
+  --test) shift; exec "$python" -m pytest "$@" ;;
+  *) exec "$python" -m irpo_utils "$@" ;;
+esac
