@@ -56,7 +56,7 @@ def run_notebook(source: Path, target: Path, parameters: dict, threads: int) -> 
         PYDEVD_DISABLE_FILE_VALIDATION="1",
     )
     target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(f".{target.name}.part")
+    part = target.with_name(f".{target.stem}.part.ipynb")
     try:
         papermill.execute_notebook(
             str(source),
@@ -64,7 +64,7 @@ def run_notebook(source: Path, target: Path, parameters: dict, threads: int) -> 
             parameters=parameters,
             progress_bar=False,
             cwd=str(NOTEBOOKS.parent),
-            log_output=False,
+            extra_arguments=["--IPKernelApp.log_level=ERROR"],
         )
     finally:
         if part.exists():
@@ -94,9 +94,9 @@ def report(run: Path, threads: int) -> None:
     run_notebook(NOTEBOOKS / "05_report.ipynb", target, {"run": str(run)}, threads)
     from nbconvert import HTMLExporter
 
-    page, _ = HTMLExporter(
-        exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True
-    ).from_filename(str(target))
+    page, _ = HTMLExporter(exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True).from_filename(
+        str(target)
+    )
     write_text(run / "report.html", page)
 
 
@@ -144,17 +144,13 @@ def run_side_by_side(run: Path, work: list[tuple[str, int]], jobs: int) -> None:
             while waiting and len(going) < jobs:
                 method, seed = waiting.pop(0)
                 going.append(
-                    subprocess.Popen(
-                        [sys.executable, "-m", "irpo_utils", "--arm", str(run), method, str(seed)]
-                    )
+                    subprocess.Popen([sys.executable, "-m", "irpo_utils", "--arm", str(run), method, str(seed)])
                 )
             time.sleep(0.2)
             for process in [p for p in going if p.poll() is not None]:
                 going.remove(process)
                 if process.returncode:
-                    raise RuntimeError(
-                        "an arm failed; its message is above. The same command goes on from there"
-                    )
+                    raise RuntimeError("an arm failed; its message is above. The same command goes on from there")
     finally:
         for process in going:
             process.terminate()
@@ -173,11 +169,7 @@ def main(arguments: list[str]) -> int:
         print("presets:")
         for name, text in configs.presets().items():
             print(f"  {name:10} {text}")
-        print(
-            "\nmethods: "
-            + ", ".join(configs.METHODS)
-            + "\n\nparameters and their defaults (before the preset's):"
-        )
+        print("\nmethods: " + ", ".join(configs.METHODS) + "\n\nparameters and their defaults (before the preset's):")
         print(configs.dump(configs.Config()))
         return 0
     elif arguments[:1] and arguments[0].startswith("-"):

@@ -30,9 +30,7 @@ class Method:
     reward: str  # "answer": the final answer matches; "none"
     selection: str  # "pairs": K cyclic pairs of right with wrong; "gold": the gold solutions
     loss: str  # one of losses.LOSSES
-    start: (
-        str  # "M_t": go on from the sampled model; "M_0": from the base, every round. Also the DPO reference.
-    )
+    start: str  # "M_t": go on from the sampled model; "M_0": from the base, every round. Also the DPO reference.
     rounds: int | None = None  # a method that does not sample gains nothing from a second round
 
 
@@ -143,9 +141,7 @@ def _typed(name: str, value: Any, kind: Any, from_text: bool) -> Any:
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if kind is float and isinstance(value, str):
-        raise ConfigError(
-            f"{name}: expected a number, got the text {value!r}; YAML reads 1e-5 as text, write 1.0e-5"
-        )
+        raise ConfigError(f"{name}: expected a number, got the text {value!r}; YAML reads 1e-5 as text, write 1.0e-5")
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise ConfigError(f"{name}: expected {kind.__name__}, got {value!r}")
     return value
@@ -162,9 +158,7 @@ def parameter_names(config: Config) -> list[str]:
     for f in dataclasses.fields(config):
         part = getattr(config, f.name)
         names += (
-            [f"{f.name}.{g.name}" for g in dataclasses.fields(part)]
-            if dataclasses.is_dataclass(part)
-            else [f.name]
+            [f"{f.name}.{g.name}" for g in dataclasses.fields(part)] if dataclasses.is_dataclass(part) else [f.name]
         )
     return [name for name in names if name != "method_settings"]
 
@@ -192,9 +186,7 @@ def apply(config: Config, settings: Iterable[tuple[str, Any]], from_text: bool =
                 raise _unknown(name, [f"{head}.{n}" for n in names])
             owner, leaf = rest.split(".") if "." in rest else (None, rest)
             if owner != "train":
-                raise ConfigError(
-                    f"{name}: only train.* can differ between methods, so that they share their samples"
-                )
+                raise ConfigError(f"{name}: only train.* can differ between methods, so that they share their samples")
             kind = get_type_hints(TrainConfig)[leaf]
             config.method_settings.setdefault(head, {})[rest] = _typed(name, value, kind, from_text)
             continue

@@ -57,9 +57,7 @@ def summarize(records: list[Record]) -> dict[str, float]:
     for k in (1, 2, 4, 8, 16, 32):
         if k <= samples:
             rewards = [[x == 1 for x in r["rewards"]] for r in records]
-            out[f"maj{k}"] = (
-                sum(majority(r["answers"], w, k) for r, w in zip(records, rewards, strict=True)) / total
-            )
+            out[f"maj{k}"] = sum(majority(r["answers"], w, k) for r, w in zip(records, rewards, strict=True)) / total
             out[f"pass{k}"] = sum(pass_at_k(sum(w), samples, k) for w in rewards) / total
     return out
 
@@ -81,8 +79,7 @@ def step_summary(judged: list[list[tuple[str, str]]], rewards: list[float | None
             counts.setdefault(kind, Counter())[verdict] += 1
     return {
         "steps_right": sum(clean) / len(judged),
-        "right_for_wrong_reason": sum(r == 1 and not c for r, c in zip(rewards, clean, strict=True))
-        / len(judged),
+        "right_for_wrong_reason": sum(r == 1 and not c for r, c in zip(rewards, clean, strict=True)) / len(judged),
         "errors": {
             kind: {
                 "careless": c["careless"] / c.total(),

@@ -87,9 +87,7 @@ def load_policy(
             f"{policy} holds no policy (neither adapter_config.json nor config.json); run 03_train first"
         )
     if policy is not None and not is_adapter(policy):
-        return AutoModelForCausalLM.from_pretrained(
-            policy, dtype=DTYPES[config.dtype], device_map={"": device()}
-        )
+        return AutoModelForCausalLM.from_pretrained(policy, dtype=DTYPES[config.dtype], device_map={"": device()})
     model = load_base(config)
     if policy is None and (not trainable or config.tuning == "full"):
         return model

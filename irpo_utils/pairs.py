@@ -99,7 +99,20 @@ def build_pairs(
     }
 
 
-AUDIT_KEYS = ["problems", "none_right", "some_right", "all_right", "samples", "unparsed", "unfinished", "duplicates", "over_long", "problems_with_pairs", "capped", "pairs"]
+AUDIT_KEYS = [
+    "problems",
+    "none_right",
+    "some_right",
+    "all_right",
+    "samples",
+    "unparsed",
+    "unfinished",
+    "duplicates",
+    "over_long",
+    "problems_with_pairs",
+    "capped",
+    "pairs",
+]
 
 
 def _pair(name: str, prompt: str, prompt_ids: list[int], chosen: Sample, rejected: Sample) -> dict[str, Any]:

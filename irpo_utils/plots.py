@@ -92,9 +92,7 @@ def flips(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> str:
     lines = []
     for split in ("dev", "test"):
         pairs = [(old[r["split"], r["problem"]], r["greedy"] == 1) for r in after if r["split"] == split]
-        lines.append(
-            f"{split}: {pairs.count((False, True))} turned right, {pairs.count((True, False))} turned wrong"
-        )
+        lines.append(f"{split}: {pairs.count((False, True))} turned right, {pairs.count((True, False))} turned wrong")
     return "\n".join(lines)
 
 
@@ -142,9 +140,7 @@ def error_heatmap(rows: list[dict[str, Any]], methods: list[str]) -> Figure:
         ax.imshow(grid, vmin=0, vmax=100, cmap="Reds", aspect="auto")
         for y, line in enumerate(grid):
             for x, value in enumerate(line):
-                ax.text(
-                    x, y, f"{value:.0f}", ha="center", va="center", color="white" if value > 60 else "black"
-                )
+                ax.text(x, y, f"{value:.0f}", ha="center", va="center", color="white" if value > 60 else "black")
         ax.set(xticks=range(len(mine)), xticklabels=[r["iteration"] for r in mine], yticks=range(len(kinds)))
         ax.set(yticklabels=kinds, xlabel="iteration", title=f"{method}: steps wrong (%)")
     return fig

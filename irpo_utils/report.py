@@ -11,7 +11,19 @@ import pandas as pd
 from .config import METHODS, Config
 from .runs import Stage, arms, plan, read_jsonl
 
-METRICS = ["run", "method", "seed", "iteration", "split", "problems", "greedy", "greedy_low", "greedy_high", "maj32", "pass32"]
+METRICS = [
+    "run",
+    "method",
+    "seed",
+    "iteration",
+    "split",
+    "problems",
+    "greedy",
+    "greedy_low",
+    "greedy_high",
+    "maj32",
+    "pass32",
+]
 LABELS = {
     "irpo": "IRPO (DPO + NLL)",
     "dpo": "DPO",
@@ -42,9 +54,7 @@ def summary_table(metrics: pd.DataFrame) -> pd.DataFrame:
     base = test[test.iteration == 0].drop_duplicates("seed")
     groups = [("M_0", 0, base)]
     trained = test[test.iteration > 0]
-    groups += [
-        (LABELS[m], t, g) for m in METHODS for (n, t), g in trained.groupby(["method", "iteration"]) if n == m
-    ]
+    groups += [(LABELS[m], t, g) for m in METHODS for (n, t), g in trained.groupby(["method", "iteration"]) if n == m]
     columns = {
         "greedy": "greedy",
         "maj32": "maj@32",
@@ -83,9 +93,7 @@ def audit_table(run: Path, config: Config) -> pd.DataFrame:
             facts = {k: audit.get(k, "") for k in keys} | {
                 "length gap": round(audit["length_gap"], 1) if "length_gap" in audit else ""
             }
-            out.append(
-                {"method": method, "seed": seed, "iteration": t, **facts, "best step": training["best_step"]}
-            )
+            out.append({"method": method, "seed": seed, "iteration": t, **facts, "best step": training["best_step"]})
     return pd.DataFrame(out)
 
 

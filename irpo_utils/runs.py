@@ -92,9 +92,7 @@ def file_hash(path: Path) -> str:
 
 def _meaning(source: str) -> str:
     """The source's syntax tree without comments, layout and docstrings: what changes when the program does."""
-    tree = ast.parse(
-        "\n".join("" if line.lstrip().startswith(("%", "!")) else line for line in source.splitlines())
-    )
+    tree = ast.parse("\n".join("" if line.lstrip().startswith(("%", "!")) else line for line in source.splitlines()))
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
         if (
@@ -117,13 +115,9 @@ def _imports(source: str, module: str) -> set[str]:
             base = here[: len(here) - node.level + 1] if node.level else []
             full = [*base, *(node.module or "").split(".")] if node.module else base
             if full[:1] == ["irpo_utils"]:
-                found |= {
-                    ".".join([*full[1:], *extra]) for extra in ([], *([alias.name] for alias in node.names))
-                }
+                found |= {".".join([*full[1:], *extra]) for extra in ([], *([alias.name] for alias in node.names))}
         elif isinstance(node, ast.Import):
-            found |= {
-                a.name.removeprefix("irpo_utils.") for a in node.names if a.name.startswith("irpo_utils.")
-            }
+            found |= {a.name.removeprefix("irpo_utils.") for a in node.names if a.name.startswith("irpo_utils.")}
     return found
 
 
@@ -142,9 +136,7 @@ def code_hash(notebook: Path) -> str:
     """
     cells = [c for c in json.loads(notebook.read_text())["cells"] if c["cell_type"] == "code"]
     # The parameters cell is replaced by the run's own, which are in the key already.
-    source = "\n".join(
-        "".join(c["source"]) for c in cells if "parameters" not in c.get("metadata", {}).get("tags", [])
-    )
+    source = "\n".join("".join(c["source"]) for c in cells if "parameters" not in c.get("metadata", {}).get("tags", []))
     clean = "\n".join("" if line.lstrip().startswith(("%", "!")) else line for line in source.splitlines())
     digest, seen, todo = hashlib.sha256(_meaning(source).encode()), set(), sorted(_imports(clean, ""))
     while todo:

@@ -78,9 +78,7 @@ def pick(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, T
     else:
         cumulative = (logits / temperature).softmax(-1).double().cumsum(-1)
         point = uniform.unsqueeze(-1) * cumulative[:, -1:]
-        tokens = (
-            torch.searchsorted(cumulative, point, right=True).squeeze(-1).clamp_(max=logits.shape[-1] - 1)
-        )
+        tokens = torch.searchsorted(cumulative, point, right=True).squeeze(-1).clamp_(max=logits.shape[-1] - 1)
     return tokens, logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
 
 
@@ -173,18 +171,14 @@ def sample(
         problem id -> its n completions, for each batch. Batches go by prompt length, so padding is small.
     """
     if temperature == 0 and n != 1:
-        raise ValueError(
-            f"greedy decoding gives one response per problem, not n={n}; set n=1 or a temperature above 0"
-        )
+        raise ValueError(f"greedy decoding gives one response per problem, not n={n}; set n=1 or a temperature above 0")
     model.eval()
     order = sorted(prompts, key=lambda name: (len(prompts[name]), name))
     size, started, tokens = max(1, rows // n), time.perf_counter(), 0
     for first in range(0, len(order), size):
         names = order[first : first + size]
         noise = np.stack([uniforms(seed, name, n, max_new_tokens) for name in names])
-        batch = sample_batch(
-            model, [prompts[name] for name in names], noise, temperature, eos_id, max_new_tokens
-        )
+        batch = sample_batch(model, [prompts[name] for name in names], noise, temperature, eos_id, max_new_tokens)
         tokens += sum(len(c.token_ids) for completions in batch for c in completions)
         if progress:
             progress(first + len(names), len(order), tokens / (time.perf_counter() - started))

@@ -74,8 +74,7 @@ def train_seed_model(
     rng = random.Random(seed)
     every = [tuple(bool(bit >> i & 1) for i in range(len(s.events))) for s in stories for bit in (0, -1)]
     texts = [
-        prompt(s.question()) + s.solution(c)[0]
-        for s, c in zip([s for s in stories for _ in "ab"], every, strict=True)
+        prompt(s.question()) + s.solution(c)[0] for s, c in zip([s for s in stories for _ in "ab"], every, strict=True)
     ]
     tokenizer = build_tokenizer([*texts, "Final answer: odd", "Final answer: even"])
     model = build_model(len(tokenizer), seed)
@@ -86,13 +85,11 @@ def train_seed_model(
         rows = []
         for i in rng.sample(range(len(stories)), batch):
             response, _ = stories[i].solution(careless_choice(stories[i], rng))
-            ids = tokenizer(response, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+            ids = [*tokenizer(response, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
             rows.append((prompts[i], ids))
         width = max(len(p) + len(r) for p, r in rows)
         ids = torch.tensor([p + r + [0] * (width - len(p) - len(r)) for p, r in rows])
-        scored = torch.tensor(
-            [[0] * len(p) + [1] * len(r) + [0] * (width - len(p) - len(r)) for p, r in rows]
-        )
+        scored = torch.tensor([[0] * len(p) + [1] * len(r) + [0] * (width - len(p) - len(r)) for p, r in rows])
         logps = token_logps(model(input_ids=ids).logits[:, :-1], ids[:, 1:]) * scored[:, 1:]
         loss = nll_term(logps.sum(-1), scored.sum(-1)).mean()
         loss.backward()

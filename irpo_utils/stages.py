@@ -115,9 +115,7 @@ def sample_stage(stage: Stage) -> list[Record]:
             label=f"sampling M_{stage.iteration - 1}, problems {start + 1}-{min(start + size, len(order))} of {len(order)}",
         )
         write_jsonl(path, [row for batch in rows for row in batch])
-    records = [
-        row for path in sorted(stage.partial.glob("chunk_*.jsonl")) for row in read_jsonl(path, "01_sample")
-    ]
+    records = [row for path in sorted(stage.partial.glob("chunk_*.jsonl")) for row in read_jsonl(path, "01_sample")]
     rank = {p.id: i for i, p in enumerate(problems)}
     records.sort(key=lambda r: (rank[r["problem"]], r["sample"]))
     write_jsonl(stage.path("samples.jsonl"), records)
@@ -152,9 +150,7 @@ def pairs_stage(stage: Stage) -> tuple[list[Record], Record]:
     ids = encode_prompts(task, tokenizer, problems)
     prompts = {p.id: (task.prompt(p), ids[p.id]) for p in problems}
     if stage.choices.selection == "gold":
-        rows, audit = pairs.gold_only(
-            gold_samples(task, tokenizer, problems), prompts, config.pairs.max_tokens
-        )
+        rows, audit = pairs.gold_only(gold_samples(task, tokenizer, problems), prompts, config.pairs.max_tokens)
     else:
         samples: dict[str, list[Record]] = {}
         for record in read_jsonl(stage.input("samples"), "01_sample.ipynb"):
@@ -175,9 +171,7 @@ def pairs_stage(stage: Stage) -> tuple[list[Record], Record]:
 
 
 def greedy_accuracy(config, model, tokenizer, task: Task, problems: list[Problem]) -> float:
-    batches = graded_samples(
-        config.sampling, model, tokenizer, task, problems, n=1, temperature=0, seed=0, label="dev"
-    )
+    batches = graded_samples(config.sampling, model, tokenizer, task, problems, n=1, temperature=0, seed=0, label="dev")
     return sum(row["reward"] == 1 for batch in batches for row in batch) / len(problems)
 
 

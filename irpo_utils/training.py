@@ -70,11 +70,7 @@ def response_logps(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
 @torch.no_grad()
 def reference_logps(model: PreTrainedModel, pairs: list[Pair], rows: int = 64) -> list[tuple[float, float]]:
     """log M_t of every pair's chosen and rejected response; each distinct response is scored once."""
-    keys = {
-        (p["problem"], tuple(p[f"{side}_ids"])): p["prompt_ids"]
-        for p in pairs
-        for side in ("chosen", "rejected")
-    }
+    keys = {(p["problem"], tuple(p[f"{side}_ids"])): p["prompt_ids"] for p in pairs for side in ("chosen", "rejected")}
     todo = sorted((k for k in keys if k[1]), key=lambda k: (len(keys[k]) + len(k[1]), k))
     scores: dict[Any, float] = {}
     model.eval()
@@ -111,9 +107,7 @@ def batch_losses(model: PreTrainedModel, batch: dict[str, Tensor], loss: str, be
     logps = response_logps(model, batch)
     chosen, rejected = logps[:count], logps[count:] if len(logps) > count else torch.zeros_like(logps[:count])
     reference = batch["reference"].to(logps.dtype)
-    terms = pair_losses(
-        loss, chosen, rejected, reference[:, 0], reference[:, 1], batch["lengths"], beta, alpha
-    )
+    terms = pair_losses(loss, chosen, rejected, reference[:, 0], reference[:, 1], batch["lengths"], beta, alpha)
     return terms, chosen, rejected
 
 

@@ -41,7 +41,5 @@ def get_task(config) -> Task:
 
     tasks = {"word_problems": WordProblems}
     if config.name not in tasks:
-        raise ValueError(
-            f"task.name: no task is called {config.name!r}; there is: {', '.join(sorted(tasks))}"
-        )
+        raise ValueError(f"task.name: no task is called {config.name!r}; there is: {', '.join(sorted(tasks))}")
     return tasks[config.name](config)

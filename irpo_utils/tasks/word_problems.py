@@ -20,9 +20,7 @@ from itertools import product
 from ..answers import marked_answer
 from . import Problem
 
-MAX_VALUE = (
-    39  # every value on every careless path stays in 1..MAX_VALUE: the numbers are a closed vocabulary
-)
+MAX_VALUE = 39  # every value on every careless path stays in 1..MAX_VALUE: the numbers are a closed vocabulary
 NAMES = ("Ann", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gus", "Hana")
 ITEMS = ("pens", "coins", "cards", "shells", "eggs", "books", "stamps", "apples")
 TIMES = {2: "twice", 3: "three times", 4: "four times"}
@@ -78,9 +76,7 @@ class Event:
         return [("Find:", x, "+", a, x + a) if self.kind == "finds" else ("Lose:", x, "-", a, x - a)]
 
     def text(self, x: int, careless: bool) -> str:
-        return "\n".join(
-            f"{head} {left} {op} {right} = {y}" for head, left, op, right, y in self.step(x, careless)
-        )
+        return "\n".join(f"{head} {left} {op} {right} = {y}" for head, left, op, right, y in self.step(x, careless))
 
 
 @dataclass(frozen=True)
