@@ -53,6 +53,7 @@ def run_notebook(source: Path, target: Path, parameters: dict, threads: int) -> 
         OMP_NUM_THREADS=str(threads),
         TOKENIZERS_PARALLELISM="false",
         HF_HUB_DISABLE_PROGRESS_BARS="1",
+        TRANSFORMERS_VERBOSITY="error",
         PYDEVD_DISABLE_FILE_VALIDATION="1",
     )
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -49,7 +49,7 @@ class TaskConfig:
     dev_size: int = 200
     test_size: int = 300
     seed: int = 0
-    guessable_share: float = 0.5  # share of problems that ask "odd or even?"
+    guessable_share: float = 0.8  # share of problems that ask "odd or even?"
 
 
 @dataclass

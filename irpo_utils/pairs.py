@@ -31,7 +31,10 @@ def cyclic_pairs(winners: list[Any], losers: list[Any], k: int) -> list[tuple[An
 
 def distinct(samples: list[Sample]) -> list[Sample]:
     """The first sample of every distinct token sequence, in order."""
-    return list({tuple(s["token_ids"]): s for s in reversed(samples)}.values())[::-1]
+    first: dict[tuple[int, ...], Sample] = {}
+    for s in samples:
+        first.setdefault(tuple(s["token_ids"]), s)
+    return list(first.values())
 
 
 def build_pairs(

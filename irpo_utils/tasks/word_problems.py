@@ -27,11 +27,11 @@ TIMES = {2: "twice", 3: "three times", 4: "four times"}
 
 # How often the careless solver misreads each kind of event. Above one half, greedy decoding of M_0 is wrong.
 MISCONCEPTIONS = {
-    "half": 0.85,  # "sells half" read as "sells 2"
-    "times": 0.7,  # "three times as many" read as "3 more"
-    "bystander": 0.6,  # somebody else's things added in
-    "bags": 0.4,  # "3 bags of 4" read as 3 + 4
-    "fewer": 0.25,  # "5 fewer than" read as "5 more than"
+    "half": 0.95,  # "sells half" read as "sells 2"
+    "times": 0.88,  # "three times as many" read as "3 more"
+    "bystander": 0.78,  # somebody else's things added in
+    "bags": 0.6,  # "3 bags of 4" read as 3 + 4
+    "fewer": 0.4,  # "5 fewer than" read as "5 more than"
 }
 PLAIN = ("finds", "loses")
 # Tenths of the hash space that each split's problems come from. "seed" is what M_0 is pre-trained on.

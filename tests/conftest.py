@@ -1,0 +1,68 @@
+"""Shared fixtures: the shipped seed model and a micro run made once by the driver."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+ROOT = Path(__file__).parent.parent
+DATA = ROOT.parent / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def config():
+    from irpo_utils.config import load_preset
+
+    return load_preset("micro")
+
+
+@pytest.fixture(scope="session")
+def tokenizer(config):
+    from irpo_utils import models
+
+    return models.load_tokenizer(config.model)
+
+
+@pytest.fixture(scope="session")
+def seed_model(config):
+    from irpo_utils import models
+
+    return models.load_policy(config.model, threads=1)
+
+
+@pytest.fixture(scope="session")
+def task(config):
+    from irpo_utils.tasks import get_task
+
+    return get_task(config.task)
+
+
+def drive(*arguments: str, **kwargs) -> subprocess.CompletedProcess:
+    """The driver in a process of its own, without a terminal or standard input."""
+    return subprocess.run(
+        [sys.executable, "-m", "irpo_utils", *arguments],
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        **kwargs,
+    )
+
+
+def remove_run(name: str) -> None:
+    import shutil
+
+    shutil.rmtree(ROOT / "outputs" / name, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def micro_run():
+    """A finished run of the micro preset with two methods, in a folder of its own."""
+    remove_run("test-micro")
+    done = drive("micro", "run=test-micro", "methods=irpo,sft_gold", "iterations=2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    yield ROOT / "outputs" / "test-micro", done
+    remove_run("test-micro")

@@ -1,0 +1,72 @@
+"""Bad parameters give one clear error that names the thing and the mend."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from irpo_utils.config import ConfigError, dump, load_preset, presets, read_config
+
+
+@pytest.mark.parametrize("name", presets())
+def test_presets_load_and_read_back_the_same(name, tmp_path):
+    config = load_preset(name)
+    (tmp_path / "config.yaml").write_text(dump(config))
+    assert read_config(tmp_path / "config.yaml") == config
+
+
+@given(st.floats(1e-8, 1.0), st.integers(1, 99))
+def test_overrides_arrive_and_survive_yaml(lr, n):
+    config = load_preset("tiny", [f"train.lr={lr!r}", f"sampling.n={n}", f"dpo.train.lr={lr!r}"])
+    assert (config.train.lr, config.sampling.n, config.for_method("dpo").train.lr) == (lr, n, lr)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.lrr=1", "did you mean 'train.lr'"),
+        ("tempreature=1", "no parameter is called 'tempreature'"),
+        ("train.lr=fast", "train.lr: expected float, got 'fast'"),
+        ("sampling.n=1.5", "sampling.n: expected int, got '1.5'"),
+        ("sampling.n=0", "sampling.n: at least 1"),
+        ("methods=irpo,dop", "no method is called 'dop'; there is: irpo"),
+        ("pairs.gold=maybe", "pairs.gold: expected bool"),
+        ("sampling.temperature=0.8,hot", "sampling.temperature: expected float, got 'hot'"),
+        ("sampling.temperature=0", "sampling.temperature: above 0"),
+        ("iterations", "not key=value"),
+        ("train.micro_batch=5", "train.batch: a multiple of train.micro_batch"),
+        ("irpo.sampling.n=3", "only train.\\* can differ between methods"),
+        ("train=3", "no parameter is called 'train'"),
+    ],
+)
+def test_bad_override(override, message):
+    with pytest.raises(ConfigError, match=message):
+        load_preset("tiny", [override])
+
+
+def test_unknown_preset_lists_the_known():
+    with pytest.raises(ConfigError, match="'big'; there is: micro, tiny"):
+        load_preset("big")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train: {lr: 1e-5}", "YAML reads 1e-5 as text, write 1.0e-5"),
+        ("train: {lr: true}", "train.lr: expected float"),
+        ("sampling: {n: '16'}", "sampling.n: expected int, got '16'"),
+        ("pairs: {k: 2.0}", "pairs.k: expected int"),
+        ("trian: {lr: 1.0}", "no parameter is called 'trian.lr'; did you mean 'train.lr'"),
+        ("- a", "expected parameters as `key: value`"),
+        ("train: {lr: [", "not YAML"),
+        ("methods: []", "methods: expected at least one value"),
+    ],
+)
+def test_bad_yaml(text, message, tmp_path):
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        read_config(tmp_path / "c.yaml")
+
+
+def test_temperature_by_iteration_goes_on_with_the_last():
+    config = load_preset("tiny", ["sampling.temperature=0.8,1.3"])
+    assert [config.temperature(t) for t in (1, 2, 3)] == [0.8, 1.3, 1.3]

@@ -1,0 +1,49 @@
+"""Metrics against cases that can be counted by hand."""
+
+from itertools import combinations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from irpo_utils.evaluation import majority, pass_at_k, step_summary, summarize, wilson
+
+
+@given(st.integers(1, 9).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n), st.integers(1, n))))
+def test_pass_at_k_counts_the_subsets(case):
+    correct, total, k = case
+    subsets = list(combinations([True] * correct + [False] * (total - correct), k))
+    assert pass_at_k(correct, total, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
+
+
+def test_majority_ties_unparsed_and_k():
+    right = [True, False, False, True]
+    assert majority(["6", "7", "7", "6"], right, 4) == 0.5
+    assert majority(["6", "7", "7", "6"], right, 3) == 0.0
+    assert majority([None, None, "6"], [False, False, True], 3) == 1.0
+    assert majority([None, None], [False, False], 2) == 0.0
+
+
+@given(st.integers(1, 2000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
+def test_wilson_holds_the_proportion_and_stays_in_range(case):
+    correct, total = case
+    low, high = wilson(correct, total)
+    assert 0 <= low <= correct / total + 1e-9 and correct / total - 1e-9 <= high <= 1
+
+
+def test_wilson_known_value():
+    assert wilson(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
+    with pytest.raises(ValueError, match="at least one"):
+        wilson(0, 0)
+
+
+def test_summary_and_steps():
+    records = [
+        {"greedy": 1.0, "answers": ["6", "6"], "rewards": [1.0, 1.0]},
+        {"greedy": None, "answers": [None, "5"], "rewards": [None, 0.0]},
+    ]
+    s = summarize(records)
+    assert (s["greedy"], s["greedy_unparsed"], s["sampled"], s["maj2"], s["pass2"]) == (0.5, 0.5, 0.5, 0.5, 0.5)
+    steps = step_summary([[("half", "careless")], [("half", "right"), ("finds", "right")]], [1.0, 1.0])
+    assert steps["steps_right"] == 0.5 and steps["right_for_wrong_reason"] == 0.5
+    assert steps["errors"]["half"] == {"careless": 0.5, "wrong": 0.5, "count": 2}

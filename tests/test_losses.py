@@ -1,0 +1,140 @@
+"""The loss is the paper's equation; TRL's form differs where sequences differ in length, and only there."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from irpo_utils.losses import pair_losses, token_logps
+from irpo_utils.training import PreferenceTrainer, batch_losses, collate, pair_batch, response_logps
+
+logp = st.floats(-200, -0.01)
+
+
+@given(
+    st.lists(st.tuples(logp, logp, logp, logp, st.integers(1, 300)), min_size=1, max_size=8),
+    st.floats(0.01, 2),
+    st.floats(0, 3),
+)
+def test_loss_is_equation_1_of_the_paper(rows, beta, alpha):
+    """arXiv 2404.19733 v3, Eq. 1, written out in plain floats."""
+    columns = [torch.tensor(c, dtype=torch.float64) for c in zip(*rows, strict=True)]
+    total = pair_losses("dpo+nll", *columns, beta=beta, alpha=alpha).total
+    for value, (pc, pr, rc, rr, length) in zip(total.tolist(), rows, strict=True):
+        z = beta * (pc - rc) - beta * (pr - rr)
+        softplus = max(-z, 0.0) + math.log1p(math.exp(-abs(z)))  # -log sigma(z) without overflow
+        assert value == pytest.approx(softplus + alpha * -pc / length, rel=1e-10, abs=1e-10)
+
+
+def test_alpha_zero_is_dpo_and_the_parts_add_up():
+    args = [torch.randn(5, dtype=torch.float64, generator=torch.Generator().manual_seed(i)) - 9 for i in range(4)]
+    lengths = torch.arange(1, 6)
+    both = pair_losses("dpo+nll", *args, lengths, alpha=0.7)
+    assert torch.equal(
+        pair_losses("dpo+nll", *args, lengths, alpha=0.0).total, pair_losses("dpo", *args, lengths).total
+    )
+    assert torch.allclose(both.total, both.dpo + 0.7 * pair_losses("nll", *args, lengths).total)
+
+
+def test_at_the_reference_the_dpo_term_is_ln2_and_rewards_are_zero():
+    logps = torch.tensor([-3.0, -70.0])
+    terms = pair_losses("dpo+nll", logps, logps - 5, logps, logps - 5, torch.tensor([3, 40]), beta=0.5)
+    assert torch.allclose(terms.dpo, torch.full((2,), math.log(2)))
+    assert not terms.chosen_reward.any() and not terms.rejected_reward.any()
+
+
+def test_unknown_loss_is_named():
+    with pytest.raises(ValueError, match="'rpo'.*dpo\\+nll"):
+        pair_losses("rpo", *[torch.zeros(1)] * 4, torch.ones(1))
+
+
+PAIRS = [("half", [5, 6, 7, 2], [5, 9, 2]), ("long", [8, 9, 10, 11, 12, 13, 2], [5, 2])]
+
+
+def make_pairs(tokenizer):
+    prompt = tokenizer("Question: Ann has 12 pens. How many pens does Ann have?\nAnswer:\n").input_ids
+    return [
+        {"problem": n, "prompt_ids": prompt[: 5 + 3 * i], "chosen_ids": c, "rejected_ids": r, "reference_chosen": -9.0, "reference_rejected": -8.0}
+        for i, (n, c, r) in enumerate(PAIRS)
+    ]  # fmt: skip
+
+
+def test_response_logps_score_the_response_and_all_of_it(seed_model, tokenizer):
+    """Against one unpadded forward pass per sequence: neither prompt, nor padding, nor a shift by one; EOS is scored."""
+    rows = [(p["prompt_ids"], p["chosen_ids"]) for p in make_pairs(tokenizer)]
+    got = response_logps(seed_model, collate(rows))
+    for value, (prompt, response) in zip(got, rows, strict=True):
+        logits = seed_model(torch.tensor([prompt + response])).logits[0]
+        wanted = sum(logits[len(prompt) + i - 1].log_softmax(-1)[t] for i, t in enumerate(response))
+        assert value.item() == pytest.approx(wanted.item(), abs=1e-4)
+
+
+def test_agrees_with_trl_for_a_batch_of_one_and_differs_for_unequal_lengths(seed_model, tokenizer, tmp_path):
+    """TRL's own DPOTrainer with loss_type ["sigmoid", "sft"] on the same token ids and reference."""
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM
+    from trl import DPOConfig, DPOTrainer
+
+    from irpo_utils.models import SEED_MODEL
+
+    # The texts go through TRL's tokenization, so the pairs are made of real words.
+    texts = [
+        ("Question: Ann has 12 pens. Ann sells half of them. How many pens does Ann have?\nAnswer:\n", "Half: 12 / 2 = 6\nFinal answer: 6", "Half: 12 - 2 = 10\nFinal answer: 10"),
+        ("Question: Ben has 3 eggs. Ben finds 4 more. Ben loses 2 of them. How many eggs does Ben have?\nAnswer:\n", "Find: 3 + 4 = 7\nLose: 7 - 2 = 5\nFinal answer: 5", "Final answer: 9"),
+    ]  # fmt: skip
+    reference = AutoModelForCausalLM.from_pretrained(SEED_MODEL)
+    policy = AutoModelForCausalLM.from_pretrained(SEED_MODEL)
+    with torch.no_grad():  # a policy that has moved away from its reference
+        generator = torch.Generator().manual_seed(0)
+        for p in policy.parameters():
+            p += 0.01 * torch.randn(p.shape, generator=generator)
+
+    def trl_loss(chosen):
+        data = Dataset.from_list([dict(zip(("prompt", "chosen", "rejected"), t, strict=True)) for t in chosen])
+        args = DPOConfig(
+            output_dir=str(tmp_path), loss_type=["sigmoid", "sft"], loss_weights=[1.0, 1.0], beta=0.1, report_to=[],
+            per_device_train_batch_size=len(chosen), max_length=None, use_cpu=True, bf16=False, gradient_checkpointing=False,
+            disable_tqdm=True,
+        )  # fmt: skip
+        trainer = DPOTrainer(policy, reference, args, train_dataset=data, processing_class=tokenizer)
+        batch = next(iter(trainer.get_train_dataloader()))
+        policy.eval()
+        with torch.no_grad():
+            return trainer.compute_loss(trainer.model, batch).item(), batch
+
+    def our_loss(chosen):
+        pairs = []
+        for prompt, w, loser in chosen:
+            prompt = tokenizer(prompt).input_ids
+            ids = [[*tokenizer(r, add_special_tokens=False).input_ids, tokenizer.eos_token_id] for r in (w, loser)]
+            with torch.no_grad():
+                ref = [response_logps(reference, collate([(prompt, r)])).item() for r in ids]
+            pairs.append({"prompt_ids": prompt, "chosen_ids": ids[0], "rejected_ids": ids[1], "reference_chosen": ref[0], "reference_rejected": ref[1]})  # fmt: skip
+        with torch.no_grad():
+            return batch_losses(policy, pair_batch(pairs), "dpo+nll", 0.1, 1.0)[0], pairs
+
+    for text in texts:
+        assert our_loss([text])[0].total.mean().item() == pytest.approx(trl_loss([text])[0], abs=1e-4)
+    ours, pairs = our_loss(texts)
+    lengths = torch.tensor([float(len(p["chosen_ids"])) for p in pairs])
+    assert lengths[0] != lengths[1]
+    # TRL averages the NLL over the batch's tokens: the difference is exactly that of the two means.
+    difference = (ours.nll * lengths).sum() / lengths.sum() - ours.nll.mean()
+    assert abs(difference) > 1e-3
+    assert trl_loss(texts)[0] - ours.total.mean().item() == pytest.approx(difference.item(), abs=1e-4)
+
+
+def test_a_nan_loss_stops_training_with_the_step_and_the_mend(seed_model, tokenizer):
+    broken = SimpleNamespace(
+        loss="dpo+nll", beta=float("nan"), alpha=1.0, terms=[], state=SimpleNamespace(global_step=6), args=SimpleNamespace(learning_rate=0.5)
+    )  # fmt: skip
+    with pytest.raises(FloatingPointError, match=r"nan at step 7; lower train.lr \(it is 0.5\)"):
+        PreferenceTrainer.compute_loss(broken, seed_model, pair_batch(make_pairs(tokenizer)))
+
+
+def test_token_logps_widen_half_precision():
+    logits = torch.tensor([[10.0, 0.0, -10.0]], dtype=torch.bfloat16)
+    assert token_logps(logits, torch.tensor([0])).dtype == torch.float32

@@ -1,0 +1,164 @@
+"""The shipped seed model is the recorded one; adapters, NF4 and the two checks before training."""
+
+import hashlib
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from irpo_utils import models, stages, training
+from irpo_utils.losses import pair_losses
+from irpo_utils.tasks import get_task
+
+
+def test_seed_model_has_its_recorded_hash_and_accuracy(tokenizer, seed_model, config):
+    facts = json.loads((models.SEED_MODEL / "facts.json").read_text())
+    assert hashlib.sha256((models.SEED_MODEL / "model.safetensors").read_bytes()).hexdigest() == facts["sha256"]
+    task = get_task(replace(config.task, test_size=facts["test_problems"]))
+    accuracy = stages.greedy_accuracy(config, seed_model, tokenizer, task, task.problems("test"))
+    assert accuracy == pytest.approx(facts["test_greedy"], abs=0.011)  # another CPU may round a close call otherwise
+    assert 0.35 <= accuracy <= 0.65
+
+
+@pytest.fixture(scope="module")
+def pairs(seed_model, tokenizer, task, config):
+    from irpo_utils.pairs import build_pairs
+
+    problems = task.problems("train")[:24]
+    samples: dict = {}
+    for batch in stages.graded_samples(config.sampling, seed_model, tokenizer, task, problems, n=16, temperature=1.0, seed=0, label=""):  # fmt: skip
+        for row in batch:
+            samples.setdefault(row["problem"], []).append(row)
+    ids = stages.encode_prompts(task, tokenizer, problems)
+    return build_pairs(samples, {p.id: (task.prompt(p), ids[p.id]) for p in problems}, None, k=4, max_tokens=128)[0]
+
+
+def run(model, pairs, folder, config, **kwargs):
+    settings = dict(loss="dpo+nll", config=config.train, seed=0, sampled_by_start=True, show=lambda text: None)
+    return training.train(model, pairs, folder, **(settings | kwargs))
+
+
+def test_training_starts_at_ln2_learns_and_is_repeatable(config, pairs, tmp_path):
+    finals = []
+    for name in ("first", "second"):
+        model = models.load_policy(config.model, trainable=True, seed=0, threads=1)
+        facts = run(model, pairs, tmp_path / name, config)
+        assert facts["dpo_at_start"] == pytest.approx(training.LN2, abs=1e-5)
+        finals.append((tmp_path / name / "best" / "adapter_model.safetensors").read_bytes())
+    assert finals[0] == finals[1]
+    steps = list(training.read_steps(tmp_path / "first" / "steps.jsonl"))
+    assert steps[-1]["margin"] > steps[0]["margin"]
+
+
+def test_a_run_killed_while_training_ends_the_same(config, pairs, tmp_path):
+    """Stop hard after step 4 of 6 (a checkpoint lies at 3), as a kill would, and go on."""
+
+    class Killed(BaseException):
+        pass
+
+    def kill(policy):
+        calls.append(1)
+        if len(calls) == 2:
+            raise Killed
+        return 0.5
+
+    train = replace(config.train, eval_every=3, max_steps=6)
+    config = replace(config, train=train)
+    model = models.load_policy(config.model, trainable=True, seed=0, threads=1)
+    run(model, pairs, tmp_path / "whole", config, score=lambda policy: 0.5)
+    calls: list[int] = []
+    with pytest.raises(Killed):
+        run(models.load_policy(config.model, trainable=True, seed=0), pairs, tmp_path / "cut", config, score=kill)
+    (tmp_path / "cut" / "checkpoints" / "checkpoint-6").mkdir()  # half-written: has no mark
+    run(
+        models.load_policy(config.model, trainable=True, seed=0),
+        pairs,
+        tmp_path / "cut",
+        config,
+        score=lambda policy: 0.5,
+    )
+    for name in ("steps.jsonl", "best/adapter_model.safetensors"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+def test_accumulated_micro_batches_are_the_whole_batch(config, pairs, tmp_path):
+    losses = []
+    for micro in (8, 2):
+        cut = replace(config, train=replace(config.train, micro_batch=micro, max_steps=3))
+        run(models.load_policy(config.model, trainable=True, seed=0), pairs, tmp_path / str(micro), cut)
+        losses.append([s["loss"] for s in training.read_steps(tmp_path / str(micro) / "steps.jsonl")])
+    assert losses[0] == pytest.approx(losses[1], abs=2e-4)
+
+
+def test_wrong_reference_is_refused():
+    zero = torch.zeros(2)
+    terms = pair_losses("dpo+nll", zero, zero - 1, zero, zero - 3, torch.ones(2))
+    with pytest.raises(RuntimeError, match="not ln 2.*check that both are M_t"):
+        training.check_start(terms, "dpo+nll", 1e-3)
+
+
+def test_pairs_of_another_model_are_refused(config, pairs, tmp_path):
+    model = models.load_policy(config.model, trainable=True, seed=0)
+    with torch.no_grad():
+        next(p for n, p in model.named_parameters() if "lora_B" in n).add_(0.5)
+    with pytest.raises(RuntimeError, match="not samples of M_t; run 01_sample"):
+        run(model, pairs, tmp_path, config)
+
+
+def test_adapter_goes_on_where_it_was(config, pairs, tmp_path, tokenizer):
+    model = models.load_policy(config.model, trainable=True, seed=0)
+    run(model, pairs, tmp_path, config)
+    model.eval()
+    rows = training.collate([(p["prompt_ids"], p["chosen_ids"]) for p in pairs[:6]])
+    with torch.no_grad():
+        wanted = training.response_logps(model, rows)
+        for trainable in (False, True):
+            again = models.load_policy(config.model, tmp_path / "best", trainable=trainable).eval()
+            assert torch.allclose(training.response_logps(again, rows), wanted, atol=1e-4)
+    assert any(p.requires_grad for p in again.parameters())
+
+
+def test_full_tuning_saves_a_whole_model(config, pairs, tmp_path):
+    full = replace(
+        config, model=replace(config.model, tuning="full"), train=replace(config.train, lr=1e-4, max_steps=3)
+    )
+    model = models.load_policy(full.model, trainable=True)
+    run(model, pairs, tmp_path, full)
+    again = models.load_policy(full.model, tmp_path / "best")
+    assert not models.is_adapter(tmp_path / "best")
+    assert torch.equal(again.lm_head.weight, model.lm_head.weight)
+
+
+def test_nf4_with_lora_samples_and_trains_on_a_cpu(config, tokenizer, task, tmp_path):
+    """The base really is in 4 bits, sampling runs the very function that is trained, and the pairs are its samples."""
+    import bitsandbytes as bnb
+
+    from irpo_utils.pairs import build_pairs
+
+    nf4 = replace(config, model=replace(config.model, quantize="nf4"), train=replace(config.train, max_steps=4))
+    model = models.load_policy(nf4.model, threads=1)
+    assert sum(isinstance(m, bnb.nn.Linear4bit) for m in model.modules()) == 28  # 7 in each of 4 layers
+    problems = task.problems("train")[:24]
+    samples: dict = {}
+    for batch in stages.graded_samples(nf4.sampling, model, tokenizer, task, problems, n=8, temperature=1.0, seed=0, label=""):  # fmt: skip
+        for row in batch:
+            samples.setdefault(row["problem"], []).append(row)
+    ids = stages.encode_prompts(task, tokenizer, problems)
+    rows, _ = build_pairs(samples, {p.id: (task.prompt(p), ids[p.id]) for p in problems}, None, k=4, max_tokens=128)
+    policy = models.load_policy(nf4.model, trainable=True)
+    facts = run(policy, rows, tmp_path, nf4)
+    assert facts["dpo_at_start"] == pytest.approx(training.LN2, abs=1e-3)
+    again = models.load_policy(nf4.model, tmp_path / "best")
+    assert stages.greedy_accuracy(nf4, again, tokenizer, task, problems) >= 0
+
+
+def test_a_folder_without_a_policy_is_named(config, tmp_path):
+    with pytest.raises(FileNotFoundError, match="holds no policy.*run 03_train first"):
+        models.load_policy(config.model, tmp_path)
+
+
+def test_order_is_whole_shuffled_passes_cut_to_the_budget():
+    order = training.training_order(10, batch=4, max_steps=5, max_epochs=9, seed=0)
+    assert len(order) == 20 and sorted(order[:10]) == sorted(order[10:]) == list(range(10))
+    assert len(training.training_order(10, batch=4, max_steps=99, max_epochs=1, seed=0)) == 8

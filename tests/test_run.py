@@ -1,0 +1,167 @@
+"""The whole loop through the driver and its notebooks on the micro preset."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, drive, remove_run
+
+from irpo_utils import runs
+from irpo_utils.config import ConfigError, load_preset
+
+
+def manifests(run):
+    return {p.relative_to(run): p.stat().st_mtime_ns for p in run.rglob("*.manifest.json")}
+
+
+def test_run_ends_with_the_table_and_the_files(micro_run):
+    run, done = micro_run
+    assert "report.html" in done.stdout.splitlines()[-1]
+    rows = list(csv.DictReader(open(run / "metrics.csv")))
+    assert (
+        list(rows[0]) == "run method seed iteration split problems greedy greedy_low greedy_high maj32 pass32".split()
+    )
+    assert {(r["method"], r["iteration"], r["split"]) for r in rows} == {
+        (m, str(t), s) for m, last in (("irpo", 2), ("sft_gold", 1)) for t in range(last + 1) for s in ("dev", "test")
+    }
+    assert all(0 <= float(r["greedy_low"]) <= float(r["greedy"]) <= float(r["greedy_high"]) <= 1 for r in rows)
+    assert list(csv.DictReader(open(run / "timing.csv")))[0].keys() == {"stage", "iteration", "seconds"}
+    page = (run / "report.html").read_text()
+    assert "IRPO" in page and "data:image/png" in page
+
+
+def test_pairs_load_with_datasets_and_hold_the_sampled_ids(micro_run):
+    from datasets import load_dataset
+
+    run, _ = micro_run
+    folder = run / "irpo" / "seed_0" / "iteration_1"
+    data = load_dataset("json", data_files=str(folder / "pairs.jsonl"), split="train")
+    assert {"prompt", "chosen", "rejected"} <= set(data.column_names)
+    sampled = {(r["problem"], tuple(r["token_ids"])) for r in runs.read_jsonl(run / "m0" / "seed_0" / "samples.jsonl")}
+    for row in data:
+        assert (row["problem"], tuple(row["chosen_ids"])) in sampled
+        assert (row["problem"], tuple(row["rejected_ids"])) in sampled
+
+
+def test_second_run_does_nothing_and_a_changed_parameter_reruns_what_depends_on_it(micro_run):
+    run, _ = micro_run
+    before = manifests(run)
+    again = drive("micro", "run=test-micro", "methods=irpo,sft_gold", "iterations=2")
+    assert again.returncode == 0 and manifests(run) == before
+    changed = drive("micro", "run=test-micro", "methods=irpo,sft_gold", "iterations=2", "irpo.train.lr=2e-3")
+    assert changed.returncode == 0, changed.stderr
+    after = manifests(run)
+    rerun = {str(p) for p in before if after[p] != before[p]}
+    base = "irpo/seed_0/iteration_"
+    wanted = {f"{base}{t}/{s}.manifest.json" for t, s in [(1, "03_train"), (1, "04_evaluate"), (2, "01_sample"), (2, "02_pairs"), (2, "03_train"), (2, "04_evaluate")]}  # fmt: skip
+    assert rerun == wanted
+    back = drive("micro", "run=test-micro", "methods=irpo,sft_gold", "iterations=2")
+    assert back.returncode == 0
+
+
+def test_a_damaged_artefact_is_made_again(micro_run):
+    """Runs after the one above, so artefacts are those of the plain command."""
+    run, _ = micro_run
+    pairs = run / "sft_gold" / "seed_0" / "iteration_1" / "pairs.jsonl"
+    whole = pairs.read_bytes()
+    pairs.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(runs.MissingArtefact, match=r"line \d+ is damaged or cut off; delete it and run 02_pairs"):
+        runs.read_jsonl(pairs, "02_pairs.ipynb")
+    assert drive("micro", "run=test-micro", "methods=irpo,sft_gold", "iterations=2").returncode == 0
+    assert pairs.read_bytes() == whole
+
+
+def test_a_missing_stage_names_its_notebook(tmp_path):
+    runs.write_text(tmp_path / "config.yaml", runs.dump(load_preset("micro")))
+    with pytest.raises(runs.MissingArtefact, match=r"samples.jsonl is missing; run notebooks/01_sample.ipynb first"):
+        runs.Stage("02_pairs", tmp_path).begin()
+    with pytest.raises(
+        runs.MissingArtefact, match=r"adapter is missing; run notebooks/03_train.ipynb with iteration = 1"
+    ):
+        runs.Stage("01_sample", tmp_path, iteration=2).begin()
+    with pytest.raises(ConfigError, match="no method is called 'ipo'"):
+        runs.Stage("02_pairs", tmp_path, method="ipo")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["tinny"], "no preset is called 'tinny'"),
+        (["micro", "train.lrr=1"], "did you mean 'train.lr'"),
+        (["micro", "run=../x"], "run: a plain folder name"),
+        (["micro", "jobs=0"], "jobs: expected a number"),
+        (["--tset"], "no option is called '--tset'"),
+    ],
+)
+def test_bad_commands(arguments, message):
+    done = drive(*arguments)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_failing_stage_is_one_error(tmp_path):
+    remove_run("test-fail")
+    done = drive("micro", "run=test-fail", "sampling.max_new_tokens=2")  # nothing can finish, so no pair can be made
+    assert done.returncode == 1 and "error: ValueError: no pair can be made" in done.stderr
+    remove_run("test-fail")
+
+
+def test_help_and_list():
+    assert "run=NAME" in drive("--help").stdout
+    assert "tiny" in drive("--list").stdout
+
+
+def test_an_unknown_notebook_parameter_is_an_error(tmp_path):
+    from irpo_utils.__main__ import run_notebook
+
+    with pytest.raises(ConfigError, match="01_sample.ipynb has no parameter iteratoin"):
+        run_notebook(runs.NOTEBOOKS / "01_sample.ipynb", tmp_path / "x.ipynb", {"iteratoin": 2}, 1)
+
+
+def test_two_runs_in_one_folder(tmp_path):
+    with (
+        runs.locked(tmp_path / ".lock"),
+        pytest.raises(runs.Busy, match="another process is at work in .*; wait for it or stop it"),
+        runs.locked(tmp_path / ".lock"),
+    ):
+        pass
+
+
+def test_killed_and_run_again_ends_with_the_same_metrics(micro_run):
+    """kill -9 of the driver and its kernels while it works, twice, then to the end."""
+    run, _ = micro_run
+    remove_run("test-kill")
+    command = [sys.executable, "-m", "irpo_utils", "micro", "run=test-kill", "methods=irpo,sft_gold", "iterations=2"]
+    for seconds in (6.5, 17.0):
+        process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
+        time.sleep(seconds)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    done = drive(*command[3:])
+    assert done.returncode == 0, done.stderr
+    killed = (ROOT / "outputs" / "test-kill" / "metrics.csv").read_text().replace("test-kill", "test-micro")
+    assert killed == (run / "metrics.csv").read_text()
+    for name in ("m0/seed_0/samples.jsonl", "irpo/seed_0/iteration_2/pairs.jsonl"):
+        assert (ROOT / "outputs" / "test-kill" / name).read_bytes() == (run / name).read_bytes()
+    remove_run("test-kill")
+
+
+def test_notebooks_are_committed_without_output_and_short():
+    for path in sorted(runs.NOTEBOOKS.glob("*.ipynb")):
+        for cell in json.loads(path.read_text())["cells"]:
+            if cell["cell_type"] == "code":
+                assert not cell["outputs"] and cell["execution_count"] is None, path.name
+                assert len("".join(cell["source"]).splitlines()) <= 30, path.name
+
+
+def test_the_seed_notebook_makes_a_model(tmp_path):
+    from irpo_utils.__main__ import run_notebook
+
+    target = tmp_path / "model"
+    parameters = {"target": str(target), "steps": 3, "stories": 80, "threads": 1}
+    run_notebook(runs.NOTEBOOKS / "00_seed_model.ipynb", tmp_path / "00.ipynb", parameters, 1)
+    assert {"model.safetensors", "tokenizer.json", "facts.json"} <= {p.name for p in target.iterdir()}
