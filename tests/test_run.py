@@ -22,15 +22,25 @@ def manifests(run):
 def test_run_ends_with_the_table_and_the_files(micro_run):
     run, done = micro_run
     assert "report.html" in done.stdout.splitlines()[-1]
-    rows = list(csv.DictReader(open(run / "metrics.csv")))
-    assert (
-        list(rows[0]) == "run method seed iteration split problems greedy greedy_low greedy_high maj32 pass32".split()
-    )
+    rows = list(csv.DictReader((run / "metrics.csv").read_text().splitlines()))
+    assert list(rows[0]) == [
+        "run",
+        "method",
+        "seed",
+        "iteration",
+        "split",
+        "problems",
+        "greedy",
+        "greedy_low",
+        "greedy_high",
+        "maj32",
+        "pass32",
+    ]
     assert {(r["method"], r["iteration"], r["split"]) for r in rows} == {
         (m, str(t), s) for m, last in (("irpo", 2), ("sft_gold", 1)) for t in range(last + 1) for s in ("dev", "test")
     }
     assert all(0 <= float(r["greedy_low"]) <= float(r["greedy"]) <= float(r["greedy_high"]) <= 1 for r in rows)
-    assert list(csv.DictReader(open(run / "timing.csv")))[0].keys() == {"stage", "iteration", "seconds"}
+    assert (run / "timing.csv").read_text().splitlines()[0] == "stage,iteration,seconds"
     page = (run / "report.html").read_text()
     assert "IRPO" in page and "data:image/png" in page
 
