@@ -16,6 +16,7 @@ from .runs import NOTEBOOKS, OUTPUTS, Busy, MissingArtefact, Stage, arms, locked
 
 HELP = """usage: ./run_all.sh [preset] [key=value ...]     run the loop, skip what is done, write outputs/<run>/report.html
        ./run_all.sh --list                        show the presets and every parameter with its default
+       ./run_all.sh --publish RUN                 copy a run's small artefacts to outputs/reference/RUN
        ./run_all.sh --test                        run the tests
 
   run=NAME       the folder under outputs/ (default: the preset's name)
@@ -137,6 +138,26 @@ def start(arguments: list[str]) -> int:
     return 0
 
 
+def publish(run: Path) -> None:
+    """Copy a run's small artefacts (notebooks, tables, figures; no weights, no samples) to outputs/reference."""
+    import shutil
+
+    if not (run / "report.html").exists():
+        raise MissingArtefact(f"{run / 'report.html'} is missing; let ./run_all.sh finish first")
+    target = OUTPUTS / "reference" / run.name
+    shutil.rmtree(target, ignore_errors=True)
+    kept = [
+        p for pattern in ("*.csv", "*.png", "table.txt", "config.yaml", "*.ipynb") for p in sorted(run.glob(pattern))
+    ]
+    kept += [p for folder in ("m0/seed_0", "*/seed_0/iteration_*") for p in sorted(run.glob(f"{folder}/*.ipynb"))]
+    kept += [p for name in ("evaluation", "audit", "training") for p in sorted(run.rglob(f"{name}.json"))]
+    for path in kept:
+        if not path.name.startswith("."):
+            (target / path.relative_to(run)).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target / path.relative_to(run))
+    print(f"{len(kept)} files -> {target}")
+
+
 def run_side_by_side(run: Path, work: list[tuple[str, int]], jobs: int) -> None:
     """Arms in processes of their own, `jobs` at a time; the first failure stops the rest."""
     waiting, going = list(work), []
@@ -173,6 +194,8 @@ def main(arguments: list[str]) -> int:
         print("\nmethods: " + ", ".join(configs.METHODS) + "\n\nparameters and their defaults (before the preset's):")
         print(configs.dump(configs.Config()))
         return 0
+    elif arguments[:1] == ["--publish"] and len(arguments) == 2:
+        work = lambda: publish(OUTPUTS / arguments[1])  # noqa: E731
     elif arguments[:1] and arguments[0].startswith("-"):
         print(f"error: no option is called {arguments[0]!r}; see ./run_all.sh --help", file=sys.stderr)
         return 2
