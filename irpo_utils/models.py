@@ -56,13 +56,20 @@ def load_base(config) -> PreTrainedModel:
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
         )
-    return AutoModelForCausalLM.from_pretrained(
+    model = AutoModelForCausalLM.from_pretrained(
         base_path(config),
         dtype=dtype,
         quantization_config=quantization,
         device_map={"": device()},
         use_safetensors=True,
     )
+    for module in model.modules():
+        # bitsandbytes repacks 4-bit weights at the first forward in eval mode on some CPUs, for a kernel that computes
+        # in bfloat16 and has no gradient: sampling would run another function than training, and training after a dev
+        # score would silently get wrong gradients.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 def is_adapter(policy: Path) -> bool:

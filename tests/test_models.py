@@ -153,6 +153,29 @@ def test_nf4_with_lora_samples_and_trains_on_a_cpu(config, tokenizer, task, tmp_
     assert stages.greedy_accuracy(nf4, again, tokenizer, task, problems) >= 0
 
 
+def test_nf4_gradients_are_those_of_the_dequantized_model_also_after_a_forward_in_eval_mode(config):
+    """bitsandbytes would switch to a kernel without a gradient there (see models.load_base)."""
+    import bitsandbytes as bnb
+
+    nf4 = models.load_policy(replace(config.model, quantize="nf4"), trainable=True, seed=0)
+    dense = models.load_policy(config.model, trainable=True, seed=0)
+    twins, parameters = dict(dense.named_modules()), dict(dense.named_parameters())
+    for name, module in nf4.named_modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            twins[name].weight.data = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+    trained = {n: p for n, p in nf4.named_parameters() if p.requires_grad}
+    with torch.no_grad():
+        for name, p in trained.items():
+            parameters[name].copy_(p.normal_(std=0.02))
+    batch = training.collate([([1, 5, 6, 7], [9, 8, 2]), ([1, 5, 6, 7, 10, 11], [9, 8, 12, 13, 2])])
+    with torch.no_grad():
+        training.response_logps(nf4.eval(), batch)
+    for model in (nf4.train(), dense.train()):
+        training.response_logps(model, batch).sum().backward()
+    for name, p in trained.items():
+        assert torch.allclose(p.grad, parameters[name].grad, rtol=1e-4, atol=1e-5), name
+
+
 def test_a_folder_without_a_policy_is_named(config, tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no policy.*run 03_train first"):
         models.load_policy(config.model, tmp_path)
