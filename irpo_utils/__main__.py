@@ -31,9 +31,14 @@ def execute(stage: Stage) -> None:
     run_notebook(
         NOTEBOOKS / f"{stage.name}.ipynb",
         stage.folder / f"{stage.name}.ipynb",
-        {"run": str(stage.run), "method": stage.method, "seed": stage.seed, "iteration": stage.iteration},
+        {"run": project_path(stage.run), "method": stage.method, "seed": stage.seed, "iteration": stage.iteration},
         stage.config.threads,
     )
+
+
+def project_path(folder: Path) -> str:
+    """A folder as a notebook names it: relative to the project, so that an executed copy reads the same elsewhere."""
+    return os.path.relpath(folder, NOTEBOOKS.parent)
 
 
 def run_notebook(source: Path, target: Path, parameters: dict, threads: int) -> None:
@@ -93,7 +98,7 @@ def run_arm(run: Path, config: configs.Config, method: str, seed: int, wait: boo
 def report(run: Path, threads: int) -> None:
     """Run 05_report and render it as a page."""
     target = run / "05_report.ipynb"
-    run_notebook(NOTEBOOKS / "05_report.ipynb", target, {"run": str(run)}, threads)
+    run_notebook(NOTEBOOKS / "05_report.ipynb", target, {"run": project_path(run)}, threads)
     from nbconvert import HTMLExporter
 
     page, _ = HTMLExporter(exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True).from_filename(
@@ -154,7 +159,11 @@ def publish(run: Path) -> None:
     for path in kept:
         if not path.name.startswith("."):
             (target / path.relative_to(run)).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target / path.relative_to(run))
+            copy = target / path.relative_to(run)
+            if path.suffix in (".ipynb", ".html"):  # papermill notes where the files lay on this machine
+                write_text(copy, path.read_text().replace(f"{NOTEBOOKS.parent}/", ""))
+            else:
+                shutil.copyfile(path, copy)
     print(f"{len(kept)} files -> {target}")
 
 

@@ -42,6 +42,11 @@ class Busy(RuntimeError):
     """Another process is at work in the same folder."""
 
 
+def resolve(folder: str | Path) -> Path:
+    """A folder given relative to the project, wherever the notebook's kernel was started."""
+    return Path(os.path.relpath(PACKAGE.parent / folder))
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file so that it is there whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -201,7 +206,7 @@ class Stage:
     def __init__(self, name: str, run: str | Path, method: str = "irpo", seed: int = 0, iteration: int = 1):
         if method not in METHODS:
             raise ConfigError(f"method: no method is called {method!r}; there is: {', '.join(METHODS)}")
-        self.name, self.spec, self.run = name, STAGES[name], Path(run)
+        self.name, self.spec, self.run = name, STAGES[name], resolve(run)
         self.method, self.seed, self.iteration = method, seed, iteration
         self.config = open_run(self.run).for_method(method)
         self.choices = METHODS[method]
@@ -332,7 +337,7 @@ class Stage:
 
 def open_run(folder: Path, preset: str = "tiny") -> Config:
     """The configuration of a run. A folder that is not there yet starts as `preset`."""
-    path = Path(folder) / "config.yaml"
+    path = resolve(folder) / "config.yaml"
     if not path.exists():
         write_text(path, dump(load_preset(preset)))
     return read_config(path)
@@ -356,7 +361,7 @@ def plan(config: Config, run: Path, method: str, seed: int) -> list[Stage]:
 
 def evaluations(run: Path) -> list[dict[str, Any]]:
     """Every evaluation of a run: method, seed, iteration and the contents of `evaluation.json`. M_0 counts for each method."""
-    config, rows = read_config(Path(run) / "config.yaml"), []
+    config, rows = read_config(resolve(run) / "config.yaml"), []
     for method, seed in arms(config):
         for t in range(config.rounds(method) + 1):
             stage = Stage("04_evaluate", run, method, seed, t)
