@@ -49,7 +49,8 @@ class TaskConfig:
     dev_size: int = 200
     test_size: int = 300
     seed: int = 0
-    guessable_share: float = 0.8  # share of problems that ask "odd or even?"
+    guessable_share: float = 0.8  # word_problems: share of problems that ask "odd or even?"
+    path: str = ""  # jsonl: the folder with train.jsonl, dev.jsonl and test.jsonl
 
 
 @dataclass
@@ -220,10 +221,10 @@ def check(config: Config) -> Config:
         (c.evaluation.samples <= c.sampling.rows, "evaluation.samples: at most sampling.rows"),
         (c.sampling.n <= c.sampling.rows, "sampling.n: at most sampling.rows"),
     ]
+    if c.task.name == "word_problems":
+        sizes = (c.task.train_size, c.task.dev_size, c.task.test_size)
+        rules.append((min(sizes) >= 1, "task: train_size, dev_size and test_size at least 1"))
     positive = [
-        "task.train_size",
-        "task.dev_size",
-        "task.test_size",
         "sampling.n",
         "sampling.max_new_tokens",
         "pairs.k",

@@ -34,8 +34,12 @@ class Progress:
 
 
 def encode_prompts(task: Task, tokenizer, problems: list[Problem]) -> dict[str, list[int]]:
-    """Problem id -> prompt token ids, with the BOS that the tokenizer puts there (and no second one)."""
-    return {p.id: tokenizer(task.prompt(p)).input_ids for p in problems}
+    """Problem id -> prompt token ids: through the chat template where there is one, else plain text. One BOS either way."""
+    if not tokenizer.chat_template:
+        return {p.id: tokenizer(task.prompt(p)).input_ids for p in problems}
+    turns = ([{"role": "user", "content": task.prompt(p)}] for p in problems)
+    texts = [tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True) for turn in turns]
+    return {p.id: tokenizer(t, add_special_tokens=False).input_ids for p, t in zip(problems, texts, strict=True)}
 
 
 def encode_response(tokenizer, text: str) -> list[int]:

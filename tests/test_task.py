@@ -1,5 +1,6 @@
 """The embedded task: disjoint splits, gold that grades right, steps judged on the truth, answers in three classes."""
 
+import copy
 import random
 from dataclasses import replace
 
@@ -8,6 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from irpo_utils.answers import marked_answer, reward
+from irpo_utils.config import TaskConfig
+from irpo_utils.stages import encode_prompts
 from irpo_utils.tasks import SPLITS, get_task
 from irpo_utils.tasks.word_problems import BUCKETS, MAX_VALUE, careless_choice, draw_problems, draw_story, story_of
 
@@ -86,6 +89,61 @@ def test_marked_answer(response, answer):
     assert marked_answer(response) == answer
 
 
+def write_splits(folder, **lines):
+    good = {s: [f'{{"question": "{s} 1+1?", "answer": "2", "solution": "It is 2."}}'] for s in SPLITS}
+    for split, text in (good | lines).items():
+        (folder / f"{split}.jsonl").write_text("\n".join(text) + "\n")
+    return TaskConfig(name="jsonl", path=str(folder))
+
+
+def test_own_problems_from_json_lines(tmp_path):
+    task = get_task(write_splits(tmp_path))
+    (problem,) = task.problems("train")
+    assert problem.solution == "It is 2.\nFinal answer: 2"
+    assert reward(task, problem.solution, problem.answer) == 1.0
+    assert "train 1+1?" in task.prompt(problem)
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold", "same"),
+    [
+        ("1,200.0", "1200", True),
+        ("$5", "5.00", True),
+        ("Odd", "odd", True),
+        ("6", "7", False),
+        ("nan", "nan", True),
+        ("", "0", False),
+    ],
+)
+def test_own_answers_compare_as_numbers_or_text(tmp_path, answer, gold, same):
+    assert get_task(write_splits(tmp_path)).equal(answer, gold) is same
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ({"train": ["{oops"]}, "train.jsonl, line 1: expected"),
+        ({"train": ['{"question": "q", "answer": "a"}', '{"question": "q"}']}, "train.jsonl, line 2: expected"),
+        ({"dev": ['{"question": "q", "answer": 3}']}, "dev.jsonl, line 1: question and answer must be text"),
+        ({"dev": ["[1]"]}, "dev.jsonl, line 1: expected"),
+        ({"dev": ['{"question": "train 1+1?", "answer": "2"}']}, "train and dev share 1 question"),
+        ({"test": []}, "test.jsonl"),
+    ],
+)
+def test_bad_own_problems(tmp_path, lines, message):
+    with pytest.raises(ValueError, match=message):
+        get_task(write_splits(tmp_path, **lines))
+
+
+def test_a_chat_template_is_used_and_adds_no_second_bos(tmp_path, tokenizer):
+    chat = copy.deepcopy(tokenizer)
+    chat.chat_template = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    task = get_task(write_splits(tmp_path))
+    ids = encode_prompts(task, chat, task.problems("train"))["train-1"]
+    assert ids.count(chat.bos_token_id) == 1
+    assert ids == encode_prompts(task, tokenizer, task.problems("train"))["train-1"]
+
+
 def test_unknown_task_is_named(config):
-    with pytest.raises(ValueError, match=r"'gsm9k'; there is: word_problems"):
+    with pytest.raises(ValueError, match=r"'gsm9k'; there is: jsonl, word_problems"):
         get_task(replace(config.task, name="gsm9k"))

@@ -37,9 +37,10 @@ class Task(Protocol):
 
 def get_task(config) -> Task:
     """The task that a `TaskConfig` names."""
+    from .jsonl import JsonLines
     from .word_problems import WordProblems
 
-    tasks = {"word_problems": WordProblems}
+    tasks = {"word_problems": WordProblems, "jsonl": JsonLines}
     if config.name not in tasks:
         raise ValueError(f"task.name: no task is called {config.name!r}; there is: {', '.join(sorted(tasks))}")
     return tasks[config.name](config)
