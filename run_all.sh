@@ -33,7 +33,7 @@ else
   if ! { [ -x "$python" ] && ready "$python"; }; then
     echo "setting up .venv from the pins in pyproject.toml (once, a few minutes) ..."
     base=$(find_python)
-    [ -x "$python" ] || "$base" -m venv .venv
+    "$python" -m pip --version >/dev/null 2>&1 || "$base" -m venv --clear .venv
     # torch first: a plain dependency resolution may look at builds that are not wanted
     "$python" -m pip install --quiet --disable-pip-version-check "$(grep -o 'torch==[0-9.]*' pyproject.toml | head -1)"
     "$python" -m pip install --quiet --disable-pip-version-check -e '.[dev]'

@@ -28,6 +28,7 @@ A run that was stopped goes on with the same command. A changed parameter reruns
 
 def execute(stage: Stage) -> None:
     """Run one stage's notebook; its executed copy lies beside its artefacts, also when it fails."""
+    (stage.folder / f"{stage.name}.ipynb").unlink(missing_ok=True)
     run_notebook(
         NOTEBOOKS / f"{stage.name}.ipynb",
         stage.folder / f"{stage.name}.ipynb",
@@ -78,17 +79,21 @@ def run_notebook(source: Path, target: Path, parameters: dict, threads: int) -> 
             os.replace(part, target)
 
 
-def run_arm(run: Path, config: configs.Config, method: str, seed: int, wait: bool = False) -> None:
+def run_arm(run: Path, config: configs.Config, method: str, seed: int, after: int = 0, parent: int = 0) -> None:
+    """Run one arm's stages. `after` stages of later arms follow (for the time left); stops if process `parent` is gone."""
     stages = plan(config, run, method, seed)
     spent: list[float] = []
     for i, stage in enumerate(stages):
+        if parent and os.getppid() != parent:
+            raise RuntimeError("the driver is gone")
         label = f"{method}, seed {seed}, iteration {stage.iteration}, {stage.name}"
         # M_0's stages are shared: whoever comes first does them, the others wait and then find them done.
         with locked(stage.folder / f".{stage.name}.turn", patience=7200.0):
-            if stage.is_done():
+            # A run killed between the manifest and the page has the artefacts but not their notebook.
+            if stage.is_done() and (stage.folder / f"{stage.name}.ipynb").exists():
                 print(f"[{i + 1}/{len(stages)}] {label}: done already", flush=True)
                 continue
-            left = f", about {sum(spent) / len(spent) * (len(stages) - i):.0f} s left" if spent else ""
+            left = f", about {sum(spent) / len(spent) * (len(stages) - i + after):.0f} s left" if spent else ""
             print(f"[{i + 1}/{len(stages)}] {label} ...{left}", flush=True)
             started = time.monotonic()
             execute(stage)
@@ -125,21 +130,22 @@ def start(arguments: list[str]) -> int:
     run = OUTPUTS / (name or preset)
     if Path(run).resolve().parent != OUTPUTS.resolve() or not run.name:
         raise configs.ConfigError(f"run: a plain folder name under outputs/, got {name!r}")
-    with locked(run / ".lock"):
+    with locked(run / ".lock") as lock:
         write_text(run / "config.yaml", configs.dump(config))
         work = arms(config)
         print(
-            f"{run.name}: {', '.join(config.methods)}; {config.seeds} seed(s), {config.iterations} iterations -> {run}"
+            f"{run.name}: {', '.join(config.methods)}; {config.seeds} seed(s), {config.iterations} iterations -> {project_path(run)}"
         )
         if jobs == 1:
-            for method, seed in work:
-                run_arm(run, config, method, seed)
+            sizes = [len(plan(config, run, *arm)) for arm in work]
+            for i, (method, seed) in enumerate(work):
+                run_arm(run, config, method, seed, after=sum(sizes[i + 1 :]))
         else:
-            run_side_by_side(run, work, jobs)
+            run_side_by_side(run, work, jobs, lock.fileno())
         print("report ...", flush=True)
         report(run, config.threads)
         print((run / "table.txt").read_text())
-        print(f"report: {run / 'report.html'}")
+        print(f"report: {project_path(run / 'report.html')}")
     return 0
 
 
@@ -167,15 +173,17 @@ def publish(run: Path) -> None:
     print(f"{len(kept)} files -> {target}")
 
 
-def run_side_by_side(run: Path, work: list[tuple[str, int]], jobs: int) -> None:
-    """Arms in processes of their own, `jobs` at a time; the first failure stops the rest."""
+def run_side_by_side(run: Path, work: list[tuple[str, int]], jobs: int, lock: int) -> None:
+    """Arms in processes of their own, `jobs` at a time; the first failure stops the rest. Each holds the run's lock too."""
     waiting, going = list(work), []
     try:
         while waiting or going:
             while waiting and len(going) < jobs:
                 method, seed = waiting.pop(0)
                 going.append(
-                    subprocess.Popen([sys.executable, "-m", "irpo_utils", "--arm", str(run), method, str(seed)])
+                    subprocess.Popen(
+                        [sys.executable, "-m", "irpo_utils", "--arm", str(run), method, str(seed)], pass_fds=[lock]
+                    )
                 )
             time.sleep(0.2)
             for process in [p for p in going if p.poll() is not None]:
@@ -192,7 +200,8 @@ def main(arguments: list[str]) -> int:
 
     if arguments[:1] == ["--arm"]:
         run, method, seed = Path(arguments[1]), arguments[2], int(arguments[3])
-        work = lambda: run_arm(run, configs.read_config(run / "config.yaml"), method, seed)  # noqa: E731
+        parent = os.getppid()
+        work = lambda: run_arm(run, configs.read_config(run / "config.yaml"), method, seed, parent=parent)  # noqa: E731
     elif arguments[:1] in (["--help"], ["-h"]):
         print(HELP)
         return 0

@@ -1,7 +1,6 @@
 """A run's parameters: typed, from a YAML preset and `key=value` overrides. Anything unknown or mistyped is an error.
 
-A method is four choices (`METHODS`): where the reward comes from, what is selected, which loss, and what training
-starts from. All methods share one code path; `method_settings` gives each its own hyper-parameters, and
+A method is a row of `METHODS`: what is selected, which loss, and what training starts from (the reward is the answer's). All methods share one code path; `method_settings` gives each its own hyper-parameters, and
 `irpo.train.lr=1e-3` sets one from the command line.
 """
 
@@ -27,7 +26,6 @@ class ConfigError(ValueError):
 class Method:
     """One point in the space of self-training methods."""
 
-    reward: str  # "answer": the final answer matches; "none"
     selection: str  # "pairs": K cyclic pairs of right with wrong; "gold": the gold solutions
     loss: str  # one of losses.LOSSES
     start: str  # "M_t": go on from the sampled model; "M_0": from the base, every round. Also the DPO reference.
@@ -35,10 +33,10 @@ class Method:
 
 
 METHODS = {
-    "irpo": Method("answer", "pairs", "dpo+nll", "M_t"),
-    "dpo": Method("answer", "pairs", "dpo", "M_t"),
-    "sft_chosen": Method("answer", "pairs", "nll", "M_0"),
-    "sft_gold": Method("none", "gold", "nll", "M_0", rounds=1),
+    "irpo": Method("pairs", "dpo+nll", "M_t"),
+    "dpo": Method("pairs", "dpo", "M_t"),
+    "sft_chosen": Method("pairs", "nll", "M_0"),
+    "sft_gold": Method("gold", "nll", "M_0", rounds=1),
 }
 
 
@@ -193,6 +191,9 @@ def apply(config: Config, settings: Iterable[tuple[str, Any]], from_text: bool =
             continue
         if name not in names:
             raise _unknown(name, names)
+        if from_text and head == "train":  # asked for on the command line: for every method
+            for own in config.method_settings.values():
+                own.pop(name, None)
         target = getattr(config, head) if rest else config
         leaf = rest or head
         setattr(target, leaf, _typed(name, value, get_type_hints(type(target))[leaf], from_text))
@@ -210,6 +211,8 @@ def check(config: Config) -> Config:
             not (c.model.quantize == "nf4" and c.model.tuning == "full"),
             "model.quantize: nf4 weights cannot be trained; set model.tuning=lora",
         ),
+        (0 <= c.train.warmup <= 1, "train.warmup: between 0 and 1"),
+        (len(set(c.methods)) == len(c.methods), "methods: each one once"),
         (0 <= c.task.guessable_share <= 1, "task.guessable_share: between 0 and 1"),
         (all(t > 0 for t in c.sampling.temperature), "sampling.temperature: above 0"),
         (c.evaluation.temperature > 0, "evaluation.temperature: above 0"),
@@ -245,6 +248,9 @@ def check(config: Config) -> Config:
     for fits, message in rules:
         if not fits:
             raise ConfigError(message)
+    for method, own in c.method_settings.items():
+        if own:
+            check(dataclasses.replace(c.for_method(method), method_settings={}))
     for method in c.methods:
         if method not in METHODS:
             raise ConfigError(f"methods: no method is called {method!r}; there is: {', '.join(METHODS)}")
@@ -301,6 +307,7 @@ def load_preset(name: str, overrides: Iterable[str] = ()) -> Config:
         if not equals:
             raise ConfigError(f"{text!r} is not key=value, as in train.lr=1e-3")
         pairs.append((key, value))
+    pairs.sort(key=lambda pair: pair[0].partition(".")[0] in METHODS)  # irpo.train.lr wins over train.lr, in any order
     return check(apply(read_config(path), pairs, from_text=True))
 
 

@@ -16,7 +16,18 @@ def wilson(correct: int, total: int, z: float = 1.96) -> tuple[float, float]:
         raise ValueError("an interval needs at least one problem")
     p, zz = correct / total, z * z / total
     center, half = p + zz / 2, z * math.sqrt(p * (1 - p) / total + zz / (4 * total))
-    return max(0.0, (center - half) / (1 + zz)), min(1.0, (center + half) / (1 + zz))
+    # The bounds hold p; at p = 0 or 1 rounding would otherwise leave it out by one unit in the last place.
+    return min(p, max(0.0, (center - half) / (1 + zz))), max(p, min(1.0, (center + half) / (1 + zz)))
+
+
+def bootstrap(values: Sequence[float], draws: int = 1000) -> tuple[float, float]:
+    """The 95 % interval of a mean over problems, [problems], by resampling the problems (seeded percentile bootstrap)."""
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    means = np.asarray(values)[rng.integers(0, len(values), (draws, len(values)))].mean(axis=1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(low), float(high)
 
 
 def pass_at_k(correct: int, total: int, k: int) -> float:
@@ -57,8 +68,13 @@ def summarize(records: list[Record]) -> dict[str, float]:
     for k in (1, 2, 4, 8, 16, 32):
         if k <= samples:
             rewards = [[x == 1 for x in r["rewards"]] for r in records]
-            out[f"maj{k}"] = sum(majority(r["answers"], w, k) for r, w in zip(records, rewards, strict=True)) / total
-            out[f"pass{k}"] = sum(pass_at_k(sum(w), samples, k) for w in rewards) / total
+            per_problem = {
+                "maj": [majority(r["answers"], w, k) for r, w in zip(records, rewards, strict=True)],
+                "pass": [pass_at_k(sum(w), samples, k) for w in rewards],
+            }
+            for name, values in per_problem.items():
+                out[f"{name}{k}"] = sum(values) / total
+                out[f"{name}{k}_low"], out[f"{name}{k}_high"] = bootstrap(values)
     return out
 
 

@@ -74,11 +74,13 @@ def logp_curves(curves: dict[str, Steps]) -> Figure:
 
 
 def at_k(summary: dict[str, float], title: str) -> Figure:
-    """maj@k and pass@k against k, with the greedy accuracy as a line."""
+    """maj@k and pass@k against k with their 95 % intervals, and the greedy accuracy as a line."""
     ks = [k for k in (1, 2, 4, 8, 16, 32) if f"maj{k}" in summary]
     fig, ax = plt.subplots(figsize=(6, 3), layout="constrained")
-    ax.plot(ks, [summary[f"pass{k}"] * 100 for k in ks], "o-", label="pass@k", color="#1b6ca8")
-    ax.plot(ks, [summary[f"maj{k}"] * 100 for k in ks], "s-", label="maj@k", color="#55a868")
+    for name, style, color in (("pass", "o-", "#1b6ca8"), ("maj", "s-", "#55a868")):
+        ax.plot(ks, [summary[f"{name}{k}"] * 100 for k in ks], style, label=f"{name}@k", color=color)
+        low, high = ([summary[f"{name}{k}_{end}"] * 100 for k in ks] for end in ("low", "high"))
+        ax.fill_between(ks, low, high, color=color, alpha=0.15, linewidth=0)
     ax.axhline(summary["greedy"] * 100, color="grey", linestyle=":", label="greedy")
     ax.set(xscale="log", xticks=ks, xticklabels=ks, xlabel="samples k", ylabel="%", title=title)
     ax.minorticks_off()
@@ -109,7 +111,7 @@ def accuracy_curves(metrics: pd.DataFrame, labels: dict[str, str]) -> Figure:
         ax.errorbar(
             x,
             mean,
-            [mean - low, high - mean],
+            [(mean - low).clip(lower=0), (high - mean).clip(lower=0)],
             fmt="o-",
             capsize=3,
             color=COLORS[method],
@@ -135,7 +137,8 @@ def error_heatmap(rows: list[dict[str, Any]], methods: list[str]) -> Figure:
         if not mine:
             ax.set_axis_off()
             continue
-        kinds = sorted(mine[0]["test"]["errors"], key=lambda kind: -mine[0]["test"]["errors"][kind]["wrong"])
+        told = [kind for kind in mine[0]["test"]["errors"] if kind != "extra"]  # lines too many are no event of a story
+        kinds = sorted(told, key=lambda kind: -mine[0]["test"]["errors"][kind]["wrong"])
         grid = [[r["test"]["errors"][kind]["wrong"] * 100 for r in mine] for kind in kinds]
         ax.imshow(grid, vmin=0, vmax=100, cmap="Reds", aspect="auto")
         for y, line in enumerate(grid):

@@ -16,6 +16,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Iterable
@@ -44,7 +45,12 @@ class Busy(RuntimeError):
 
 def resolve(folder: str | Path) -> Path:
     """A folder given relative to the project, wherever the notebook's kernel was started."""
-    return Path(os.path.relpath(PACKAGE.parent / folder))
+    return PACKAGE.parent / folder
+
+
+def shown(path: Path) -> str:
+    """A path as it is printed: relative to the project, so that an executed notebook reads the same elsewhere."""
+    return os.path.relpath(path, PACKAGE.parent)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -113,8 +119,6 @@ def _meaning(source: str) -> str:
 def _imports(source: str, module: str) -> set[str]:
     """Names of this package's modules that a source imports, anywhere in it."""
     found, here = set(), ["irpo_utils", *module.split(".")[:-1]] if module else ["irpo_utils"]
-    if module.endswith("__init__"):
-        here = ["irpo_utils", *module.split(".")[:-1]]
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom):
             base = here[: len(here) - node.level + 1] if node.level else []
@@ -171,7 +175,7 @@ def locked(path: Path, patience: float = 0.0):
             if time.monotonic() > until:
                 handle.close()
                 raise Busy(
-                    f"another process is at work in {path.parent}; wait for it or stop it, or choose another run="
+                    f"another process is at work in {shown(path.parent)}; wait for it or stop it, or choose another run="
                 ) from None
             time.sleep(0.1)
     try:
@@ -196,6 +200,16 @@ STAGES = {
 }
 
 
+# Split sizes that a stage does not look at.
+UNUSED_SIZES = {
+    "01_sample": ("dev_size", "test_size"),
+    "02_pairs": ("dev_size", "test_size"),
+    "03_train": ("train_size", "test_size"),
+    "04_evaluate": ("train_size",),
+}
+_held: dict[Path, Any] = {}  # locks of this process, so that "Run All" twice in one kernel does not wait for itself
+
+
 class Stage:
     """One stage of one arm (method, seed, iteration) of a run; `iteration` 0 is M_0 itself.
 
@@ -212,7 +226,6 @@ class Stage:
         self.choices = METHODS[method]
         shared = iteration == 0 or (iteration == 1 and name == "01_sample")
         self.folder = self.m0_folder() if shared else self.folder_of(iteration)
-        self._lock = None
 
     def m0_folder(self) -> Path:
         return self.run / "m0" / f"seed_{self.seed}"
@@ -244,7 +257,7 @@ class Stage:
         """The path of an input; None for the policy M_0. Raises MissingArtefact."""
         path, made_by = self.inputs().get(name, (None, ""))
         if path is not None and not path.exists():
-            raise MissingArtefact(f"{path} is missing; run notebooks/{made_by} first")
+            raise MissingArtefact(f"{shown(path)} is missing; run notebooks/{made_by} first")
         return path
 
     def parameters(self) -> dict[str, Any]:
@@ -256,6 +269,14 @@ class Stage:
             chosen["sampling"]["temperature"] = self.config.temperature(self.iteration)
         if self.name == "02_pairs":
             chosen["selection"] = self.choices.selection
+            chosen["model"] = {"path": self.config.model.path}  # whose tokenizer writes the ids
+        if self.name in ("03_train", "04_evaluate"):
+            chosen["decoding"] = {k: getattr(self.config.sampling, k) for k in ("max_new_tokens", "rows")}
+        for name in UNUSED_SIZES[self.name]:
+            del chosen["task"][name]
+        if self.name in ("01_sample", "04_evaluate") and "policy" not in self.inputs():  # M_0 has no adapter
+            for name in ("tuning", "lora_r", "lora_alpha"):
+                del chosen["model"][name]
         if self.name == "03_train":
             chosen["loss"], chosen["start"] = self.choices.loss, self.choices.start
         return chosen
@@ -263,8 +284,13 @@ class Stage:
     def key(self) -> dict[str, Any]:
         """Everything the stage's result depends on. Raises MissingArtefact if an input is not there."""
         inputs = {name: file_hash(self.input(name)) for name in self.inputs()}
-        if "model" in self.spec.sections and self.config.model.path == "seed":
-            inputs["base"] = file_hash(PACKAGE / "assets" / "seed_model")
+        seed = self.config.model.path == "seed"
+        base = PACKAGE / "assets" / "seed_model" if seed else Path(self.config.model.path)
+        if base.is_dir():
+            inputs["base"] = file_hash(base)
+        own = Path(self.config.task.path)
+        if self.config.task.name == "jsonl" and own.is_dir():
+            inputs["problems"] = file_hash(own)
         return {
             "stage": self.name,
             "parameters": self.parameters(),
@@ -304,14 +330,18 @@ class Stage:
         self._started = time.time()
         self._key = self.key()
         # A kernel whose driver was killed lives on for about a second; give it the time to notice.
-        self._lock = locked(self.folder / f".{self.name}.lock", patience=20.0)
-        self._lock.__enter__()
+        lock = self.folder / f".{self.name}.lock"
+        if lock in _held:
+            _held.pop(lock).__exit__(None, None, None)
+        held = locked(lock, patience=20.0)
+        held.__enter__()
+        _held[lock] = held
         self.manifest_path().unlink(missing_ok=True)
+        for name in self.spec.writes:  # what an undone stage left is nobody's input
+            shutil.rmtree(self.path(name)) if self.path(name).is_dir() else self.path(name).unlink(missing_ok=True)
         self.partial = self.folder / f".{self.name}.partial"
         mark = self.partial / "key.json"
         if not mark.exists() or json.loads(mark.read_text()) != self._key:
-            import shutil
-
             shutil.rmtree(self.partial, ignore_errors=True)
             write_json(mark, self._key)
         if "torch" not in sys.modules:
@@ -320,8 +350,6 @@ class Stage:
 
     def finish(self, **facts: Any) -> dict[str, Any]:
         """Write the manifest: from now on the stage is done."""
-        import shutil
-
         outputs = {name: file_hash(self.path(name)) for name in self.spec.writes}
         manifest = {
             "key": self._key,
@@ -331,7 +359,7 @@ class Stage:
         }
         write_json(self.manifest_path(), manifest)
         shutil.rmtree(self.partial, ignore_errors=True)
-        self._lock.__exit__(None, None, None)
+        _held.pop(self.folder / f".{self.name}.lock").__exit__(None, None, None)
         return manifest
 
 
@@ -365,9 +393,9 @@ def evaluations(run: Path) -> list[dict[str, Any]]:
     for method, seed in arms(config):
         for t in range(config.rounds(method) + 1):
             stage = Stage("04_evaluate", run, method, seed, t)
-            if not stage.path("evaluation.json").exists():
+            if not stage.is_done():
                 raise MissingArtefact(
-                    f"{stage.path('evaluation.json')} is missing; run notebooks/04_evaluate.ipynb for it, or ./run_all.sh"
+                    f"{shown(stage.path('evaluation.json'))} is missing or out of date; run notebooks/04_evaluate.ipynb for it, or ./run_all.sh"
                 )
             rows.append(
                 {

@@ -202,8 +202,8 @@ def train_stage(stage: Stage, show: Callable[[str], None] = print) -> Record:
     facts["trainable_parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
     write_jsonl(stage.path("steps.jsonl"), training.read_steps(stage.partial / "steps.jsonl"))
     write_json(stage.path("training.json"), facts)
-    shutil.rmtree(stage.path("adapter"), ignore_errors=True)
-    shutil.copytree(stage.partial / "best", stage.path("adapter.tmp"), dirs_exist_ok=True)
+    shutil.rmtree(stage.path("adapter.tmp"), ignore_errors=True)
+    shutil.copytree(stage.partial / "best", stage.path("adapter.tmp"))
     stage.path("adapter.tmp").rename(stage.path("adapter"))
     return facts
 

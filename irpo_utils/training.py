@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from .losses import pair_losses, token_logps
+from .runs import write_jsonl
 
 LN2 = math.log(2)
 Pair = dict[str, Any]
@@ -175,6 +176,11 @@ class Recorder(TrainerCallback):
         fresh = self.folder / "best.tmp"
         shutil.rmtree(fresh, ignore_errors=True)
         model.save_pretrained(fresh)
+        adapter = fresh / "adapter_config.json"
+        if adapter.exists():  # peft writes a set's own order, which differs from process to process
+            facts = json.loads(adapter.read_text())
+            facts["target_modules"] = sorted(facts["target_modules"])
+            adapter.write_text(json.dumps(facts, indent=1, sort_keys=True))
         (fresh / "best.json").write_text(json.dumps({"step": step, "score": score}))
         shutil.rmtree(best, ignore_errors=True)
         fresh.rename(best)
@@ -196,7 +202,7 @@ def rewind(folder: Path, step: int) -> None:
                 rows.append(json.loads(line))
             except json.JSONDecodeError:  # the line in flight when the run was killed
                 break
-    path.write_text("".join(json.dumps(r) + "\n" for r in rows if r["step"] <= step))
+    write_jsonl(path, (r for r in rows if r["step"] <= step))
     best = folder / "best"
     if best.exists() and (
         not (best / "best.json").exists() or json.loads((best / "best.json").read_text())["step"] > step
@@ -304,7 +310,7 @@ def train(
             weight_decay=0.0,
             train_sampling_strategy="sequential",  # `order` is the shuffle, so that a resumed run sees the same batches
             save_strategy="no",  # the recorder asks for a checkpoint after each dev score
-            save_total_limit=1,
+            save_total_limit=2,  # the one before goes only after the new one has its mark
             logging_strategy="no",
             report_to=[],
             disable_tqdm=True,
@@ -321,7 +327,6 @@ def train(
     )
     recorder.trainer = trainer
     trainer.train(resume_from_checkpoint=last_checkpoint(folder / "checkpoints"))
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     best = json.loads((folder / "best" / "best.json").read_text())
     return {
         "best_step": best["step"],

@@ -15,7 +15,6 @@ from conftest import ROOT, drive, remove_run
 from irpo_utils import runs
 from irpo_utils.config import ConfigError, load_preset
 
-
 KILLS = int(os.environ.get("KILLS", "2"))
 
 

@@ -199,7 +199,7 @@ class WordProblems:
     def judge_steps(self, problem: Problem, response: str) -> list[tuple[str, str]]:
         """Judge every event of a solution on the value that came into it: (kind, verdict) in story order.
 
-        The verdict is "right", "careless" (the named misconception), "other" (anything else) or "missing".
+        Lines that are too many count as one more event, "extra". The verdict is "right", "careless" (the named misconception), "other" (anything else) or "missing".
         """
         story = story_of(problem)
         lines = response.split("\n")
@@ -215,6 +215,8 @@ class WordProblems:
             verdicts.append((event.kind, readings.get(written, "other")))
             last = re.search(r"= (\d+)$", written)
             x = int(last[1]) if last else None
+        if len(lines) > at and not lines[at].startswith("Final answer:"):
+            verdicts.append(("extra", "other"))
         return verdicts
 
 
