@@ -62,7 +62,7 @@ def remove_run(name: str) -> None:
 def micro_run():
     """A finished run of the micro preset with two methods, in a folder of its own."""
     remove_run("test-micro")
-    done = drive("micro", "run=test-micro", "methods=irpo,sft_gold", "iterations=2")
+    done = drive("micro", "run=test-micro", "methods=irpo,sft_gold", "iterations=2", "jobs=2")
     assert done.returncode == 0, done.stdout + done.stderr
     yield ROOT / "outputs" / "test-micro", done
     remove_run("test-micro")

@@ -34,6 +34,10 @@ def test_overrides_arrive_and_survive_yaml(lr, n):
         ("sampling.temperature=0", "sampling.temperature: above 0"),
         ("iterations", "not key=value"),
         ("train.micro_batch=5", "train.batch: a multiple of train.micro_batch"),
+        ("irpo.train.lr=-1", "lr and beta above 0"),
+        ("dpo.train.eval_every=0", "train.eval_every: at least 1"),
+        ("methods=irpo,irpo", "methods: each one once"),
+        ("train.warmup=7", "train.warmup: between 0 and 1"),
         ("irpo.sampling.n=3", "only train.\\* can differ between methods"),
         ("train=3", "no parameter is called 'train'"),
     ],
@@ -41,6 +45,13 @@ def test_overrides_arrive_and_survive_yaml(lr, n):
 def test_bad_override(override, message):
     with pytest.raises(ConfigError, match=message):
         load_preset("tiny", [override])
+
+
+def test_a_general_override_reaches_methods_with_settings_of_their_own():
+    config = load_preset("tiny", ["irpo.train.lr=3e-3", "train.lr=5e-4", "train.beta=1"])
+    assert config.for_method("dpo").train.lr == 5e-4
+    assert config.for_method("irpo").train.lr == 3e-3  # the more particular wins, in any order
+    assert config.for_method("irpo").train.beta == config.for_method("dpo").train.beta == 1.0
 
 
 def test_unknown_preset_lists_the_known():

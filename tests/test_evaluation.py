@@ -3,10 +3,10 @@
 from itertools import combinations
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
-from irpo_utils.evaluation import majority, pass_at_k, step_summary, summarize, wilson
+from irpo_utils.evaluation import bootstrap, majority, pass_at_k, step_summary, summarize, wilson
 
 
 @given(st.integers(1, 9).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n), st.integers(1, n))))
@@ -24,17 +24,27 @@ def test_majority_ties_unparsed_and_k():
     assert majority([None, None], [False, False], 2) == 0.0
 
 
+@example((300, 300))
+@example((0, 300))
 @given(st.integers(1, 2000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
 def test_wilson_holds_the_proportion_and_stays_in_range(case):
     correct, total = case
     low, high = wilson(correct, total)
-    assert 0 <= low <= correct / total + 1e-9 and correct / total - 1e-9 <= high <= 1
+    assert 0 <= low <= correct / total <= high <= 1
 
 
 def test_wilson_known_value():
     assert wilson(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
     with pytest.raises(ValueError, match="at least one"):
         wilson(0, 0)
+
+
+def test_bootstrap_holds_the_mean_and_narrows():
+    low, high = bootstrap([0.0, 1.0] * 50)
+    assert low < 0.5 < high
+    wide = bootstrap([0.0, 1.0] * 5)
+    assert wide[1] - wide[0] > high - low
+    assert bootstrap([1.0] * 9) == (1.0, 1.0)
 
 
 def test_summary_and_steps():

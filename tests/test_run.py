@@ -4,11 +4,11 @@ import csv
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 from conftest import ROOT, drive, remove_run
 
@@ -135,20 +135,43 @@ def test_an_unknown_notebook_parameter_is_an_error(tmp_path):
         run_notebook(runs.NOTEBOOKS / "01_sample.ipynb", tmp_path / "x.ipynb", {"iteratoin": 2}, 1)
 
 
-def test_two_runs_in_one_folder(tmp_path):
-    with (
-        runs.locked(tmp_path / ".lock"),
-        pytest.raises(runs.Busy, match="another process is at work in .*; wait for it or stop it"),
-        runs.locked(tmp_path / ".lock"),
-    ):
-        pass
+def test_the_second_run_in_a_folder_refuses():
+    with runs.locked(ROOT / "outputs" / "test-busy" / ".lock"):
+        done = drive("micro", "run=test-busy")
+    assert done.returncode == 2 and "another process is at work in outputs/test-busy; wait for it" in done.stderr
+    remove_run("test-busy")
+
+
+def test_notebooks_find_the_run_from_their_own_folder(monkeypatch):
+    monkeypatch.chdir(runs.NOTEBOOKS)
+    folder = runs.resolve("outputs/x")
+    assert folder == runs.resolve(folder) == ROOT / "outputs" / "x"
+
+
+def test_keys_name_what_a_stage_depends_on_and_no_more(tmp_path):
+    def keys(*overrides):
+        runs.write_text(tmp_path / "config.yaml", runs.dump(load_preset("micro", overrides)))
+        return {name: runs.Stage(name, tmp_path, iteration=1).parameters() for name in runs.STAGES}
+
+    plain = keys()
+    expected = {
+        "sampling.max_new_tokens=9": {"01_sample", "03_train", "04_evaluate"},
+        "task.test_size=9": {"04_evaluate"},
+        "task.train_size=9": {"01_sample", "02_pairs"},
+        "model.lora_r=4": {"03_train", "04_evaluate"},
+        "model.path=elsewhere": set(runs.STAGES),
+        "evaluation.temperature=1": {"04_evaluate"},
+        "pairs.k=1": {"02_pairs"},
+        "train.alpha=0.5": {"03_train"},
+        "seeds=2": set(),
+    }
+    for override, stages in expected.items():
+        changed = keys(override)
+        assert {name for name in plain if changed[name] != plain[name]} == stages, override
 
 
 def test_killed_and_run_again_ends_with_the_same_metrics(micro_run):
-    """kill -9 of the driver while it works, twice (KILLS=10 for ten times), then to the end.
-
-    The kernels have process groups of their own and outlive the driver by about a second, as after a real kill.
-    """
+    """kill -9 of the driver and its kernels at random moments, twice (KILLS=10 for ten times), then to the end."""
     run, _ = micro_run
     remove_run("test-kill")
     command = [sys.executable, "-m", "irpo_utils", "micro", "run=test-kill", "methods=irpo,sft_gold", "iterations=2"]
@@ -156,14 +179,20 @@ def test_killed_and_run_again_ends_with_the_same_metrics(micro_run):
     for seconds in [moments.uniform(4, 20) for _ in range(KILLS)]:
         process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
         time.sleep(seconds)
-        os.killpg(process.pid, signal.SIGKILL)
+        assert process.poll() is None, "finished before it was killed"
+        root = psutil.Process(process.pid)
+        for victim in [root, *root.children(recursive=True)]:
+            victim.kill()
         process.wait()
     done = drive(*command[3:])
     assert done.returncode == 0, done.stderr
     killed = (ROOT / "outputs" / "test-kill" / "metrics.csv").read_text().replace("test-kill", "test-micro")
     assert killed == (run / "metrics.csv").read_text()
-    for name in ("m0/seed_0/samples.jsonl", "irpo/seed_0/iteration_2/pairs.jsonl"):
-        assert (ROOT / "outputs" / "test-kill" / name).read_bytes() == (run / name).read_bytes()
+    for name in (
+        "m0/seed_0/samples.jsonl",
+        *(f"irpo/seed_0/iteration_2/{n}" for n in ("pairs.jsonl", "steps.jsonl", "adapter")),
+    ):
+        assert runs.file_hash(ROOT / "outputs" / "test-kill" / name) == runs.file_hash(run / name), name
     remove_run("test-kill")
 
 
@@ -173,6 +202,18 @@ def test_notebooks_are_committed_without_output_and_short():
             if cell["cell_type"] == "code":
                 assert not cell["outputs"] and cell["execution_count"] is None, path.name
                 assert len("".join(cell["source"]).splitlines()) <= 30, path.name
+
+
+def test_the_tuning_notebook_ranks_its_points(micro_run, tmp_path):
+    from irpo_utils.__main__ import run_notebook
+
+    run, _ = micro_run
+    parameters = {"run": str(run), "methods": ["irpo", "sft_gold"], "learning_rates": [1e-3, 2e-3], "betas": [0.1]}
+    run_notebook(runs.NOTEBOOKS / "10_tune.ipynb", tmp_path / "10.ipynb", parameters, 1)
+    rows = list(csv.DictReader((run / "tune.csv").read_text().splitlines()))
+    assert [(r["method"], float(r["lr"])) for r in rows] == [
+        (m, lr) for m in ("irpo", "sft_gold") for lr in (1e-3, 2e-3)
+    ]
 
 
 def test_the_seed_notebook_makes_a_model(tmp_path):
