@@ -112,6 +112,27 @@ def report(run: Path, threads: int) -> None:
     write_text(run / "report.html", page)
 
 
+def run_folder(name: str) -> Path:
+    """outputs/NAME; refuses what is not a plain name, and the folder of published runs."""
+    if not name or name[0] in ".-" or "/" in name or "\0" in name or name == "reference" or len(name.encode()) > 100:
+        raise configs.ConfigError(f"run: a plain folder name under outputs/, got {name!r}")
+    return OUTPUTS / name
+
+
+def check_inputs(config: configs.Config) -> None:
+    """Find bad problems and model folders before anything is written. Raises ConfigError."""
+    from .tasks import get_task
+
+    try:
+        get_task(config.task)
+        if config.model.path != "seed":
+            from .models import check_path
+
+            check_path(config.model)
+    except ValueError as error:
+        raise configs.ConfigError(str(error)) from None
+
+
 def start(arguments: list[str]) -> int:
     preset, settings, name, jobs = "tiny", [], None, 1
     for i, argument in enumerate(arguments):
@@ -121,15 +142,14 @@ def start(arguments: list[str]) -> int:
         elif key == "run":
             name = value
         elif key == "jobs":
-            if not value.isdigit() or int(value) < 1:
+            if not value.isdecimal() or int(value) < 1:
                 raise configs.ConfigError(f"jobs: expected a number of at least 1, got {value!r}")
             jobs = int(value)
         else:
             settings.append(argument)
     config = configs.load_preset(preset, settings)
-    run = OUTPUTS / (name or preset)
-    if Path(run).resolve().parent != OUTPUTS.resolve() or not run.name:
-        raise configs.ConfigError(f"run: a plain folder name under outputs/, got {name!r}")
+    run = run_folder(preset if name is None else name)
+    check_inputs(config)
     with locked(run / ".lock") as lock:
         write_text(run / "config.yaml", configs.dump(config))
         work = arms(config)
@@ -198,14 +218,14 @@ def run_side_by_side(run: Path, work: list[tuple[str, int]], jobs: int, lock: in
 def main(arguments: list[str]) -> int:
     from papermill.exceptions import PapermillExecutionError
 
-    if arguments[:1] == ["--arm"]:
+    if arguments[:1] == ["--arm"] and len(arguments) == 4:
         run, method, seed = Path(arguments[1]), arguments[2], int(arguments[3])
         parent = os.getppid()
         work = lambda: run_arm(run, configs.read_config(run / "config.yaml"), method, seed, parent=parent)  # noqa: E731
     elif arguments[:1] in (["--help"], ["-h"]):
         print(HELP)
         return 0
-    elif arguments[:1] == ["--list"]:
+    elif arguments == ["--list"]:
         print("presets:")
         for name, text in configs.presets().items():
             print(f"  {name:10} {text}")
@@ -213,9 +233,9 @@ def main(arguments: list[str]) -> int:
         print(configs.dump(configs.Config()))
         return 0
     elif arguments[:1] == ["--publish"] and len(arguments) == 2:
-        work = lambda: publish(OUTPUTS / arguments[1])  # noqa: E731
+        work = lambda: publish(run_folder(arguments[1]))  # noqa: E731
     elif arguments[:1] and arguments[0].startswith("-"):
-        print(f"error: no option is called {arguments[0]!r}; see ./run_all.sh --help", file=sys.stderr)
+        print(f"error: no option is used as {' '.join(arguments)!r}; see ./run_all.sh --help", file=sys.stderr)
         return 2
     else:
         work = lambda: start(arguments)  # noqa: E731
@@ -229,6 +249,9 @@ def main(arguments: list[str]) -> int:
             f"error: {error.ename}: {error.evalue}\n(cell {error.exec_count} of the executed notebook)",
             file=sys.stderr,
         )
+        return 1
+    except OSError as error:
+        print(f"error: {error.strerror}: {error.filename}", file=sys.stderr)
         return 1
     except RuntimeError as error:
         print(f"error: {error}", file=sys.stderr)

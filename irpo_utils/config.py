@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,6 +17,9 @@ from typing import Any, get_args, get_origin, get_type_hints
 import yaml
 
 PRESETS = Path(__file__).parent / "presets"
+
+
+TASKS = ("jsonl", "word_problems")
 
 
 class ConfigError(ValueError):
@@ -137,8 +141,10 @@ def _typed(name: str, value: Any, kind: Any, from_text: bool) -> Any:
             value = {"true": True, "false": False}[value.lower()] if kind is bool else kind(value)
         except (ValueError, KeyError):
             raise ConfigError(f"{name}: expected {kind.__name__}, got {value!r}") from None
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    if kind is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 53:
         value = float(value)
+    if kind is float and isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{name}: expected a finite number, got {value}")
     if kind is float and isinstance(value, str):
         raise ConfigError(f"{name}: expected a number, got the text {value!r}; YAML reads 1e-5 as text, write 1.0e-5")
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
@@ -212,11 +218,23 @@ def check(config: Config) -> Config:
             "model.quantize: nf4 weights cannot be trained; set model.tuning=lora",
         ),
         (0 <= c.train.warmup <= 1, "train.warmup: between 0 and 1"),
+        (c.train.max_grad_norm > 0, "train.max_grad_norm: above 0"),
+        (c.pairs.max_pairs >= 0, "pairs.max_pairs: 0 for no cap, or a number of pairs"),
+        (c.task.name in TASKS, f"task.name: no task is called {c.task.name!r}; there is: {', '.join(TASKS)}"),
+        (c.task.name != "jsonl" or c.task.path, "task.path: the jsonl task needs the folder of its files"),
+        (bool(c.model.path), 'model.path: a hub name, a folder, or "seed"'),
+        (
+            min(c.task.train_size, c.task.dev_size, c.task.test_size) >= 0,
+            "task: train_size, dev_size and test_size not below 0",
+        ),
         (len(set(c.methods)) == len(c.methods), "methods: each one once"),
         (0 <= c.task.guessable_share <= 1, "task.guessable_share: between 0 and 1"),
         (all(t > 0 for t in c.sampling.temperature), "sampling.temperature: above 0"),
         (c.evaluation.temperature > 0, "evaluation.temperature: above 0"),
-        (c.train.batch % c.train.micro_batch == 0, "train.batch: a multiple of train.micro_batch"),
+        (
+            c.train.micro_batch < 1 or c.train.batch % c.train.micro_batch == 0,
+            "train.batch: a multiple of train.micro_batch",
+        ),
         (
             c.train.lr > 0 and c.train.beta > 0 and c.train.alpha >= 0,
             "train: lr and beta above 0, alpha not below",
@@ -227,7 +245,8 @@ def check(config: Config) -> Config:
     if c.task.name == "word_problems":
         sizes = (c.task.train_size, c.task.dev_size, c.task.test_size)
         rules.append((min(sizes) >= 1, "task: train_size, dev_size and test_size at least 1"))
-    positive = [
+    positive = ["sampling.rows", "pairs.max_tokens", "model.lora_alpha"]
+    positive += [
         "sampling.n",
         "sampling.max_new_tokens",
         "pairs.k",
@@ -257,13 +276,26 @@ def check(config: Config) -> Config:
     return config
 
 
-def _flatten(raw: Any, where: str) -> list[tuple[str, Any]]:
+class _Loader(yaml.SafeLoader):
+    """YAML that refuses a key given twice, where plain YAML lets the last one win."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise ConfigError(f"{key!r} is given twice (line {node.start_mark.line + 1} and below); keep one")
+        return super().construct_mapping(node, deep)
+
+
+def _flatten(raw: Any) -> list[tuple[str, Any]]:
     if not isinstance(raw, dict):
-        raise ConfigError(f"{where}: expected parameters as `key: value`, got {type(raw).__name__}")
+        raise ConfigError(f"expected parameters as `key: value`, got {type(raw).__name__}")
     flat = []
     for key, value in raw.items():
         if key == "method_settings":
-            flat += [(f"{m}.{k}", v) for m, part in (value or {}).items() for k, v in part.items()]
+            if not isinstance(value, dict) or not all(isinstance(part, dict) for part in value.values()):
+                raise ConfigError("method_settings: expected `method: {train.lr: ...}` for each method")
+            flat += [(f"{m}.{k}", v) for m, part in value.items() for k, v in part.items()]
         elif isinstance(value, dict):
             flat += [(f"{key}.{k}", v) for k, v in value.items()]
         else:
@@ -278,11 +310,10 @@ def read_config(path: Path) -> Config:
         ConfigError: the file is not YAML, or a parameter in it is unknown or mistyped.
     """
     try:
-        raw = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+        raw = yaml.load(path.read_text(), _Loader)
+        return check(apply(Config(), _flatten({} if raw is None else raw)))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not YAML: {error}") from None
-    try:
-        return check(apply(Config(), _flatten({} if raw is None else raw, str(path))))
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
 
@@ -299,13 +330,15 @@ def load_preset(name: str, overrides: Iterable[str] = ()) -> Config:
         ConfigError: no such preset, or an override is not `key=value`, unknown or mistyped.
     """
     path = PRESETS / f"{name}.yaml"
-    if not path.exists():
+    if name not in presets():
         raise ConfigError(f"no preset is called {name!r}; there is: {', '.join(presets())}")
     pairs = []
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals:
-            raise ConfigError(f"{text!r} is not key=value, as in train.lr=1e-3")
+            raise ConfigError(f"{text!r} is not key=value, as in train.lr=1e-3 (a preset's name comes first)")
+        if key in dict(pairs):
+            raise ConfigError(f"{key} is given twice; keep one")
         pairs.append((key, value))
     pairs.sort(key=lambda pair: pair[0].partition(".")[0] in METHODS)  # irpo.train.lr wins over train.lr, in any order
     return check(apply(read_config(path), pairs, from_text=True))

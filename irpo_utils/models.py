@@ -33,12 +33,21 @@ def load_tokenizer(config) -> PreTrainedTokenizerBase:
     Raises:
         ValueError: it has no EOS, so that a model could never learn to stop.
     """
+    check_path(config)
     tokenizer = AutoTokenizer.from_pretrained(base_path(config))
     if tokenizer.eos_token_id is None:
         raise ValueError(
             f"model.path: the tokenizer of {config.path} has no EOS token; set one in its tokenizer_config.json"
         )
     return tokenizer
+
+
+def check_path(config) -> None:
+    """Raise a ValueError where `model.path` looks like a folder but is no model's."""
+    path = Path(base_path(config))
+    local = path.is_absolute() or config.path.startswith((".", "~")) or path.exists()
+    if local and not ((path / "config.json").is_file() and any(path.glob("tokenizer*"))):
+        raise ValueError(f"model.path: {config.path} is no folder with config.json and a tokenizer")
 
 
 def device() -> torch.device:

@@ -87,7 +87,8 @@ def build_pairs(
     if not pairs:
         raise ValueError(
             f"no pair can be made of {audit['samples']} samples: {audit['none_right']} problems have no right answer, "
-            f"{audit['all_right']} no wrong one; raise sampling.n or sampling.temperature, or take other problems"
+            f"{audit['all_right']} no wrong one; {audit['unfinished']} samples are unfinished (sampling.max_new_tokens), "
+            f"{audit['over_long']} too long (pairs.max_tokens); raise sampling.n or sampling.temperature, or take other problems"
         )
     audit["capped"] = max(0, len(pairs) - max_pairs) if max_pairs else 0
     if audit["capped"]:

@@ -69,24 +69,25 @@ def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def read_jsonl(path: Path, made_by: str = "the stage before") -> list[dict[str, Any]]:
+def read_jsonl(path: Path, made_by: str = "the stage before", fields: Iterable[str] = ()) -> list[dict[str, Any]]:
     """The records of a JSON-lines file.
 
     Raises:
-        MissingArtefact: the file is missing, or a line is not a whole record; names the line and the mend.
+        MissingArtefact: the file is missing or empty, or a line is no whole record with `fields`; names line and mend.
     """
     if not path.exists():
         raise MissingArtefact(f"{path} is missing; run {made_by} first")
-    rows = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            raise MissingArtefact(
-                f"{path}, line {number} is damaged or cut off; delete it and run {made_by} again"
-            ) from None
-    if not rows:
+    if not path.stat().st_size:
         raise MissingArtefact(f"{path} is empty; delete it and run {made_by} again")
+    rows = []
+    for number, line in enumerate(path.read_bytes().removesuffix(b"\n").split(b"\n"), 1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict) or not set(fields) <= set(row):
+            raise MissingArtefact(f"{path}, line {number} is damaged or cut off; delete it and run {made_by} again")
+        rows.append(row)
     return rows
 
 
@@ -221,6 +222,9 @@ class Stage:
         if method not in METHODS:
             raise ConfigError(f"method: no method is called {method!r}; there is: {', '.join(METHODS)}")
         self.name, self.spec, self.run = name, STAGES[name], resolve(run)
+        for key, value in (("seed", seed), ("iteration", iteration)):
+            if not isinstance(value, int) or value < 0:
+                raise ConfigError(f"{key}: expected a whole number from 0 on, got {value!r}")
         self.method, self.seed, self.iteration = method, seed, iteration
         self.config = open_run(self.run).for_method(method)
         self.choices = METHODS[method]
@@ -308,8 +312,9 @@ class Stage:
 
     def manifest(self) -> dict[str, Any] | None:
         try:
-            return json.loads(self.manifest_path().read_text())
-        except (FileNotFoundError, json.JSONDecodeError):
+            manifest = json.loads(self.manifest_path().read_text())
+            return manifest if set(manifest["outputs"]) == set(self.spec.writes) and "key" in manifest else None
+        except (OSError, ValueError, KeyError, TypeError):  # none, or damaged: not done
             return None
 
     def is_done(self) -> bool:
@@ -341,7 +346,7 @@ class Stage:
             shutil.rmtree(self.path(name)) if self.path(name).is_dir() else self.path(name).unlink(missing_ok=True)
         self.partial = self.folder / f".{self.name}.partial"
         mark = self.partial / "key.json"
-        if not mark.exists() or json.loads(mark.read_text()) != self._key:
+        if not mark.exists() or mark.read_text() != json.dumps(self._key, indent=1) + "\n":
             shutil.rmtree(self.partial, ignore_errors=True)
             write_json(mark, self._key)
         if "torch" not in sys.modules:

@@ -16,6 +16,9 @@ from .tasks import Problem, Task, get_task
 Record = dict[str, Any]
 
 
+SAMPLE_FIELDS = ("problem", "response", "reward", "finished", "logp", "token_ids")
+
+
 class Progress:
     """One line every few seconds on standard error: done, tokens per second, time left. No bars, which garble logs."""
 
@@ -157,7 +160,7 @@ def pairs_stage(stage: Stage) -> tuple[list[Record], Record]:
         rows, audit = pairs.gold_only(gold_samples(task, tokenizer, problems), prompts, config.pairs.max_tokens)
     else:
         samples: dict[str, list[Record]] = {}
-        for record in read_jsonl(stage.input("samples"), "01_sample.ipynb"):
+        for record in read_jsonl(stage.input("samples"), "01_sample.ipynb", SAMPLE_FIELDS):
             samples.setdefault(record["problem"], []).append(record)
         gold = gold_samples(task, tokenizer, problems) if config.pairs.gold else None
         rows, audit = pairs.build_pairs(

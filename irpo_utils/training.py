@@ -173,6 +173,9 @@ class Recorder(TrainerCallback):
         best = self.folder / "best"
         if best.exists() and json.loads((best / "best.json").read_text())["score"] >= score:
             return
+        if not all(torch.isfinite(p).all() for p in model.parameters() if p.requires_grad):
+            lr = self.trainer.args.learning_rate
+            raise FloatingPointError(f"the weights are not finite after step {step}; lower train.lr (it is {lr:g})")
         fresh = self.folder / "best.tmp"
         shutil.rmtree(fresh, ignore_errors=True)
         model.save_pretrained(fresh)

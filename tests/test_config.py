@@ -34,6 +34,14 @@ def test_overrides_arrive_and_survive_yaml(lr, n):
         ("sampling.temperature=0", "sampling.temperature: above 0"),
         ("iterations", "not key=value"),
         ("train.micro_batch=5", "train.batch: a multiple of train.micro_batch"),
+        ("task.name=gsm9k", "'gsm9k'; there is: jsonl, word_problems"),
+        ("task.name=jsonl", "task.path: the jsonl task needs"),
+        ("task.dev_size=-1", "not below 0"),
+        ("train.lr=inf", "train.lr: expected a finite number, got inf"),
+        ("train.beta=nan", "train.beta: expected a finite number"),
+        ("train.micro_batch=0", "train.micro_batch: at least 1"),
+        ("pairs.max_tokens=0", "pairs.max_tokens: at least 1"),
+        ("pairs.max_pairs=-1", "pairs.max_pairs: 0 for no cap"),
         ("irpo.train.lr=-1", "lr and beta above 0"),
         ("dpo.train.eval_every=0", "train.eval_every: at least 1"),
         ("methods=irpo,irpo", "methods: each one once"),
@@ -54,6 +62,11 @@ def test_a_general_override_reaches_methods_with_settings_of_their_own():
     assert config.for_method("irpo").train.beta == config.for_method("dpo").train.beta == 1.0
 
 
+def test_an_override_given_twice_is_refused():
+    with pytest.raises(ConfigError, match="train.lr is given twice"):
+        load_preset("tiny", ["train.lr=1", "train.lr=2"])
+
+
 def test_unknown_preset_lists_the_known():
     with pytest.raises(ConfigError, match="'big'; there is: micro, tiny"):
         load_preset("big")
@@ -67,6 +80,9 @@ def test_unknown_preset_lists_the_known():
         ("sampling: {n: '16'}", "sampling.n: expected int, got '16'"),
         ("pairs: {k: 2.0}", "pairs.k: expected int"),
         ("trian: {lr: 1.0}", "no parameter is called 'trian.lr'; did you mean 'train.lr'"),
+        ("train: {lr: 0.1, lr: 0.2}", "'lr' is given twice"),
+        ("method_settings: 5", "method_settings: expected"),
+        ("method_settings: {irpo: }", "method_settings: expected"),
         ("- a", "expected parameters as `key: value`"),
         ("train: {lr: [", "not YAML"),
         ("methods: []", "methods: expected at least one value"),

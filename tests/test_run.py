@@ -107,8 +107,13 @@ def test_a_missing_stage_names_its_notebook(tmp_path):
         (["tinny"], "no preset is called 'tinny'"),
         (["micro", "train.lrr=1"], "did you mean 'train.lr'"),
         (["micro", "run=../x"], "run: a plain folder name"),
+        (["micro", "run=reference"], "run: a plain folder name"),
+        (["--publish", "x/.."], "run: a plain folder name"),
+        (["micro", "model.path=/nonexistent"], "model.path: /nonexistent is no folder with config.json"),
+        (["micro", "task.name=jsonl", "task.path=/nonexistent"], "/nonexistent/train.jsonl is missing"),
+        (["run=x", "micro"], "a preset's name comes first"),
         (["micro", "jobs=0"], "jobs: expected a number"),
-        (["--tset"], "no option is called '--tset'"),
+        (["--tset"], "no option is used as '--tset'"),
     ],
 )
 def test_bad_commands(arguments, message):
@@ -133,6 +138,21 @@ def test_an_unknown_notebook_parameter_is_an_error(tmp_path):
 
     with pytest.raises(ConfigError, match="01_sample.ipynb has no parameter iteratoin"):
         run_notebook(runs.NOTEBOOKS / "01_sample.ipynb", tmp_path / "x.ipynb", {"iteratoin": 2}, 1)
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", "\udcff", '{"key": 1, "outputs": {}}'])
+def test_a_damaged_manifest_means_not_done(tmp_path, text):
+    runs.write_text(tmp_path / "config.yaml", runs.dump(load_preset("micro")))
+    stage = runs.Stage("01_sample", tmp_path)
+    stage.manifest_path().parent.mkdir(parents=True)
+    stage.manifest_path().write_bytes(text.encode("utf-8", "surrogateescape"))
+    assert not stage.is_done()
+
+
+def test_a_record_without_its_fields_is_named(tmp_path):
+    (tmp_path / "samples.jsonl").write_text('{"problem": "a", "reward": 1}\n{"problem": "a"}\n')
+    with pytest.raises(runs.MissingArtefact, match="line 2 is damaged"):
+        runs.read_jsonl(tmp_path / "samples.jsonl", "01_sample.ipynb", fields=("problem", "reward"))
 
 
 def test_the_second_run_in_a_folder_refuses():

@@ -93,7 +93,7 @@ def write_splits(folder, **lines):
     good = {s: [f'{{"question": "{s} 1+1?", "answer": "2", "solution": "It is 2."}}'] for s in SPLITS}
     for split, text in (good | lines).items():
         (folder / f"{split}.jsonl").write_text("\n".join(text) + "\n")
-    return TaskConfig(name="jsonl", path=str(folder))
+    return TaskConfig(name="jsonl", path=str(folder), train_size=0, dev_size=0, test_size=0)
 
 
 def test_own_problems_from_json_lines(tmp_path):
@@ -124,15 +124,26 @@ def test_own_answers_compare_as_numbers_or_text(tmp_path, answer, gold, same):
     [
         ({"train": ["{oops"]}, "train.jsonl, line 1: expected"),
         ({"train": ['{"question": "q", "answer": "a"}', '{"question": "q"}']}, "train.jsonl, line 2: expected"),
-        ({"dev": ['{"question": "q", "answer": 3}']}, "dev.jsonl, line 1: question and answer must be text"),
+        ({"dev": ['{"question": "q", "answer": 3}']}, "dev.jsonl, line 1: answer must be text"),
         ({"dev": ["[1]"]}, "dev.jsonl, line 1: expected"),
         ({"dev": ['{"question": "train 1+1?", "answer": "2"}']}, "train and dev share 1 question"),
-        ({"test": []}, "test.jsonl"),
+        ({"test": []}, "test.jsonl has no problem"),
+        ({"test": ['{"question": "q", "answer": "2", "soluton": ""}']}, "test.jsonl, line 1: expected"),
+        (
+            {"test": ['{"question": "q", "answer": "2", "solution": "Final answer: 3"}']},
+            "ends in '3', the answer is '2'",
+        ),
+        ({"test": ['{"question": "q", "answer": "2"}'] * 2}, "line 2: the question is there already"),
     ],
 )
 def test_bad_own_problems(tmp_path, lines, message):
     with pytest.raises(ValueError, match=message):
         get_task(write_splits(tmp_path, **lines))
+
+
+def test_a_size_beyond_the_file_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="task.dev_size: 9 is more than the 1 of"):
+        get_task(replace(write_splits(tmp_path), dev_size=9))
 
 
 def test_a_chat_template_is_used_and_adds_no_second_bos(tmp_path, tokenizer):
@@ -142,8 +153,3 @@ def test_a_chat_template_is_used_and_adds_no_second_bos(tmp_path, tokenizer):
     ids = encode_prompts(task, chat, task.problems("train"))["train-1"]
     assert ids.count(chat.bos_token_id) == 1
     assert ids == encode_prompts(task, tokenizer, task.problems("train"))["train-1"]
-
-
-def test_unknown_task_is_named(config):
-    with pytest.raises(ValueError, match=r"'gsm9k'; there is: jsonl, word_problems"):
-        get_task(replace(config.task, name="gsm9k"))

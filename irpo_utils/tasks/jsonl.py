@@ -36,24 +36,47 @@ class JsonLines:
 
     def _read(self, split: str) -> list[Problem]:
         path = self.folder / f"{split}.jsonl"
-        if not path.exists():
+        if not path.is_file():
             raise ValueError(f"task.path: {path} is missing; the folder needs train.jsonl, dev.jsonl and test.jsonl")
-        problems = []
-        for number, line in enumerate(path.read_text().splitlines(), 1):
-            try:
-                record = json.loads(line)
-                fields = [record[name] for name in ("question", "answer")] + [record.get("solution", "")]
-            except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
-                raise ValueError(f'{path}, line {number}: expected {{"question": "...", "answer": "..."}}') from None
-            if not all(isinstance(f, str) for f in fields) or not fields[0] or not fields[1].strip():
-                raise ValueError(f"{path}, line {number}: question and answer must be text that is not empty")
-            solution = fields[2]
-            if solution and marked_answer(solution) is None:
-                solution = f"{solution.rstrip()}\nFinal answer: {fields[1]}"
-            problems.append(Problem(f"{split}-{number}", fields[0], fields[1], solution))
+        try:
+            text = path.read_bytes().decode("utf-8-sig")
+        except UnicodeDecodeError:
+            raise ValueError(f"task.path: {path} is not UTF-8; convert it") from None
+        problems: dict[str, Problem] = {}
+        for number, line in enumerate(text.split("\n"), 1):
+            if not line.strip():
+                continue
+            problem = self._problem(f"{path}, line {number}", f"{split}-{number}", line)
+            if problem.question in problems:
+                raise ValueError(f"{path}, line {number}: the question is there already; remove one")
+            problems[problem.question] = problem
         if not problems:
-            raise ValueError(f"{path} has no problem in it")
-        return problems[: self.sizes[split] or None]
+            raise ValueError(f"task.path: {path} has no problem in it")
+        size = self.sizes[split]
+        if size > len(problems):
+            raise ValueError(f"task.{split}_size: {size} is more than the {len(problems)} of {path}; 0 takes all")
+        return list(problems.values())[: size or None]
+
+    def _problem(self, where: str, name: str, line: str) -> Problem:
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            record = None
+        if not isinstance(record, dict) or not {"question", "answer"} <= set(record) <= {
+            "question",
+            "answer",
+            "solution",
+        }:
+            raise ValueError(f'{where}: expected {{"question": "...", "answer": "...", "solution": optional}}')
+        question, answer, solution = (record.get(key) or "" for key in ("question", "answer", "solution"))
+        for key, value in (("question", question), ("answer", answer), ("solution", solution)):
+            if not isinstance(value, str) or (key != "solution" and not value.strip()):
+                raise ValueError(f"{where}: {key} must be text" + ("" if key == "solution" else " that is not empty"))
+        if solution and marked_answer(solution) is None:
+            solution = f"{solution.rstrip()}\nFinal answer: {answer}"
+        if solution and not self.equal(marked_answer(solution), answer):
+            raise ValueError(f"{where}: the solution ends in {marked_answer(solution)!r}, the answer is {answer!r}")
+        return Problem(name, question, answer, solution)
 
     def problems(self, split: str) -> list[Problem]:
         return self.splits[split]
