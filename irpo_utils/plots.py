@@ -147,3 +147,15 @@ def error_heatmap(rows: list[dict[str, Any]], methods: list[str]) -> Figure:
         ax.set(xticks=range(len(mine)), xticklabels=[r["iteration"] for r in mine], yticks=range(len(kinds)))
         ax.set(yticklabels=kinds, xlabel="iteration", title=f"{method}: steps wrong (%)")
     return fig
+
+
+def watched_logps(table: pd.DataFrame) -> Figure:
+    """Mean log-probability of fixed chosen (solid) and rejected (dashed) responses against steps, a colour per loss."""
+    colors = {"dpo": COLORS["dpo"], "dpo+nll": COLORS["irpo"], "nll": COLORS["sft_chosen"]}
+    fig, ax = plt.subplots(figsize=(7, 3.6), layout="constrained")
+    for loss, rows in table.groupby("loss", sort=False):
+        for side, style in (("chosen", "-"), ("rejected", "--")):
+            ax.plot(rows.step, rows[side], style, marker=".", color=colors[loss], label=f"{loss}, {side}")
+    ax.set(xlabel="step", ylabel="log-probability of a response (nats)", title="The same pairs under three losses")
+    ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    return fig

@@ -91,7 +91,7 @@ def audit_table(run: Path, config: Config) -> pd.DataFrame:
             training = json.loads(Stage("03_train", run, method, seed, t).path("training.json").read_text())
             keys = ("none_right", "all_right", "unparsed", "duplicates", "over_long", "pairs")
             facts = {k: audit.get(k, "") for k in keys} | {
-                "length gap": round(audit["length_gap"], 1) if "length_gap" in audit else ""
+                "length gap": f"{audit['length_gap']:+.1f}" if "length_gap" in audit else ""
             }
             out.append({"method": method, "seed": seed, "iteration": t, **facts, "best step": training["best_step"]})
     return pd.DataFrame(out)
