@@ -173,15 +173,15 @@ def publish(run: Path) -> None:
     """Copy a run's small artefacts (notebooks, tables, figures; no weights, no samples) to outputs/reference."""
     import shutil
 
-    if not (run / "report.html").exists():
-        raise MissingArtefact(f"{run / 'report.html'} is missing; let ./run_all.sh finish first")
     target = OUTPUTS / "reference" / run.name
-    shutil.rmtree(target, ignore_errors=True)
     kept = [
         p for pattern in ("*.csv", "*.png", "table.txt", "config.yaml", "*.ipynb") for p in sorted(run.glob(pattern))
     ]
     kept += [p for folder in ("m0/seed_0", "*/seed_0/iteration_*") for p in sorted(run.glob(f"{folder}/*.ipynb"))]
     kept += [p for name in ("evaluation", "audit", "training") for p in sorted(run.rglob(f"{name}.json"))]
+    if not kept:
+        raise MissingArtefact(f"{project_path(run)} holds nothing to publish; run it first")
+    shutil.rmtree(target, ignore_errors=True)
     for path in kept:
         if not path.name.startswith("."):
             (target / path.relative_to(run)).parent.mkdir(parents=True, exist_ok=True)

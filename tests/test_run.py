@@ -236,6 +236,32 @@ def test_the_tuning_notebook_ranks_its_points(micro_run, tmp_path):
     ]
 
 
+def test_the_nll_notebook_watches_three_losses(micro_run, tmp_path):
+    from irpo_utils.__main__ import run_notebook
+
+    run, _ = micro_run
+    parameters = {"run": str(run), "lr": 5e-3, "watched": 16}
+    run_notebook(runs.NOTEBOOKS / "11_why_the_nll.ipynb", tmp_path / "11.ipynb", parameters, 1)
+    rows = list(csv.DictReader((run / "nll.csv").read_text().splitlines()))
+    assert [(r["loss"], r["step"]) for r in rows] == [
+        (x, s) for x in ("dpo", "dpo+nll", "nll") for s in ("0", "3", "6")
+    ]
+
+
+def test_publish_copies_small_files_without_this_machine_s_paths(micro_run):
+    run, _ = micro_run
+    done = drive("--publish", run.name)
+    target = ROOT / "outputs" / "reference" / run.name
+    try:
+        assert done.returncode == 0, done.stderr
+        assert (target / "metrics.csv").read_bytes() == (run / "metrics.csv").read_bytes()
+        assert (target / "irpo" / "seed_0" / "iteration_1" / "03_train.ipynb").exists()
+        assert not any(p.suffix in (".safetensors", ".jsonl") for p in target.rglob("*"))
+        assert not any(f"{ROOT}/" in p.read_text() for p in target.rglob("*.ipynb"))
+    finally:
+        remove_run(f"reference/{run.name}")
+
+
 def test_the_seed_notebook_makes_a_model(tmp_path):
     from irpo_utils.__main__ import run_notebook
 
