@@ -1,101 +1,59 @@
-"""A user's own problems: a folder with `train.jsonl`, `dev.jsonl` and `test.jsonl`, one problem per line.
-
-{"question": "...", "answer": "42", "solution": "optional gold chain of thought"}
-"""
+"""A user's own problems, one JSON object a line: {"question": "...", "answer": "42", "solution": "optional gold chain of thought"}."""
 
 from __future__ import annotations
 
-import json
-from decimal import Decimal, InvalidOperation
-from pathlib import Path
+from ..answers import candidates, last_number, number, plain
+from . import Problem
+from .records import RecordTask
 
-from ..answers import marked_answer
-from . import SPLITS, Problem
+PROMPT = (
+    "Answer the question below. Reason step by step first. When you are done, finish with a line of the form "
+    '"Final answer: ...", with the answer alone in place of the dots.\n\nQuestion: {question}'
+)
 
-# The paper's zero-shot prompt in our words: reason step by step, then conclude in a form that can be checked.
-INSTRUCTION = 'Answer the question below. Reason step by step, then end with a line "Final answer: ..." that holds the answer alone.'
 
+class JsonLines(RecordTask):
+    """The `jsonl` task: `task.train` and `task.test` are files. Answers compare as numbers where both are, else as text."""
 
-class JsonLines:
-    """The `jsonl` task; `config.path` is the folder. `*_size` cut a split short; 0 takes all of it.
+    fields = ("question", "answer")
+    optional = ("solution",)
 
-    Raises:
-        ValueError: a file is missing, a line is not a problem (named by its number), or two splits share a question.
-    """
-
-    def __init__(self, config):
-        self.folder = Path(config.path)
-        self.sizes = {"train": config.train_size, "dev": config.dev_size, "test": config.test_size}
-        self.splits = {split: self._read(split) for split in SPLITS}
-        for first, second in (("train", "dev"), ("train", "test"), ("dev", "test")):
-            shared = {p.question for p in self.splits[first]} & {p.question for p in self.splits[second]}
-            if shared:
-                raise ValueError(
-                    f"task.path: {first} and {second} share {len(shared)} question(s), such as {min(shared)!r}; remove them from one"
-                )
-
-    def _read(self, split: str) -> list[Problem]:
-        path = self.folder / f"{split}.jsonl"
-        if not path.is_file():
-            raise ValueError(f"task.path: {path} is missing; the folder needs train.jsonl, dev.jsonl and test.jsonl")
-        try:
-            text = path.read_bytes().decode("utf-8-sig")
-        except UnicodeDecodeError:
-            raise ValueError(f"task.path: {path} is not UTF-8; convert it") from None
-        problems: dict[str, Problem] = {}
-        for number, line in enumerate(text.split("\n"), 1):
-            if not line.strip():
-                continue
-            problem = self._problem(f"{path}, line {number}", f"{split}-{number}", line)
-            if problem.question in problems:
-                raise ValueError(f"{path}, line {number}: the question is there already; remove one")
-            problems[problem.question] = problem
-        if not problems:
-            raise ValueError(f"task.path: {path} has no problem in it")
-        size = self.sizes[split]
-        if size > len(problems):
-            raise ValueError(f"task.{split}_size: {size} is more than the {len(problems)} of {path}; 0 takes all")
-        return list(problems.values())[: size or None]
-
-    def _problem(self, where: str, name: str, line: str) -> Problem:
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            record = None
-        if not isinstance(record, dict) or not {"question", "answer"} <= set(record) <= {
-            "question",
-            "answer",
-            "solution",
-        }:
-            raise ValueError(f'{where}: expected {{"question": "...", "answer": "...", "solution": optional}}')
-        question, answer, solution = (record.get(key) or "" for key in ("question", "answer", "solution"))
-        for key, value in (("question", question), ("answer", answer), ("solution", solution)):
-            if not isinstance(value, str) or (key != "solution" and not value.strip()):
-                raise ValueError(f"{where}: {key} must be text" + ("" if key == "solution" else " that is not empty"))
-        if solution and marked_answer(solution) is None:
+    def problem(self, name: str, record: dict) -> Problem:
+        answer, solution = record["answer"].strip(), record.get("solution") or ""
+        if "####" in answer or "\n" in answer:
+            raise ValueError(
+                "the answer must be the final answer alone, on one line; a file in GSM8K's form is task.name=gsm8k"
+            )
+        problem = Problem(name, record["question"], answer)
+        if not solution:
+            return problem
+        found = self.extract(solution, problem)
+        if found is None:
             solution = f"{solution.rstrip()}\nFinal answer: {answer}"
-        if solution and not self.equal(marked_answer(solution), answer):
-            raise ValueError(f"{where}: the solution ends in {marked_answer(solution)!r}, the answer is {answer!r}")
-        return Problem(name, question, answer, solution)
-
-    def problems(self, split: str) -> list[Problem]:
-        return self.splits[split]
+        elif not self.equal(found, problem):
+            raise ValueError(f"the solution ends in {found!r}, the answer is {answer!r}")
+        return Problem(name, record["question"], answer, solution)
 
     def prompt(self, problem: Problem) -> str:
-        return f"{INSTRUCTION}\n\nQuestion: {problem.question}"
+        return PROMPT.format(question=problem.question)
 
-    def extract(self, response: str) -> str | None:
-        return marked_answer(response)
+    def extract(self, response: str, problem: Problem, flexible: bool = False) -> str | None:
+        found = next(candidates(response), None)
+        if found is None and flexible and (value := last_number(response)) is not None:
+            return plain(value)
+        return found
 
-    def equal(self, answer: str, gold: str) -> bool:
-        return _normal(answer) == _normal(gold)
+    def equal(self, answer: str, problem: Problem) -> bool:
+        gold = number(problem.answer)
+        if gold is not None and plain_number(problem.answer):
+            return number(answer) == gold
+        return normal(answer) == normal(problem.answer)
 
 
-def _normal(answer: str) -> str | Decimal:
-    """A number as its value ("1,200.0" is "1200"), any other answer as its text without case and outer spaces."""
-    text = answer.strip().rstrip(".").strip().lower()
-    try:
-        number = Decimal(text.replace(",", "").lstrip("$"))
-    except InvalidOperation:
-        return text
-    return number if number.is_finite() else text
+def plain_number(text: str) -> bool:
+    """Whether an answer is a number and nothing else ("1,200.0", "$5"), so that it is compared by its value."""
+    return not any(c.isalpha() for c in text)
+
+
+def normal(text: str) -> str:
+    return " ".join(text.strip().rstrip(".").lower().split())

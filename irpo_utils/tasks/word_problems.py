@@ -190,11 +190,11 @@ class WordProblems:
     def prompt(self, problem: Problem) -> str:
         return prompt(problem.question)
 
-    def extract(self, response: str) -> str | None:
+    def extract(self, response: str, problem: Problem, flexible: bool = False) -> str | None:
         return marked_answer(response)
 
-    def equal(self, answer: str, gold: str) -> bool:
-        return answer == gold
+    def equal(self, answer: str, problem: Problem) -> bool:
+        return answer == problem.answer
 
     def judge_steps(self, problem: Problem, response: str) -> list[tuple[str, str]]:
         """Judge every event of a solution on the value that came into it: (kind, verdict) in story order.

@@ -1,0 +1,85 @@
+"""python -m irpo_utils grade --task gsm8k|math|arc_challenge [--flexible] FILE.jsonl
+
+Grades any file of records {"response": "...", "gold": "..."} (for arc_challenge optionally "choices", as upstream).
+Writes {"extracted": ..., "correct": true|false|null} a line to standard output, in order, and a summary to standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from .answers import Verdict, grade
+from .config import TaskConfig
+from .tasks import Problem, get_task
+
+GRADED = ("gsm8k", "math", "arc_challenge")
+
+
+class Malformed(ValueError):
+    """A line of the file cannot be graded; the message names it."""
+
+
+def read_records(path: Path, task) -> tuple[list[str], list[Problem]]:
+    """The responses of a file and, for each, a problem that holds its gold answer. Raises Malformed, OSError."""
+    responses, problems = [], []
+    lines = path.read_bytes().split(b"\n")
+    while lines and not lines[-1].strip():
+        lines.pop()
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            response, gold = record["response"], record["gold"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            response = gold = None
+        if not isinstance(response, str) or isinstance(gold, bool) or not isinstance(gold, str | int | float):
+            raise Malformed(f'{path}, line {number}: expected {{"response": "text", "gold": "answer"}}')
+        try:
+            problems.append(task.posed(str(number), str(gold), record))
+        except ValueError as error:
+            raise Malformed(f"{path}, line {number}: {error}") from None
+        responses.append(response)
+    return responses, problems
+
+
+def summary(verdicts: list[Verdict]) -> str:
+    counts = {
+        label: sum(v.correct is value for v in verdicts)
+        for label, value in (("right", True), ("wrong", False), ("unparsed", None))
+    }
+    total = max(1, len(verdicts))
+    return ", ".join(f"{name} {count} ({count / total:.1%})" for name, count in counts.items())
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        "python -m irpo_utils grade", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("file", type=Path, metavar="FILE.jsonl")
+    parser.add_argument("--task", required=True, choices=GRADED)
+    parser.add_argument(
+        "--flexible",
+        action="store_true",
+        help="fall back on the last number, option or formula where no answer is marked",
+    )
+    options = parser.parse_args(arguments)
+    task = get_task(TaskConfig(name=options.task))
+    try:
+        responses, problems = read_records(options.file, task)
+    except Malformed as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    verdicts = grade(task, responses, problems, flexible=options.flexible)
+    out = "".join(json.dumps({"extracted": v.extracted, "correct": v.correct}) + "\n" for v in verdicts)
+    sys.stdout.write(out)
+    if options.flexible:
+        print(f"strict:   {summary(grade(task, responses, problems))}", file=sys.stderr)
+    if undecided := getattr(task, "undecided", 0):
+        print(f"{undecided} answers took the symbolic check too long and count as wrong", file=sys.stderr)
+    print(
+        f"{'flexible' if options.flexible else 'strict'}: {summary(verdicts)}  [{len(verdicts)} responses]",
+        file=sys.stderr,
+    )
+    return 0

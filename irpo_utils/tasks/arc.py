@@ -1,0 +1,152 @@
+"""ARC (Clark et al., arXiv 1803.05457): science questions with three to five options. Zero-shot.
+
+Trained on ARC-Easy and ARC-Challenge together, tested on ARC-Challenge, as in arXiv 2404.19733. There are no gold solutions.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from typing import ClassVar
+
+from ..answers import LONGEST, candidates
+from . import Problem
+from .records import RecordTask
+
+LETTERS = "ABCDE"
+PROMPT = (
+    "Answer the question below by choosing one of the options. Reason step by step first. When you are done, finish "
+    'with a line of the form "Final answer: (X)", with the letter of your option in place of X.\n\n'
+    "Question: {question}"
+)
+_LETTER = re.compile(
+    r"(?:(?:option|choice|answer)\s{1,2})?(?:[(\[{]\s?([A-Ea-e1-5])\s?[)\]}]|([A-Ea-e1-5])(?![\w'’]))", re.I
+)
+_LEAD = re.compile(
+    r"^(?:it is|it's|i (?:choose|pick|select)|answer:|the (?:correct |best )?(?:option|choice|answer) is)\s{1,3}", re.I
+)
+_DENIED = re.compile(r"[)\s]{0,3}(?:isn't|(?:is|was|cannot be)\s(?:not|wrong|incorrect|false))\b", re.I)
+_OTHER = re.compile(
+    r"(?<!not )(?:\b(?:or|and)\s{1,3}(?:maybe |perhaps |possibly )?\(?|[,/&+]\s{0,3}\(?|^\s{0,3}\(|^\s{1,3})([A-E])(?=\)|\s*(?:$|[.,;/&]|or\b|and\b))"
+)
+_BRACKETED = re.compile(r"\(([A-E])\)")
+_NOISE = re.compile(r"\\text(?:bf|rm|it)?\b|\\math(?:rm|bf)\b|[$*`{}\\]|\\[()\[\]]")
+_AFTER_A = re.compile(r"\s*(?:$|[.,;:)\]\-–—(]|because\b|since\b|is\b|as\b)", re.I)
+
+
+def plain_text(text: str) -> str:
+    """An option's text as it is compared: lower case, without punctuation at the ends, articles and doubled spaces."""
+    return re.sub(r"\s+", " ", re.sub(r"^(?:an?|the)\s+", "", text.lower().strip(" \t\n.,;:!?\"'"))).strip()
+
+
+def _names(line: str, option: str) -> bool:
+    """Whether a line holds an option's text as whole words."""
+    wanted = plain_text(option)
+    return bool(wanted) and re.search(rf"(?<!\w){re.escape(wanted)}(?!\w)", line.lower()) is not None
+
+
+class ARC(RecordTask):
+    """The `arc_challenge` task. The upstream record is {"id", "question", "choices": {"text", "label"}, "answerKey"}."""
+
+    sources: ClassVar[dict[str, list[str]]] = {
+        "train": ["allenai/ai2_arc:ARC-Easy:train", "allenai/ai2_arc:ARC-Challenge:train"],
+        "test": ["allenai/ai2_arc:ARC-Challenge:test"],
+    }
+    fields = ("question", "choices", "answerKey")
+
+    def problem(self, name: str, record: dict) -> Problem:
+        options = self.options(record["choices"])
+        answer = self.gold(record["answerKey"], options, record["choices"]["label"])
+        listed = "\n".join(f"({letter}) {text}" for letter, text in zip(LETTERS, options, strict=False))
+        return Problem(name, f"{record['question']}\n\n{listed}", answer, "", {"options": options})
+
+    def options(self, choices: dict) -> list[str]:
+        texts, labels = (choices.get(key) if isinstance(choices, dict) else None for key in ("text", "label"))
+        if not isinstance(texts, list) or not isinstance(labels, list) or not 2 <= len(texts) == len(labels) <= 5:
+            raise ValueError('choices: expected {"text": [...], "label": [...]} with two to five options')
+        if not all(isinstance(text, str) and text.strip() for text in texts):
+            raise ValueError("choices: every option must be text that is not empty")
+        if len({str(label) for label in labels}) < len(labels):
+            raise ValueError(f"choices: two options have the same label, in {labels}")
+        return texts
+
+    def gold(self, key: str, options: list[str] | None = None, labels: list[str] | None = None) -> str:
+        """The gold letter. Labels 1 to 5 (some upstream records have them) become A to E, in the order of the options."""
+        labels = [str(label) for label in labels or []]
+        if key in labels:
+            return LETTERS[labels.index(key)]
+        key = key.strip().strip("()").upper()
+        letter = LETTERS[int(key) - 1] if key in tuple("12345") else key
+        if letter not in tuple(LETTERS[: len(options)] if options else LETTERS):
+            raise ValueError(f"the gold answer {key[:40]!r} is not the label of an option")
+        return letter
+
+    def posed(self, name: str, gold: str, record: dict) -> Problem:
+        if record.get("choices") is None:
+            return Problem(name, "", self.gold(gold))
+        options = self.options(record["choices"])
+        return Problem(name, "", self.gold(gold, options, record["choices"]["label"]), "", {"options": options})
+
+    def prompt(self, problem: Problem) -> str:
+        return PROMPT.format(question=problem.question)
+
+    def _by_text(self, text: str, options: list[str]) -> str | None:
+        wanted = plain_text(text)
+        found = [letter for letter, option in zip(LETTERS, options, strict=False) if plain_text(option) == wanted]
+        return found[0] if len(found) == 1 else None
+
+    def choice(self, text: str, options: list[str]) -> str | None:
+        """The letter of the option that a marked answer names, by its text or by its label."""
+        text = _NOISE.sub("", unicodedata.normalize("NFKC", text[:LONGEST])).strip().strip("\"'“”")
+        if (letter := self._by_text(text, options)) is not None:
+            return letter
+        text = _LEAD.sub("", text)
+        behind = re.fullmatch(r"(.+?)\s?\(([A-E])\)[.!]?", text)  # "a cat (B)"
+        if behind and self._by_text(behind[1], options) == behind[2]:
+            return behind[2]
+        match = _LETTER.match(text)
+        if not match:
+            return None
+        label, rest = match[1] or match[2], text[match.end() :]
+        bare = match[1] is None
+        if bare and (
+            (label.islower() and rest.strip(" .)")) or (label in "Aa" and not self._may_follow(label, rest, options))
+        ):
+            return None  # the article: "A storm"
+        letter = LETTERS[int(label) - 1] if label.isdigit() else label.upper()
+        if bare and label.isdigit() and rest.strip(" .)") and not rest.startswith((")", ".", ":")):
+            return None  # a quantity: "3 meters"
+        if _DENIED.match(rest):
+            return None
+        others = set(_OTHER.findall(rest[:40])) - {letter}
+        return None if others else letter  # "(A) or (B)" and "A/B" choose nothing
+
+    def _may_follow(self, label: str, rest: str, options: list[str]) -> bool:
+        return bool(_AFTER_A.match(rest)) or (bool(options) and plain_text(rest) == plain_text(options[0]))
+
+    def extract(self, response: str, problem: Problem, flexible: bool = False) -> str | None:
+        options = problem.meta.get("options") or []
+        found = list(candidates(response))
+        for text in found:
+            if (letter := self.choice(text, options)) is not None:
+                return letter
+        first = found[0] if found else None
+        lines = response.rstrip()[-LONGEST:].splitlines()
+        last = lines[-1].strip() if lines else ""
+        if first is None and last and len(last) < 300:
+            bare = re.fullmatch(r"[(\[*]{0,3}([A-E1-5])[)\].*:]{0,4}", last)
+            labelled = re.fullmatch(r"[(\[*]{0,3}([A-E1-5])[)\].:*]{1,4}\s+(.{1,300})", last)
+            if bare or (labelled and self._by_text(labelled[2], options) is not None):
+                return self.choice((bare or labelled)[1], options)
+        if first is None and flexible:
+            named = _BRACKETED.findall(response[-4000:])
+            by_text = {a for line in lines[-1:] for a, o in zip(LETTERS, options, strict=False) if _names(line, o)}
+            return named[-1] if named else by_text.pop() if len(by_text) == 1 else None
+        return first[:LONGEST] if first else None
+
+    def equal(self, answer: str, problem: Problem) -> bool:
+        return answer == problem.answer
+
+    def chance(self, problem: Problem) -> float:
+        """The accuracy of guessing."""
+        return 1 / len(problem.meta["options"])

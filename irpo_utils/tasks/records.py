@@ -1,0 +1,196 @@
+"""Problems that are records of a data set: by hub name, or from a local file in the upstream form (JSON lines, Parquet)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+from . import ROOT, Problem, local_path
+
+FORMS = (".jsonl", ".json", ".parquet")
+
+
+def is_file(source: str) -> bool:
+    """Whether a source is meant as a local file, rather than as a hub name."""
+    return source.endswith(FORMS) or source.startswith((".", "/", "~")) or Path(ROOT, source).is_file()
+
+
+def read_file(path: Path, where: str) -> list[tuple[str, dict[str, Any]]]:
+    """(place, record) of a JSON-lines or Parquet file, the place naming file and line. Raises ValueError."""
+    if path.is_dir():
+        raise ValueError(f"{where}: {path} is a folder; name a file in it")
+    if not path.exists():
+        raise ValueError(f"{where}: {path} is missing")
+    if path.suffix == ".parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        try:
+            rows = pyarrow.parquet.read_table(path).to_pylist()
+        except (pyarrow.ArrowException, OSError) as error:
+            raise ValueError(f"{where}: {path} is no Parquet file: {error}") from None
+        return [(f"{path}, record {i}", row) for i, row in enumerate(rows, 1)]
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError(f"{where}: {path} is no UTF-8 text; unpack it if it is compressed, or convert it") from None
+    found = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError):
+                raise ValueError(
+                    f"{path}, line {number}: not JSON; expected one object a line, without a list around them"
+                ) from None
+            found.append((f"{path}, line {number}", record))
+    return found
+
+
+def read_hub(source: str, where: str) -> list[tuple[str, dict[str, Any]]]:
+    """(place, record) of a hub data set, `source` being name[:configuration[:split]]. Raises ValueError."""
+    name, configuration, split = [*source.split(":"), "", ""][:3]
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        rows = datasets.load_dataset(name, configuration or None, split=split or "train")
+    except Exception as error:  # the hub's library raises anything from ConnectionError to KeyError
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise ValueError(
+            f"{where}: the data set {source!r} could not be loaded from the hub ({reason}); "
+            f"give a local file instead, as in {where}=path/to/file.jsonl"
+        ) from None
+    return [(f"{source}, record {i}", row) for i, row in enumerate(rows, 1)]
+
+
+def alike(question: str) -> str:
+    """A question by its letters, digits and operators: two that differ in spaces, case and punctuation are one problem."""
+    return re.sub(r"[\s.,;:!?'\"$\\]+", "", question).lower()
+
+
+class RecordTask:
+    """What tasks made of records share: reading, held-out dev problems, no question in two splits.
+
+    `task.train`, `task.dev` and `task.test` name files or hub data sets (several are joined); without them a task's own
+    `sources` are taken. Dev problems come out of training unless `task.dev` is given. The order is one of hashes of
+    the questions, so that a cut (`task.train_size` and so on; 0 takes all) is a random sample, and the same every time.
+
+    Raises (from `problems`):
+        ValueError: a source is missing, or a record is malformed (named by file and line).
+    """
+
+    sources: ClassVar[dict[str, list[str]]] = {}
+    fields: tuple[str, ...] = ()  # what a record must have
+    optional: tuple[str, ...] | None = None  # with it, a record may have these fields and no others
+
+    def __init__(self, config):
+        self.config = config
+        self.notes: list[str] = []  # what was left out, said when a run starts
+
+    def problem(self, name: str, record: dict[str, Any]) -> Problem:
+        """The problem that a record states. Raises ValueError for a malformed one."""
+        raise NotImplementedError
+
+    def problems(self, split: str) -> list[Problem]:
+        return self.splits[split]
+
+    def gold(self, text: str) -> str:
+        """The gold answer that a text states, in the form that answers are compared with. Raises ValueError."""
+        raise NotImplementedError
+
+    def posed(self, name: str, gold: str, record: dict[str, Any]) -> Problem:
+        """A problem known by its gold answer alone, to grade a response with; `record` may hold more of it."""
+        return Problem(name, "", self.gold(gold))
+
+    def examples(self, pool: list[Problem]) -> list[Problem]:
+        """Training problems that every prompt shows, so that nothing is trained on them."""
+        return []
+
+    def _read(self, split: str) -> list[Problem]:
+        where = f"task.{split}"
+        sources = getattr(self.config, split) or self.sources.get(split, [])
+        if not sources:
+            raise ValueError(f"{where}: this task needs a file, as in {where}=path/to/file.jsonl")
+        problems: dict[str, Problem] = {}
+        total = 0
+        for source in sources:
+            rows = read_file(local_path(source), where) if is_file(source) else read_hub(source, where)
+            for place, record in rows:
+                total += 1
+                problem = self._checked(place, f"{split}-{total}", record)
+                problems.setdefault(problem.question, problem)
+        if not problems:
+            raise ValueError(f"{where}: {', '.join(sources)} has no problem in it")
+        if len(problems) < total:
+            self.notes.append(
+                f"{where}: {total - len(problems)} of {total} questions are there twice; the first is kept"
+            )
+        seed = self.config.seed
+        for p in problems.values():
+            try:
+                f"{p.question}{p.answer}{p.solution}".encode()
+            except UnicodeEncodeError:
+                raise ValueError(
+                    f"{where}: the record {p.id} has characters that are no text (half of a surrogate pair)"
+                ) from None
+        return sorted(problems.values(), key=lambda p: hashlib.sha256(f"{seed}/{p.question}".encode()).digest())
+
+    def _checked(self, place: str, name: str, record: Any) -> Problem:
+        wanted = ", ".join(f'"{field}"' for field in self.fields)
+        if not isinstance(record, dict) or not set(self.fields) <= set(record):
+            raise ValueError(f"{place}: expected an object with {wanted}")
+        if self.optional is not None and (extra := set(record) - {*self.fields, *self.optional}):
+            raise ValueError(
+                f"{place}: no field is called {min(extra)!r}; there is {wanted} and {', '.join(self.optional)}"
+            )
+        for field in ("question", "answer", "problem", "solution", "answerKey"):
+            value = record.get(field)
+            empty_ok = field == "solution" and field not in self.fields and value in (None, "")
+            if field in record and not empty_ok and not (isinstance(value, str) and value.strip()):
+                raise ValueError(f"{place}: {field} must be text that is not empty")
+        try:
+            return self.problem(name, record)
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from None
+
+    @cached_property
+    def splits(self) -> dict[str, list[Problem]]:
+        test, train = self._read("test"), self._read("train")
+        asked = {alike(p.question) for p in test}
+        if self.config.dev:
+            dev = [p for p in self._read("dev") if alike(p.question) not in asked]
+            asked |= {alike(p.question) for p in dev}
+        kept = [p for p in train if alike(p.question) not in asked]
+        if len(kept) < len(train):
+            self.notes.append(f"task.train: {len(train) - len(kept)} questions of dev or test are left out of training")
+        shown = {alike(p.question) for p in self.examples(kept)}
+        kept = [p for p in kept if alike(p.question) not in shown]
+        for split, left in (("train", kept), *((("dev", dev),) if self.config.dev else ())):
+            if not left:
+                raise ValueError(f"task.{split}: no problem is left, since all its questions are in another split too")
+        if not self.config.dev:
+            count = self.config.dev_size
+            if not 0 < count < len(kept):
+                few = (
+                    f"; 1 to {len(kept) - 1} can" if len(kept) > 1 else ", and one more to train on; give more problems"
+                )
+                raise ValueError(f"task.dev_size: {count} of the {len(kept)} training problems cannot be held out{few}")
+            dev, kept = kept[:count], kept[count:]
+            asked = {alike(p.question) for p in dev}
+            kept = [p for p in kept if alike(p.question) not in asked]
+        found = {"train": kept, "dev": dev, "test": test}
+        for split, problems in found.items():
+            size = getattr(self.config, f"{split}_size")
+            if size > len(problems):
+                raise ValueError(
+                    f"task.{split}_size: {size} is more than the {len(problems)} problems there are; 0 takes all"
+                )
+            found[split] = problems[: size or None]
+            if not found[split]:
+                raise ValueError(f"task.{split}: no problem is left; it shares all questions with another split")
+        return found
