@@ -1,17 +1,22 @@
 """The embedded task: disjoint splits, gold that grades right, steps judged on the truth, answers in three classes."""
 
 import copy
+import json
+import os
 import random
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
+from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
 from irpo_utils.answers import marked_answer, reward
 from irpo_utils.config import TaskConfig
 from irpo_utils.stages import encode_prompts
-from irpo_utils.tasks import SPLITS, get_task
+from irpo_utils.tasks import SPLITS, Problem, check_task, get_task
 from irpo_utils.tasks.word_problems import BUCKETS, MAX_VALUE, careless_choice, draw_problems, draw_story, story_of
 
 
@@ -32,8 +37,8 @@ def test_problems_are_the_same_every_time_and_others_with_another_seed(config):
 def test_every_gold_answer_grades_right_and_every_step_of_it(task):
     for split in SPLITS:
         for problem in task.problems(split):
-            assert task.equal(problem.answer, problem.answer)
-            assert reward(task, problem.solution, problem.answer) == 1.0
+            assert task.equal(problem.answer, problem)
+            assert reward(task, problem.solution, problem) == 1.0
             assert {verdict for _, verdict in task.judge_steps(problem, problem.solution)} == {"right"}
 
 
@@ -93,14 +98,15 @@ def write_splits(folder, **lines):
     good = {s: [f'{{"question": "{s} 1+1?", "answer": "2", "solution": "It is 2."}}'] for s in SPLITS}
     for split, text in (good | lines).items():
         (folder / f"{split}.jsonl").write_text("\n".join(text) + "\n")
-    return TaskConfig(name="jsonl", path=str(folder), train_size=0, dev_size=0, test_size=0)
+    files = {split: [str(folder / f"{split}.jsonl")] for split in SPLITS}
+    return TaskConfig(name="jsonl", train_size=0, dev_size=0, test_size=0, **files)
 
 
 def test_own_problems_from_json_lines(tmp_path):
     task = get_task(write_splits(tmp_path))
     (problem,) = task.problems("train")
     assert problem.solution == "It is 2.\nFinal answer: 2"
-    assert reward(task, problem.solution, problem.answer) == 1.0
+    assert reward(task, problem.solution, problem) == 1.0
     assert "train 1+1?" in task.prompt(problem)
 
 
@@ -116,34 +122,36 @@ def test_own_problems_from_json_lines(tmp_path):
     ],
 )
 def test_own_answers_compare_as_numbers_or_text(tmp_path, answer, gold, same):
-    assert get_task(write_splits(tmp_path)).equal(answer, gold) is same
+    assert get_task(write_splits(tmp_path)).equal(answer, Problem("", "", gold)) is same
 
 
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ({"train": ["{oops"]}, "train.jsonl, line 1: expected"),
+        ({"train": ["{oops"]}, "train.jsonl, line 1: not JSON"),
         ({"train": ['{"question": "q", "answer": "a"}', '{"question": "q"}']}, "train.jsonl, line 2: expected"),
         ({"dev": ['{"question": "q", "answer": 3}']}, "dev.jsonl, line 1: answer must be text"),
         ({"dev": ["[1]"]}, "dev.jsonl, line 1: expected"),
-        ({"dev": ['{"question": "train 1+1?", "answer": "2"}']}, "train and dev share 1 question"),
+        ({"dev": ['{"question": "train 1+1?", "answer": "2"}']}, "task.train: no problem is left"),
         ({"test": []}, "test.jsonl has no problem"),
-        ({"test": ['{"question": "q", "answer": "2", "soluton": ""}']}, "test.jsonl, line 1: expected"),
+        (
+            {"test": ['{"question": "q", "answer": "2", "soluton": ""}']},
+            "test.jsonl, line 1: no field is called 'soluton'",
+        ),
         (
             {"test": ['{"question": "q", "answer": "2", "solution": "Final answer: 3"}']},
             "ends in '3', the answer is '2'",
         ),
-        ({"test": ['{"question": "q", "answer": "2"}'] * 2}, "line 2: the question is there already"),
     ],
 )
 def test_bad_own_problems(tmp_path, lines, message):
     with pytest.raises(ValueError, match=message):
-        get_task(write_splits(tmp_path, **lines))
+        get_task(write_splits(tmp_path, **lines)).problems("train")
 
 
 def test_a_size_beyond_the_file_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="task.dev_size: 9 is more than the 1 of"):
-        get_task(replace(write_splits(tmp_path), dev_size=9))
+    with pytest.raises(ValueError, match="task.dev_size: 9 is more than the 1 problems"):
+        get_task(replace(write_splits(tmp_path), dev_size=9)).problems("train")
 
 
 def test_a_chat_template_is_used_and_adds_no_second_bos(tmp_path, tokenizer):
@@ -153,3 +161,160 @@ def test_a_chat_template_is_used_and_adds_no_second_bos(tmp_path, tokenizer):
     ids = encode_prompts(task, chat, task.problems("train"))["train-1"]
     assert ids.count(chat.bos_token_id) == 1
     assert ids == encode_prompts(task, tokenizer, task.problems("train"))["train-1"]
+
+
+def records(folder, name, rows):
+    (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder / name)
+
+
+def gsm8k_rows(first, count):
+    return [{"question": f"What is {i} + 1?", "answer": f"It is <<{i}+1={i + 1}>>{i + 1:,}.\n#### {i + 1:,}"} for i in range(first, first + count)]  # fmt: skip
+
+
+def test_dev_comes_out_of_training_and_no_question_is_in_two_splits(tmp_path):
+    train, test = records(tmp_path, "a.jsonl", gsm8k_rows(0, 50)), records(tmp_path, "b.jsonl", gsm8k_rows(40, 20))
+    config = TaskConfig("gsm8k", [train], [], [test], train_size=0, dev_size=10, test_size=0)
+    task = get_task(config)
+    asked = [{p.question for p in task.problems(split)} for split in SPLITS]
+    assert [len(s) for s in asked] == [30, 10, 20]
+    assert not (asked[0] & asked[1] or asked[0] & asked[2] or asked[1] & asked[2])
+    assert task.notes == ["task.train: 10 questions of dev or test are left out of training"]
+    assert task.problems("train") == get_task(config).problems("train")
+    assert get_task(replace(config, seed=1)).problems("dev") != task.problems("dev")
+    assert get_task(replace(config, train_size=7)).problems("train") == task.problems("train")[:7]
+
+
+def test_gold_gsm8k_solutions_lose_their_calculator_marks_and_end_marked(tmp_path):
+    train, test = records(tmp_path, "a.jsonl", gsm8k_rows(1000, 9)), records(tmp_path, "b.jsonl", gsm8k_rows(0, 2))
+    task = get_task(TaskConfig("gsm8k", [train], [], [test], train_size=0, dev_size=1, test_size=0))
+    problem = task.problems("train")[0]
+    assert problem.solution == f"It is {int(problem.answer):,}.\nFinal answer: {int(problem.answer):,}"
+    assert reward(task, problem.solution, problem) == 1.0
+
+
+def test_parquet_and_json_lines_give_the_same_problems(tmp_path):
+    import pandas as pd
+
+    rows = [
+        {"id": str(i), "question": f"q{i}", "choices": {"text": ["x", "y", "z"][: 2 + i % 2], "label": labels}, "answerKey": labels[1]}
+        for i, labels in enumerate([["A", "B"], ["1", "2", "3"]] * 6)
+    ]  # fmt: skip
+    lines = records(tmp_path, "a.jsonl", rows)
+    pd.DataFrame(rows).to_parquet(tmp_path / "a.parquet")
+    other = records(tmp_path, "t.jsonl", [{**rows[0], "question": "another"}])
+    found = [
+        get_task(TaskConfig("arc_challenge", [source], [], [other], 0, 2, 0)).problems("train")
+        for source in (lines, str(tmp_path / "a.parquet"))
+    ]
+    assert found[0] == found[1] and len(found[0]) == 10
+    assert {p.answer for p in found[0]} == {"B"}  # label 2 is B
+    three = next(p for p in found[0] if "z" in p.question)
+    assert three.question.endswith("\n\n(A) x\n(B) y\n(C) z")
+
+
+def test_math_examples_are_in_every_prompt_and_not_trained_on(tmp_path):
+    rows = [
+        {"problem": f"Find {i}+1.", "level": "1", "type": f"kind {i % 5}", "solution": "We add one. " * 15 + f"So it is $\\boxed{{{i + 1}}}$."}
+        for i in range(30)
+    ]  # fmt: skip
+    train, test = records(tmp_path, "a.jsonl", rows[:25]), records(tmp_path, "b.jsonl", rows[25:])
+    task = get_task(TaskConfig("math", [train], [], [test], 0, 5, 0))
+    assert [len(task.problems(split)) for split in SPLITS] == [16, 5, 5]
+    assert len({p.meta["type"] for p in task.shots}) == len(task.shots) == 4
+    for problem in task.problems("train"):
+        assert all(shot.question in task.prompt(problem) and shot != problem for shot in task.shots)
+        assert task.prompt(problem).count("Problem:") == 5
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "message"),
+    [
+        ("gsm8k", {"question": "q", "answer": "no mark"}, 'line 1: the answer does not end in "#### n"'),
+        ("gsm8k", {"question": "q", "answer": "#### many"}, "line 1: the gold answer ' many' is not a number"),
+        ("gsm8k", {"question": "q"}, 'line 1: expected an object with "question", "answer"'),
+        ("math", {"problem": "p", "solution": "It is 5."}, "line 1: the solution has no .boxed"),
+        ("jsonl", {"question": "q", "answer": "So it is.\n#### 5"}, "line 1: the answer must be the final answer alone"),
+        ("arc_challenge", {"question": "q", "choices": {"text": ["a", "b"], "label": ["A", "A"]}, "answerKey": "A"}, "same label"),
+        ("arc_challenge", {"question": "q", "choices": {"text": ["a", None], "label": ["A", "B"]}, "answerKey": "A"}, "must be text"),
+        ("math", {"problem": "p", "solution": "no box \\boxed{"}, "line 1: no whole .boxed"),
+        ("arc_challenge", {"question": "q", "choices": {"text": ["a"]}, "answerKey": "A"}, "line 1: choices: expected"),
+        ("arc_challenge", {"question": "q", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "C"}, "'C' is not the label"),
+    ],
+)  # fmt: skip
+def test_a_malformed_record_is_named_with_its_line(name, row, message, tmp_path):
+    path = records(tmp_path, "a.jsonl", [row])
+    with pytest.raises(ValueError, match=message):
+        get_task(TaskConfig(name, [path], [], [path], 0, 1, 0)).problems("train")
+
+
+def test_what_cannot_be_had_from_the_hub_is_named_with_the_mend():
+    code = (
+        "from irpo_utils.config import ModelConfig, TaskConfig; from irpo_utils.tasks import get_task; from irpo_utils import models\n"
+        "for work in (lambda: get_task(TaskConfig('gsm8k')).problems('train'), lambda: models.load_tokenizer(ModelConfig('Qwen/Qwen9'))):\n"
+        "    try: work()\n    except ValueError as e: print(e)"
+    )
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    data, model = done.stdout.splitlines()
+    assert data.startswith("task.test: the data set 'openai/gsm8k:main:test' could not be loaded from the hub")
+    assert data.endswith("give a local file instead, as in task.test=path/to/file.jsonl")
+    assert model.startswith("model.path: 'Qwen/Qwen9' could not be loaded")
+    assert model.endswith("or give a folder, as in model.path=/models/my-model")
+
+
+def test_the_readme_s_own_task_class_works(tmp_path):
+    readme = (ROOT / "README.md").read_text()
+    source = readme[readme.index("class Sums:") :]
+    source = source[: source.index("```")]
+    head = "from irpo_utils.answers import candidates, number\nfrom irpo_utils.tasks import Problem\n"
+    (tmp_path / "my_task.py").write_text(head + source)
+    task = get_task(TaskConfig(f"{tmp_path / 'my_task.py'}:Sums", train_size=5, dev_size=2, test_size=2))
+    problem = task.problems("train")[3]
+    assert reward(task, "3 and 3 is 6. Final answer: 6", problem) == 1.0
+    assert reward(task, "six", problem) is None
+    with pytest.raises(ValueError, match="has no class 'Sum'"):
+        get_task(TaskConfig(f"{tmp_path / 'my_task.py'}:Sum"))
+
+
+OWN = """
+from irpo_utils.tasks import Problem
+class Own:
+    def __init__(self, config): pass
+    def problems(self, split): return [Problem(f"{split}-{i}", f"{split} {i}?", str(i)) for i in range(3)]
+    def prompt(self, problem): return problem.question
+    def extract(self, response, problem, flexible=False): return response[-1:]
+    def equal(self, answer, problem): return answer == problem.answer
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("", "", None),
+        ("class Own:", "class Own(:", "my_task.py:Own fails: SyntaxError"),
+        ("pass", "raise KeyError(1)", "my_task.py:Own fails: KeyError"),
+        ("pass", "raise SystemExit", "my_task.py:Own fails: SystemExit"),
+        ("Problem(f", "print(f", "must give at least one irpo_utils.tasks.Problem"),
+        ('Problem(f"{split}-{i}"', 'Problem("same"', "two problems have the id 'same'"),
+        ('f"{split} {i}?"', 'f"{i}?"', "two problems have the question '0\\?'"),
+        (
+            'f"{split} {i}?"',
+            "f\"{split} {i} {id(object())} {__import__('random').random()}?\"",
+            "same order every time",
+        ),
+        ("str(i))", "i)", "prompt, answer, solution and what extract finds must be text"),
+        ("return problem.question", "return None", "prompt, answer, solution and what extract finds must be text"),
+        ("def prompt(", "def promt(", "on the problem train-0, fails: AttributeError"),
+        (", flexible=False", "", "on the problem train-0, fails: TypeError"),
+        ("return response[-1:]", "return response[99]", "on the problem train-0, fails: IndexError"),
+    ],
+)
+def test_a_class_of_ones_own_is_looked_at_before_a_run(old, new, message, tmp_path):
+    (tmp_path / "my_task.py").write_text(OWN.replace(old, new) if old else OWN)
+    config = TaskConfig(f"{tmp_path / 'my_task.py'}:Own")
+    if message is None:
+        assert [len(problems) for problems in check_task(get_task(config), config.name).values()] == [3, 3, 3]
+        return
+    with pytest.raises(ValueError, match=message):
+        check_task(get_task(config), config.name)

@@ -1,0 +1,243 @@
+"""Grading: a labelled set of rule-breaking answers, every gold answer of every file, hostile input, and the command line."""
+
+import json
+import random
+import subprocess
+import sys
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+from conftest import DATA, ROOT
+from hypothesis import given
+from hypothesis import strategies as st
+
+from irpo_utils import latex
+from irpo_utils.answers import grade, number, plain
+from irpo_utils.config import TaskConfig
+from irpo_utils.tasks import Problem, get_task
+
+NAMES = ("gsm8k", "math", "arc_challenge")
+# Labelled by reading, not by running: each with its reason. The gold answers are those of real records.
+CASES = [json.loads(line) for line in (Path(__file__).parent / "graded_cases.jsonl").read_text().splitlines()]
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"the benchmark records are not at {DATA}")
+
+
+@pytest.fixture(scope="module")
+def tasks():
+    found = {name: get_task(TaskConfig(name=name)) for name in NAMES}
+    found["math"].same = latex.Equality(seconds=2.0)
+    return found
+
+
+@pytest.mark.parametrize("mode", ["strict", "flexible"])
+@pytest.mark.parametrize("name", NAMES)
+def test_every_labelled_case(name, mode, tasks):
+    mine = [case for case in CASES if case["task"] == name]
+    assert len(mine) >= 100
+    problems = [tasks[name].posed("", case["gold"], case) for case in mine]
+    verdicts = grade(tasks[name], [case["response"] for case in mine], problems, flexible=mode == "flexible")
+    wrong = [(c["response"], c["gold"], c["reason"], v) for c, v in zip(mine, verdicts, strict=True) if v.correct is not c[mode]]  # fmt: skip
+    assert not wrong
+
+
+@needs_data
+@pytest.mark.parametrize(
+    ("name", "train", "test", "count"),
+    [
+        ("gsm8k", "gsm8k_train.jsonl", "gsm8k_test.jsonl", 8792),
+        ("math", "math_train_4500.jsonl", "math_test_500.jsonl", 4996),  # four are the prompt's examples
+        ("arc_challenge", None, "arc_challenge_validation.jsonl", 299),
+        ("jsonl", None, "mmlu_math_test.jsonl", 348),  # of 354 records, six ask what another one asks
+    ],
+)
+def test_every_record_loads_prompts_and_its_gold_grades_right(name, train, test, count, tmp_path):
+    """Two ways: the gold answer against itself, and the gold solution through the response path."""
+    path = DATA / test
+    if name == "jsonl":  # a user's own file has no other fields
+        path = tmp_path / test
+        rows = [json.loads(line) for line in (DATA / test).read_text().splitlines()]
+        path.write_text("".join(json.dumps({k: r[k] for k in ("question", "answer")}) + "\n" for r in rows))
+    if train is None:  # one file: a part of it stands in for training
+        lines = path.read_text().splitlines(keepends=True)
+        (tmp_path / "train.jsonl").write_text("".join(lines[:100]))
+        (tmp_path / "test.jsonl").write_text("".join(lines[100:]))
+        files = (tmp_path / "train.jsonl", tmp_path / "test.jsonl")
+    else:
+        files = (DATA / train, path)
+    task = get_task(TaskConfig(name, [str(files[0])], [], [str(files[1])], 0, 20, 0))
+    problems = [p for split in ("train", "dev", "test") for p in task.problems(split)]
+    assert len(problems) == count
+    assert len({p.id for p in problems}) == len({p.question for p in problems}) == len(problems)
+    solutions = [p.solution or f"Let me think.\nFinal answer: {p.answer}" for p in problems]
+    assert all(p.question in task.prompt(p) for p in problems)
+    assert all("<<" not in s for s in solutions)
+    verdicts = grade(task, solutions, problems)
+    assert [p.id for p, v in zip(problems, verdicts, strict=True) if v.correct is not True] == []
+    assert all(task.equal(p.answer, p) for p in problems)
+
+
+@given(
+    st.fractions(-(10**12), 10**12, max_denominator=10**6),
+    st.sampled_from(["{}", "${}", "{} dollars", "**{}**", "\\({}\\)", "{}.", "= {}"]),
+)
+def test_a_number_is_read_back_exactly_whatever_stands_around_it(value, form):
+    assert number(form.format(plain(value))) == value
+
+
+@given(st.integers(-(10**12), 10**12), st.integers(0, 99))
+def test_separators_and_trailing_zeros_change_nothing(whole, cents):
+    text = f"{whole:,}.{cents:02d}"
+    exact = Fraction(f"{whole}.{cents:02d}")
+    assert number(text) == number(f"${text}") == number(text.replace(",", "{,}")) == exact
+
+
+@given(st.fractions(max_denominator=999), st.fractions(max_denominator=999))
+def test_latex_fractions_compare_as_their_values(one, two):
+    spelled = [f"{'-' if v < 0 else ''}\\dfrac{{{abs(v.numerator)}}}{{{v.denominator}}}" for v in (one, two)]
+    assert latex.decide(latex.normal(spelled[0]), latex.normal(f"{two.numerator}/{two.denominator}")) is (one == two)
+
+
+@given(st.text(max_size=60), st.sampled_from(NAMES))
+def test_no_text_makes_extraction_fail(text, name):
+    task, problem = get_task(TaskConfig(name=name)), Problem("", "", "A", "", {"options": ["rain", "snow", "fog"]})
+    for response in (text, f"Final answer: {text}", f"\\boxed{{{text}}}"):
+        strict, flexible = (task.extract(response, problem, flexible=f) for f in (False, True))
+        assert strict is None or flexible == strict  # the fall-back never overrules a marked answer
+
+
+PIECES = [
+    "Final answer:",
+    "\\boxed{",
+    "}",
+    "{",
+    "\\frac",
+    "\\sqrt",
+    "^",
+    "_",
+    "$",
+    "\\(",
+    "\\)",
+    "1",
+    "2",
+    "9",
+    "0",
+    ".",
+    ",",
+    "/",
+    "-",
+    "%",
+    "####",
+    "The answer is",
+    "A:",
+    "(B)",
+    "B",
+    "\n",
+    "  ",
+    "\\text{",
+    "and",
+    "or",
+    "\\pm",
+    "\\infty",
+    "\\cup",
+    "(",
+    ")",
+    "[",
+    "]",
+    "\\begin{pmatrix}",
+    "\\end{pmatrix}",
+    "\\\\",
+    "&",
+    "=",
+    "\\le",
+    "e",
+    "x",
+    "!",
+    "million",
+    "½",
+    "٣",
+    "\x00",
+    "😀",
+    "\\",
+    "\\overline{",
+    "\\left",
+    "°",
+    "thousand",
+]
+HOSTILE = [
+    "Final answer: " + "{" * 3_000_000, "\\boxed{" * 300_000, "Final answer:" * 300_000, "final answer" + " " * 2_000_000,
+    "9" * 2_000_000, "Final answer: " + "1," * 500_000, "$" * 1_000_001, "A:" * 300_000, "\\text{" * 200_000, "- " * 500_000,
+    "Final answer: " + "9" * 5000, "Final answer: 9^{9^{9^{9}}}", "Final answer: (1+x)^{10^9}", "Final answer: 1e999999999",
+    "Final answer: \\sqrt{" + "\\sqrt{" * 60 + "2" + "}" * 61, "Final answer: " + "(" * 190 + "1" + ")" * 190,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "count"), [("gsm8k", 10_000), ("arc_challenge", 10_000), ("math", 1_000)])
+def test_fuzzed_and_hostile_responses_neither_crash_nor_hang(name, count, tasks):
+    rng = random.Random(0)
+    responses = ["".join(rng.choices(PIECES, k=rng.randint(0, 40))) for _ in range(count)] + HOSTILE
+    gold = {"gsm8k": "2", "math": "2", "arc_challenge": "B"}[name]
+    problems = [Problem("", "", gold, "", {"options": ["rain", "snow", "fog"]})] * len(responses)
+    verdicts = grade(tasks[name], responses, problems, flexible=True)
+    assert len(verdicts) == len(responses)
+    assert {v.correct for v in verdicts} == {True, False, None}
+    assert not any(v.correct for v in verdicts[-len(HOSTILE) :] if name == "math")
+
+
+def test_a_check_that_never_ends_costs_its_worker_and_no_other_answer():
+    verifier = latex.Equality(seconds=1.0).verifier
+    questions = [
+        ("2\\sqrt{2}", "\\sqrt{8}"),
+        ("9^{9^{9^{9}}}", "\\sqrt{8}"),
+        ("\\sqrt{18}", "3\\sqrt{2}"),
+        ("x+1", "x+2"),
+    ]
+    assert verifier(questions) == [True, False, True, False]
+    assert verifier.gave_up == 1
+    verifier.close()
+
+
+def run_grade(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "irpo_utils", "grade", *arguments], cwd=ROOT, capture_output=True, text=True
+    )
+
+
+def test_grade_writes_a_line_for_each_in_order_and_a_summary_beside(tmp_path):
+    path = tmp_path / "r.jsonl"
+    rows = [("Final answer: $1,080.00", "1080"), ("#### 7", 8), ("so 8", "8"), ("no idea", "#### 8")]
+    path.write_text("".join(json.dumps({"response": r, "gold": g}) + "\n" for r, g in rows))
+    done = run_grade("--task", "gsm8k", str(path))
+    assert done.returncode == 0
+    assert [json.loads(line) for line in done.stdout.splitlines()] == [
+        {"extracted": "1080", "correct": True}, {"extracted": "7", "correct": False},
+        {"extracted": None, "correct": None}, {"extracted": None, "correct": None},
+    ]  # fmt: skip
+    assert "right 1 (25.0%), wrong 1 (25.0%), unparsed 2 (50.0%)" in done.stderr
+    loose = run_grade("--flexible", "--task", "gsm8k", str(path))
+    assert json.loads(loose.stdout.splitlines()[2]) == {"extracted": "8", "correct": True}
+    assert "strict:" in loose.stderr and "flexible: right 2" in loose.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{oops", "line 2: expected"),
+        ('{"response": "x"}', "line 2: expected"),
+        ('{"response": 3, "gold": "1"}', "line 2: expected"),
+        ('{"response": "x", "gold": true}', "line 2: expected"),
+        ("", "line 2: expected"),
+        ("[1]", "line 2: expected"),
+        ('{"response": "x", "gold": "many"}', "line 2: the gold answer 'many' is not a number"),
+    ],
+)
+def test_a_malformed_line_is_named(line, message, tmp_path):
+    good = '{"response": "Final answer: 1", "gold": "1"}'
+    (tmp_path / "r.jsonl").write_text("\n".join([good, line, good]) + "\n")
+    done = run_grade("--task", "gsm8k", str(tmp_path / "r.jsonl"))
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr and not done.stdout
+
+
+def test_a_missing_file_is_named():
+    done = run_grade("--task", "math", "/nonexistent.jsonl")
+    assert done.returncode == 1 and done.stderr == "error: No such file or directory: /nonexistent.jsonl\n"
