@@ -17,96 +17,51 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from .losses import pair_losses, token_logps
+from .losses import pair_losses
 from .runs import write_jsonl
+from .scoring import Pair, check_head, pair_batch, reference_logps, response_logps, to_device
 
 LN2 = math.log(2)
-Pair = dict[str, Any]
 
 
-def training_order(count: int, batch: int, max_steps: int, max_epochs: int, seed: int) -> list[int]:
-    """Which pair comes when: whole shuffled passes over `count` pairs, cut to `max_steps` batches or `max_epochs`."""
+def training_order(
+    count: int,
+    batch: int,
+    max_steps: int,
+    max_epochs: int,
+    seed: int,
+    problems: list[str] | None = None,
+    together: int = 1,
+) -> list[int]:
+    """Which pair comes when: whole shuffled passes over `count` pairs, cut to `max_steps` batches or `max_epochs`.
+
+    With `together` above 1 up to so many pairs of one problem (`problems` [count] names each pair's) follow one another, so
+    that they share their prompt in a batch: less work, and a gradient from fewer problems.
+    """
     rng, order = random.Random(seed), []
     steps = min(max_steps, max(1, count * max_epochs // batch))
     while len(order) < steps * batch:
-        order += rng.sample(range(count), count)
+        shuffled = rng.sample(range(count), count)
+        if together > 1:
+            groups: dict[str, list[list[int]]] = {}
+            for i in shuffled:
+                mine = groups.setdefault(problems[i], [[]])
+                if len(mine[-1]) == together:
+                    mine.append([])
+                mine[-1].append(i)
+            parts = [part for mine in groups.values() for part in mine]
+            shuffled = [i for part in rng.sample(parts, len(parts)) for i in part]
+        order += shuffled
     return order[: steps * batch]
-
-
-def collate(rows: list[tuple[list[int], list[int]]]) -> dict[str, Tensor]:
-    """Right-padded batch of (prompt ids, response ids): `input_ids`, `attention_mask`, `scored` each [rows, length].
-
-    `scored` marks the response tokens, EOS included; the prompt is conditioned on, never scored. The pad id is never
-    looked at, so a tokenizer whose pad is its EOS trains its EOS all the same.
-    """
-    width = max(len(p) + len(r) for p, r in rows)
-
-    def pad(parts: Callable[[list[int], list[int]], list[int]]) -> Tensor:
-        return torch.tensor([(row := parts(p, r)) + [0] * (width - len(row)) for p, r in rows])
-
-    return {
-        "input_ids": pad(lambda p, r: p + r),
-        "attention_mask": pad(lambda p, r: [1] * (len(p) + len(r))),
-        "scored": pad(lambda p, r: [0] * len(p) + [1] * len(r)),
-    }
-
-
-def response_logps(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
-    """log p(response | prompt), the sum over response tokens in nats, [rows]. Only the responses' positions are projected."""
-    scored = batch["scored"].bool()
-    first = int(scored.int().argmax(-1).min())  # no row's response starts before this column
-    positions = torch.arange(first - 1, scored.shape[1] - 1, device=scored.device)
-    logits = model(
-        input_ids=batch["input_ids"],
-        attention_mask=batch["attention_mask"],
-        use_cache=False,
-        logits_to_keep=positions,
-    ).logits
-    logps = token_logps(logits, batch["input_ids"][:, first:])
-    return logps.masked_fill(~scored[:, first:], 0.0).sum(-1)
-
-
-@torch.no_grad()
-def reference_logps(model: PreTrainedModel, pairs: list[Pair], rows: int = 64) -> list[tuple[float, float]]:
-    """log M_t of every pair's chosen and rejected response; each distinct response is scored once."""
-    keys = {(p["problem"], tuple(p[f"{side}_ids"])): p["prompt_ids"] for p in pairs for side in ("chosen", "rejected")}
-    todo = sorted((k for k in keys if k[1]), key=lambda k: (len(keys[k]) + len(k[1]), k))
-    scores: dict[Any, float] = {}
-    model.eval()
-    for i in range(0, len(todo), rows):
-        part = todo[i : i + rows]
-        batch = to_device(collate([(keys[k], list(k[1])) for k in part]), model)
-        scores.update(zip(part, response_logps(model, batch).tolist(), strict=True))
-    return [
-        tuple(scores.get((p["problem"], tuple(p[f"{side}_ids"])), 0.0) for side in ("chosen", "rejected"))
-        for p in pairs
-    ]
-
-
-def to_device(batch: dict[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
-    device = next(model.parameters()).device
-    return {name: tensor.to(device) for name, tensor in batch.items()}
-
-
-def pair_batch(pairs: list[Pair]) -> dict[str, Tensor]:
-    """Chosen rows first, then rejected ones (where there are any), with the pairs' reference log-probabilities."""
-    rows = [(p["prompt_ids"], p["chosen_ids"]) for p in pairs]
-    rows += [(p["prompt_ids"], p["rejected_ids"]) for p in pairs if p["rejected_ids"]]
-    reference = torch.tensor([[p["reference_chosen"], p["reference_rejected"]] for p in pairs])
-    return {
-        **collate(rows),
-        "reference": reference,
-        "lengths": torch.tensor([len(p["chosen_ids"]) for p in pairs]),
-    }
 
 
 def batch_losses(model: PreTrainedModel, batch: dict[str, Tensor], loss: str, beta: float, alpha: float):
     """The `PairLosses` of a batch made by `pair_batch`, and the policy's (chosen, rejected) log-probabilities [pairs]."""
-    count = len(batch["lengths"])
     logps = response_logps(model, batch)
-    chosen, rejected = logps[:count], logps[count:] if len(logps) > count else torch.zeros_like(logps[:count])
+    chosen = logps[batch["chosen"]]
+    rejected = torch.where(batch["rejected"] < 0, torch.zeros_like(chosen), logps[batch["rejected"]])
     reference = batch["reference"].to(logps.dtype)
     terms = pair_losses(loss, chosen, rejected, reference[:, 0], reference[:, 1], batch["lengths"], beta, alpha)
     return terms, chosen, rejected
@@ -117,6 +72,7 @@ class PreferenceTrainer(Trainer):
 
     def __init__(self, *args: Any, loss: str, beta: float, alpha: float, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        self.remove_callback(PrinterCallback)  # prints a line of the Trainer's own bookkeeping
         # Our loss is a mean over pairs, so the Trainer must divide by the accumulation steps itself.
         self.model_accepts_loss_kwargs = False
         self.loss, self.beta, self.alpha = loss, beta, alpha
@@ -147,8 +103,9 @@ class Recorder(TrainerCallback):
         every: int,
         score: Callable[[PreTrainedModel], float] | None,
         show: Callable[[str], None],
+        stop_after: int | None = None,
     ):
-        self.folder, self.every, self.score, self.show = folder, every, score, show
+        self.folder, self.every, self.score, self.show, self.stop_after = folder, every, score, show, stop_after
         self.trainer: PreferenceTrainer | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -156,12 +113,16 @@ class Recorder(TrainerCallback):
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         step, terms = state.global_step, self.trainer.terms
+        last = step in (self.stop_after, state.max_steps)
+        control.should_training_stop |= last
         row = {"step": step, **{name: sum(t[name] for t in terms) / len(terms) for name in terms[0]}}
         terms.clear()
-        if step % self.every == 0 or step == state.max_steps:
+        if step % self.every == 0 or last:
             control.should_save = True
             if self.score:
+                torch.cuda.empty_cache()  # does nothing without CUDA; sampling needs what training's last step left
                 row["dev_greedy"] = self.score(model)
+                torch.cuda.empty_cache()
                 model.train()
             self._keep_best(model, step, row.get("dev_greedy", float(step)))
         with open(self.folder / "steps.jsonl", "a") as f:
@@ -224,14 +185,14 @@ def last_checkpoint(folder: Path) -> str | None:
     return str(max(found, key=lambda p: int(p.name.split("-")[1]))) if found else None
 
 
-def check_start(terms: Any, loss: str, tolerance: float) -> float:
-    """The mean DPO term before the first step.
+def check_start(terms: Tensor, loss: str, tolerance: float) -> float:
+    """The mean of the DPO terms [pairs] before the first step.
 
     Raises:
         RuntimeError: it is not ln 2, so that policy and reference are not the same model (a wrong reference, dropout
             left on, or another adapter loaded).
     """
-    dpo = terms.dpo.mean().item()
+    dpo = terms.mean().item()
     if loss != "nll" and not abs(dpo - LN2) < tolerance:
         raise RuntimeError(
             f"the DPO term before the first step is {dpo:.6f}, not ln 2 = {LN2:.6f}: the policy is not its reference; "
@@ -240,8 +201,10 @@ def check_start(terms: Any, loss: str, tolerance: float) -> float:
     return dpo
 
 
-def check_sampled(pairs: list[Pair], tolerance: float) -> float:
-    """Largest difference per token between the sampler's log-probabilities and the reference's, nats.
+def check_sampled(pairs: list[Pair], tolerance: float, exact: bool = True) -> float:
+    """Difference per token between the sampler's log-probabilities and the reference's, nats: the largest of all responses.
+
+    Without `exact` (16-bit weights, where every batch shape rounds differently) it is their mean.
 
     Raises:
         RuntimeError: it exceeds `tolerance`: the sampler did not run the model that is trained.
@@ -252,7 +215,7 @@ def check_sampled(pairs: list[Pair], tolerance: float) -> float:
         for side in ("chosen", "rejected")
         if p[f"{side}_logp"] is not None
     ]
-    worst = max(gaps, default=0.0)
+    worst = (max(gaps) if exact else sum(gaps) / len(gaps)) if gaps else 0.0
     if not worst < tolerance:
         raise RuntimeError(
             f"the sampler saw other log-probabilities than the reference (off by {worst:.4f} nats per token): "
@@ -271,6 +234,7 @@ def train(
     seed: int,
     sampled_by_start: bool,
     score: Callable[[PreTrainedModel], float] | None = None,
+    stop_after: int | None = None,
     show: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Train `model` on `pairs` in place and leave the best policy in `folder`/best; a killed run goes on where it was.
@@ -281,46 +245,63 @@ def train(
         loss: one of `losses.LOSSES`. config: a `TrainConfig`.
         sampled_by_start: the pairs' responses were sampled from `model` as it is now, which is then verified.
         score: dev score of a policy, higher is better, called every `config.eval_every` steps; None keeps the last.
+        stop_after: stop after this step, on the schedule of the whole training.
 
     Returns:
         step and score of the best policy, the DPO term at the start, and the number of steps.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    tolerance = 1e-3 if next(model.parameters()).dtype == torch.float32 else 5e-2
+    exact = next(model.parameters()).dtype == torch.float32
+    tolerance = 1e-3 if exact else 5e-2
     pairs = [dict(p) for p in pairs]
-    for pair, (chosen, rejected) in zip(pairs, reference_logps(model, pairs), strict=True):
+    check_head(model.eval())
+    for pair, (chosen, rejected) in zip(pairs, reference_logps(model, pairs, 2 * config.micro_batch), strict=True):
         pair["reference_chosen"], pair["reference_rejected"] = chosen, rejected
     model.train()
-    with torch.no_grad():
-        batch = to_device(pair_batch(pairs[: config.micro_batch]), model)
-        start = check_start(batch_losses(model, batch, loss, config.beta, config.alpha)[0], loss, tolerance)
-    gap = check_sampled(pairs, tolerance) if sampled_by_start else None
+    with torch.no_grad():  # over 16 pairs or more, since in 16 bits a single pair may be off by more than the tolerance
+        parts = [pairs[i : i + config.micro_batch] for i in range(0, min(16, len(pairs)), config.micro_batch)]
+        first = [
+            batch_losses(model, to_device(pair_batch(part), model), loss, config.beta, config.alpha)[0]
+            for part in parts
+        ]
+        start = check_start(torch.cat([terms.dpo for terms in first]), loss, tolerance)
+    gap = check_sampled(pairs, tolerance, exact) if sampled_by_start else None
 
-    order = training_order(len(pairs), config.batch, config.max_steps, config.max_epochs, seed)
+    problems = [p["problem"] for p in pairs]
+    order = training_order(
+        len(pairs), config.batch, config.max_steps, config.max_epochs, seed, problems, config.pairs_together
+    )
     steps = len(order) // config.batch
-    recorder = Recorder(folder, config.eval_every, score, show)
+    if config.gradient_checkpointing:
+        show("train.gradient_checkpointing: responses do not share their prompt, since no cache can be kept")
+    recorder = Recorder(folder, config.eval_every, score, show, stop_after)
+    arguments = TrainingArguments(
+        output_dir=str(folder / "checkpoints"),
+        max_steps=steps,
+        per_device_train_batch_size=config.micro_batch,
+        gradient_accumulation_steps=config.batch // config.micro_batch,
+        learning_rate=config.lr,
+        lr_scheduler_type="linear",
+        warmup_steps=math.ceil(config.warmup * steps),
+        max_grad_norm=config.max_grad_norm,
+        weight_decay=0.0,
+        optim={"adamw": "adamw_torch", "paged_adamw_8bit": "paged_adamw_8bit"}[config.optimizer],
+        activation_checkpointing=config.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False},
+        train_sampling_strategy="sequential",  # `order` is the shuffle, so that a resumed run sees the same batches
+        save_strategy="no",  # the recorder asks for a checkpoint after each dev score
+        save_total_limit=2,  # the one before goes only after the new one has its mark
+        logging_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        seed=seed,
+    )
+    arguments._n_gpu = 1  # one process, one device: the Trainer would split batches over all GPUs that it sees
     trainer = PreferenceTrainer(
         model,
-        TrainingArguments(
-            output_dir=str(folder / "checkpoints"),
-            max_steps=steps,
-            per_device_train_batch_size=config.micro_batch,
-            gradient_accumulation_steps=config.batch // config.micro_batch,
-            learning_rate=config.lr,
-            lr_scheduler_type="linear",
-            warmup_steps=math.ceil(config.warmup * steps),
-            max_grad_norm=config.max_grad_norm,
-            weight_decay=0.0,
-            train_sampling_strategy="sequential",  # `order` is the shuffle, so that a resumed run sees the same batches
-            save_strategy="no",  # the recorder asks for a checkpoint after each dev score
-            save_total_limit=2,  # the one before goes only after the new one has its mark
-            logging_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
-            remove_unused_columns=False,
-            dataloader_pin_memory=False,
-            seed=seed,
-        ),
+        arguments,
         train_dataset=[pairs[i] for i in order],
         data_collator=pair_batch,
         callbacks=[recorder],
@@ -329,7 +310,10 @@ def train(
         alpha=config.alpha,
     )
     recorder.trainer = trainer
-    trainer.train(resume_from_checkpoint=last_checkpoint(folder / "checkpoints"))
+    checkpoint = last_checkpoint(folder / "checkpoints")
+    if checkpoint is None or int(checkpoint.rpartition("-")[2]) < min(steps, stop_after or steps):
+        trainer.train(resume_from_checkpoint=checkpoint)
+    recorder.trainer = None  # trainer and recorder hold each other, and with them the model and its optimizer
     best = json.loads((folder / "best" / "best.json").read_text())
     return {
         "best_step": best["step"],

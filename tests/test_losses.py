@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from irpo_utils.losses import pair_losses, token_logps
-from irpo_utils.training import PreferenceTrainer, batch_losses, collate, pair_batch, response_logps
+from irpo_utils.scoring import collate, pair_batch, response_logps
+from irpo_utils.training import PreferenceTrainer, batch_losses
 
 logp = st.floats(-200, -0.01)
 

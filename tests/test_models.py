@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from irpo_utils import models, stages, training
+from irpo_utils import models, scoring, stages, training
 from irpo_utils.losses import pair_losses
 from irpo_utils.tasks import get_task
 
@@ -27,7 +27,7 @@ def pairs(seed_model, tokenizer, task, config):
 
     problems = task.problems("train")[:24]
     samples: dict = {}
-    for batch in stages.graded_samples(config.sampling, seed_model, tokenizer, task, problems, n=16, temperature=1.0, seed=0, label=""):  # fmt: skip
+    for batch in stages.graded_samples(config, seed_model, tokenizer, task, problems, n=16, temperature=1.0, seed=0, label=""):  # fmt: skip
         for row in batch:
             samples.setdefault(row["problem"], []).append(row)
     ids = stages.encode_prompts(task, tokenizer, problems)
@@ -82,6 +82,18 @@ def test_a_run_killed_while_training_ends_the_same(config, pairs, tmp_path):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
 
+def test_a_training_that_was_stopped_at_its_step_is_not_trained_on(config, pairs, tmp_path):
+    """Called again on the same folder, as by a run that was killed just before its stage was done."""
+    facts = []
+    for _ in range(2):
+        model = models.load_policy(config.model, trainable=True, seed=0, threads=1)
+        facts.append(
+            run(model, pairs, tmp_path, replace(config, train=replace(config.train, max_steps=6)), stop_after=4)
+        )
+    assert facts[0] == facts[1] and facts[0]["best_step"] == 4
+    assert len(list(training.read_steps(tmp_path / "steps.jsonl"))) == 4
+
+
 def test_accumulated_micro_batches_are_the_whole_batch(config, pairs, tmp_path):
     losses = []
     for micro in (8, 2):
@@ -95,7 +107,7 @@ def test_wrong_reference_is_refused():
     zero = torch.zeros(2)
     terms = pair_losses("dpo+nll", zero, zero - 1, zero, zero - 3, torch.ones(2))
     with pytest.raises(RuntimeError, match="not ln 2.*check that both are M_t"):
-        training.check_start(terms, "dpo+nll", 1e-3)
+        training.check_start(terms.dpo, "dpo+nll", 1e-3)
 
 
 def test_pairs_of_another_model_are_refused(config, pairs, tmp_path):
@@ -110,12 +122,12 @@ def test_adapter_goes_on_where_it_was(config, pairs, tmp_path, tokenizer):
     model = models.load_policy(config.model, trainable=True, seed=0)
     run(model, pairs, tmp_path, config)
     model.eval()
-    rows = training.collate([(p["prompt_ids"], p["chosen_ids"]) for p in pairs[:6]])
+    rows = scoring.collate([(p["prompt_ids"], p["chosen_ids"]) for p in pairs[:6]])
     with torch.no_grad():
-        wanted = training.response_logps(model, rows)
+        wanted = scoring.response_logps(model, rows)
         for trainable in (False, True):
             again = models.load_policy(config.model, tmp_path / "best", trainable=trainable).eval()
-            assert torch.allclose(training.response_logps(again, rows), wanted, atol=1e-4)
+            assert torch.allclose(scoring.response_logps(again, rows), wanted, atol=1e-4)
     assert any(p.requires_grad for p in again.parameters())
 
 
@@ -138,10 +150,11 @@ def test_nf4_with_lora_samples_and_trains_on_a_cpu(config, tokenizer, task, tmp_
 
     nf4 = replace(config, model=replace(config.model, quantize="nf4"), train=replace(config.train, max_steps=4))
     model = models.load_policy(nf4.model, threads=1)
-    assert sum(isinstance(m, bnb.nn.Linear4bit) for m in model.modules()) == 28  # 7 in each of 4 layers
+    base = models.load_base(nf4.model)
+    assert sum(isinstance(m, bnb.nn.Linear4bit) for m in base.modules()) == 28  # 7 in each of 4 layers
     problems = task.problems("train")[:24]
     samples: dict = {}
-    for batch in stages.graded_samples(nf4.sampling, model, tokenizer, task, problems, n=8, temperature=1.0, seed=0, label=""):  # fmt: skip
+    for batch in stages.graded_samples(nf4, model, tokenizer, task, problems, n=8, temperature=1.0, seed=0, label=""):  # fmt: skip
         for row in batch:
             samples.setdefault(row["problem"], []).append(row)
     ids = stages.encode_prompts(task, tokenizer, problems)
@@ -151,10 +164,10 @@ def test_nf4_with_lora_samples_and_trains_on_a_cpu(config, tokenizer, task, tmp_
     assert facts["dpo_at_start"] == pytest.approx(training.LN2, abs=1e-3)
     steps = list(training.read_steps(tmp_path / "steps.jsonl"))
     assert steps[-1]["margin"] > steps[0]["margin"] == pytest.approx(0, abs=1e-3)
-    rows = training.collate([(p["prompt_ids"], p["chosen_ids"]) for p in rows[:8]])
+    rows = scoring.collate([(p["prompt_ids"], p["chosen_ids"]) for p in rows[:8]])
     with torch.no_grad():
-        wanted = training.response_logps(policy.eval(), rows)
-        again = training.response_logps(models.load_policy(nf4.model, tmp_path / "best"), rows)
+        wanted = scoring.response_logps(policy.eval(), rows)
+        again = scoring.response_logps(models.load_policy(nf4.model, tmp_path / "best"), rows)
     assert torch.allclose(again, wanted, atol=1e-4)
 
 
@@ -172,11 +185,11 @@ def test_nf4_gradients_are_those_of_the_dequantized_model_also_after_a_forward_i
     with torch.no_grad():
         for name, p in trained.items():
             parameters[name].copy_(p.normal_(std=0.02))
-    batch = training.collate([([1, 5, 6, 7], [9, 8, 2]), ([1, 5, 6, 7, 10, 11], [9, 8, 12, 13, 2])])
+    batch = scoring.collate([([1, 5, 6, 7], [9, 8, 2]), ([1, 5, 6, 7, 10, 11], [9, 8, 12, 13, 2])])
     with torch.no_grad():
-        training.response_logps(nf4.eval(), batch)
+        scoring.response_logps(nf4.eval(), batch)
     for model in (nf4.train(), dense.train()):
-        training.response_logps(model, batch).sum().backward()
+        scoring.response_logps(model, batch).sum().backward()
     for name, p in trained.items():
         assert torch.allclose(p.grad, parameters[name].grad, rtol=1e-4, atol=1e-5), name
 
@@ -190,3 +203,47 @@ def test_order_is_whole_shuffled_passes_cut_to_the_budget():
     order = training.training_order(10, batch=4, max_steps=5, max_epochs=9, seed=0)
     assert len(order) == 20 and sorted(order[:10]) == sorted(order[10:]) == list(range(10))
     assert len(training.training_order(10, batch=4, max_steps=99, max_epochs=1, seed=0)) == 8
+
+
+def test_retraining_with_dev_takes_the_selected_steps_and_survives_a_kill(config, pairs, tmp_path, monkeypatch):
+    """The second training stops at the step that dev chose, on the schedule of the first; killed in it, it goes on there."""
+    from irpo_utils.config import dump
+    from irpo_utils.runs import Stage, write_jsonl
+
+    task = get_task(config.task)
+    train = replace(config.train, retrain_with_dev=True, max_steps=6, eval_every=2, batch=4, micro_batch=4)
+    config = replace(config, train=train)
+    scores = {2: 0.1, 4: 0.9, 6: 0.2}
+    dev_pairs = [{**p, "problem": d.id} for p, d in zip(pairs, task.problems("dev"), strict=False)]
+    whole = training.train
+    taken: list[tuple[int, int | None]] = []
+
+    def watched(model, rows, folder, **settings):
+        calls = iter(sorted(scores))
+        if settings.get("score"):
+            settings["score"] = lambda policy: scores[next(calls)]
+        elif len(taken) == 1 and kill:
+            settings["score"] = lambda policy: (_ for _ in ()).throw(KeyboardInterrupt)
+        taken.append((len(rows), settings.get("stop_after")))
+        return whole(model, rows, folder, **settings)
+
+    monkeypatch.setattr(training, "train", watched)
+    adapters = []
+    for name, kill in (("undisturbed", False), ("killed", True)):
+        run_folder = tmp_path / name
+        run_folder.mkdir()
+        (run_folder / "config.yaml").write_text(dump(config))
+        stage = Stage("03_train", run_folder)
+        write_jsonl(stage.path("pairs.jsonl"), pairs + dev_pairs)
+        taken.clear()
+        if kill:
+            with pytest.raises(KeyboardInterrupt):
+                stages.train_stage(stage.begin(), show=lambda line: None)
+            kill = False
+            scores = {6: 0.2}  # the first training is over; nothing of it is scored again
+        facts = stages.train_stage(stage.begin(), show=lambda line: None)
+        assert facts["best_step"] == 4 and facts["retrained_with_dev"]
+        assert taken[-2:] == [(len(pairs), None), (len(pairs) + len(dev_pairs), 4)]
+        adapters.append((stage.path("adapter") / "adapter_model.safetensors").read_bytes())
+        stage.finish()
+    assert adapters[0] == adapters[1]

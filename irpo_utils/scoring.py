@@ -1,0 +1,204 @@
+"""Log-probabilities of responses, each prompt run once and each distinct response once.
+
+The K pairs of a problem share one prompt, and K pairs hold fewer than 2K distinct responses. Here a batch's distinct
+prompts run first, without their last token; their cache, graph and all, is expanded to the distinct responses as rows,
+and a row runs the prompt's last token and the response on it. So all logits belong to response tokens, and none is made
+for a prompt. The result is that of the padded rows prompt + response (`padded_logps`), which is the fall-back for a
+model that can use no cache while it trains (activation checkpointing).
+
+The vocabulary is the widest thing in a batch (Qwen2.5: 151,936). Hidden states of response tokens are projected to it a
+chunk at a time, and the backward pass makes a chunk's logits anew instead of keeping them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers import DynamicCache, PreTrainedModel
+
+from .losses import token_logps
+
+CHUNK = 1 << 25  # logits that are made at once (128 MiB in float32); fewer than that are kept for the backward pass
+Row = tuple[list[int], list[int]]  # prompt ids, response ids
+Pair = dict[str, Any]
+
+
+def _padded(rows: list[list[int]], left: bool = False) -> tuple[Tensor, Tensor]:
+    """Padded ids and mask, [rows, length]. The pad id is never looked at, so pad and EOS may be the same."""
+    width = max(map(len, rows))
+
+    def pad(row: list[int]) -> list[int]:
+        return [0] * (width - len(row)) + row if left else row + [0] * (width - len(row))
+
+    return torch.tensor([pad(row) for row in rows]), torch.tensor([pad([1] * len(row)) for row in rows])
+
+
+def collate(rows: list[Row]) -> dict[str, Tensor]:
+    """Distinct prompts [prompts, length], and for every row its response [rows, length] and which prompt it has [rows].
+
+    Prompts come without their last token, which begins its responses' rows: `fed` is what a row runs on the prompt's cache, and
+    `responses` what it should say, EOS included. The prompt is conditioned on, never scored.
+    """
+    prompts = list(dict.fromkeys(tuple(prompt) for prompt, _ in rows))
+    number = {prompt: i for i, prompt in enumerate(prompts)}
+    # On the left, so that a prompt's end and its responses' beginning are neighbours, as a sliding window wants them.
+    heads, head_mask = _padded([list(prompt[:-1]) or [0] for prompt in prompts], left=True)
+    head_mask[[len(prompt) == 1 for prompt in prompts]] = 0  # a prompt of one token leaves nothing to share
+    responses, scored = _padded([response for _, response in rows])
+    fed, _ = _padded([[prompt[-1], *response[:-1]] for prompt, response in rows])
+    owner = torch.tensor([number[tuple(prompt)] for prompt, _ in rows])
+    return {
+        "prompts": heads,
+        "prompt_mask": head_mask,
+        "fed": fed,
+        "responses": responses,
+        "scored": scored,
+        "owner": owner,
+    }
+
+
+def response_logps(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
+    """log p(response | prompt), the sum over response tokens in nats, [rows], for a batch made by `collate`."""
+    if model.training and getattr(model, "is_gradient_checkpointing", False):
+        return padded_logps(model, batch)
+    mask, owner, fed = batch["prompt_mask"], batch["owner"], batch["fed"]
+    backbone = causal_model(model).base_model
+    cache = DynamicCache()
+    backbone(
+        input_ids=batch["prompts"],
+        attention_mask=mask,
+        position_ids=(mask.cumsum(-1) - 1).clamp_(min=0),
+        past_key_values=cache,
+        use_cache=True,
+    )
+    for layer in cache.layers:
+        layer.keys, layer.values = layer.keys.index_select(0, owner), layer.values.index_select(0, owner)
+    start = mask.sum(-1)[owner].unsqueeze(-1)
+    hidden = backbone(
+        input_ids=fed,
+        attention_mask=torch.cat([mask[owner], torch.ones_like(fed)], -1),
+        position_ids=start + torch.arange(fed.shape[1], device=fed.device),
+        past_key_values=cache,
+        use_cache=True,
+    ).last_hidden_state
+    return summed_logps(model, hidden, batch["responses"], batch["scored"])
+
+
+def padded_logps(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
+    """The same from one row of prompt and response for each response."""
+    heads, mask, owner = batch["prompts"], batch["prompt_mask"], batch["owner"]
+    lengths = mask.sum(-1)[owner]
+    count, width = batch["fed"].shape
+    ids = batch["fed"].new_zeros(count, int(lengths.max()) + width)
+    columns = lengths.unsqueeze(-1) + torch.arange(width, device=ids.device)
+    for row, (head, length) in enumerate(zip(heads[owner], lengths.tolist(), strict=True)):
+        ids[row, :length] = head[heads.shape[1] - length :]
+    ids.scatter_(1, columns, batch["fed"])
+    # What is right of a row's end is seen by nothing before it.
+    hidden = causal_model(model).base_model(input_ids=ids, use_cache=False).last_hidden_state
+    hidden = hidden.gather(1, columns.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
+    return summed_logps(model, hidden, batch["responses"], batch["scored"])
+
+
+def causal_model(model: Any) -> PreTrainedModel:
+    """The model without the adapter's wrapper; its layers hold the adapter all the same."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def summed_logps(model: PreTrainedModel, hidden: Tensor, tokens: Tensor, scored: Tensor) -> Tensor:
+    """The sum of the log-probabilities of `tokens` [rows, length] where `scored`, given the states [rows, length, width] that predict them."""
+    where = scored.bool()
+    states, wanted = hidden[where], tokens[where]
+    head, cap = causal_model(model).get_output_embeddings(), soft_cap(model)
+    vocabulary = causal_model(model).config.get_text_config().vocab_size
+    size = max(1, CHUNK // vocabulary)
+    if len(states) <= size or not torch.is_grad_enabled():
+        parts = [_logps(head, cap, h, w) for h, w in zip(states.split(size), wanted.split(size), strict=True)]
+    else:
+        parts = [
+            checkpoint(_logps, head, cap, h, w, use_reentrant=False)
+            for h, w in zip(states.split(size), wanted.split(size), strict=True)
+        ]
+    logps = torch.cat(parts)
+    return torch.zeros_like(scored, dtype=logps.dtype).masked_scatter(where, logps).sum(-1)
+
+
+def soft_cap(model: PreTrainedModel) -> float | None:
+    """The bound that Gemma 2 and 3 put on their logits, tanh-wise."""
+    return getattr(causal_model(model).config.get_text_config(), "final_logit_softcapping", None)
+
+
+def _logps(head: torch.nn.Module, cap: float | None, states: Tensor, tokens: Tensor) -> Tensor:
+    logits = head(states)
+    return token_logps(logits if cap is None else torch.tanh(logits / cap) * cap, tokens)
+
+
+@torch.no_grad()
+def check_head(model: PreTrainedModel) -> None:
+    """See that hidden states and output embeddings give the model's own logits; some architectures scale them as well.
+
+    Raises:
+        ValueError: they do not, so that this module cannot score the model's responses.
+    """
+    device = next(model.parameters()).device
+    ids = torch.arange(4, device=device).unsqueeze(0)
+    causal = causal_model(model)
+    wanted = token_logps(causal(input_ids=ids, use_cache=False).logits[:, :-1], ids[:, 1:])
+    hidden = causal.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
+    got = _logps(causal.get_output_embeddings(), soft_cap(model), hidden, ids[:, 1:])
+    near = 1e-3 if wanted.dtype == causal.dtype else 5e-2  # 16-bit weights round
+    if not torch.allclose(wanted, got, rtol=near, atol=near):
+        raise ValueError(
+            f"a {causal.config.model_type} computes its logits in a way that is not known here; use another architecture"
+        )
+
+
+def to_device(batch: dict[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
+    device = next(model.parameters()).device
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+@torch.no_grad()
+def reference_logps(
+    model: PreTrainedModel, pairs: list[Pair], rows: int = 64, show: Callable[[str], None] | None = None
+) -> list[tuple[float, float]]:
+    """log M_t of every pair's chosen and rejected response (0 where there is none); each distinct response is scored once."""
+    keys = {(p["problem"], tuple(p[f"{side}_ids"])): p["prompt_ids"] for p in pairs for side in ("chosen", "rejected")}
+    # A problem's responses come together, so that they share its prompt; problems by length, so that padding is small.
+    todo = sorted((k for k in keys if k[1]), key=lambda k: (len(keys[k]), k[0], len(k[1]), k))
+    scores: dict[Any, float] = {}
+    model.eval()
+    for i in range(0, len(todo), rows):
+        part = todo[i : i + rows]
+        batch = to_device(collate([(keys[k], list(k[1])) for k in part]), model)
+        scores.update(zip(part, response_logps(model, batch).tolist(), strict=True))
+    return [
+        tuple(scores.get((p["problem"], tuple(p[f"{side}_ids"])), 0.0) for side in ("chosen", "rejected"))
+        for p in pairs
+    ]
+
+
+def pair_batch(pairs: list[Pair]) -> dict[str, Tensor]:
+    """A batch of pairs: the distinct responses of `collate`, and where each pair finds its two.
+
+    `chosen` and `rejected` [pairs] are row numbers (`rejected` is -1 where there is none), `reference` [pairs, 2] the
+    reference log-probabilities, `lengths` [pairs] the number of tokens of the chosen responses.
+    """
+    rows: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
+
+    def row(pair: Pair, side: str) -> int:
+        return rows.setdefault((tuple(pair["prompt_ids"]), tuple(pair[f"{side}_ids"])), len(rows))
+
+    chosen = [row(p, "chosen") for p in pairs]
+    rejected = [row(p, "rejected") if p["rejected_ids"] else -1 for p in pairs]
+    return {
+        **collate([(list(prompt), list(response)) for prompt, response in rows]),
+        "chosen": torch.tensor(chosen),
+        "rejected": torch.tensor(rejected),
+        "reference": torch.tensor([[p["reference_chosen"], p["reference_rejected"]] for p in pairs]),
+        "lengths": torch.tensor([len(p["chosen_ids"]) for p in pairs]),
+    }

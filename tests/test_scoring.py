@@ -1,0 +1,119 @@
+"""Shared prompts change nothing: log-probabilities and gradients are those of one padded row for each response."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_models import SHAPE
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Qwen2Config
+
+from irpo_utils import scoring
+from irpo_utils.losses import LOSSES
+from irpo_utils.training import batch_losses, training_order
+
+KINDS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "gemma2": Gemma2Config}
+
+
+@pytest.fixture(scope="module")
+def networks():
+    torch.manual_seed(0)
+    found = {}
+    for name, kind in KINDS.items():
+        more = {"sliding_window": 8} if name == "gemma2" else {}  # shorter than the rows below
+        found[name] = AutoModelForCausalLM.from_config(kind(vocab_size=40, **SHAPE, **more)).train()
+    return found
+
+
+def make_pairs(lengths: list[tuple[int, int, int]]) -> list[scoring.Pair]:
+    """Pairs with (prompt, chosen, rejected) of these lengths; equal numbers give equal prompts and responses."""
+    ids = lambda n, first: [(first + i) % 37 + 3 for i in range(n)]  # noqa: E731
+    return [
+        {
+            "problem": f"p{p}", "prompt_ids": ids(p, 1), "chosen_ids": ids(c, 5), "rejected_ids": ids(r, 11) if r else [],
+            "reference_chosen": -3.0 * c, "reference_rejected": -3.5 * r,
+        }
+        for p, c, r in lengths
+    ]  # fmt: skip
+
+
+def gradients(model, pairs, loss, score, monkeypatch):
+    monkeypatch.setattr("irpo_utils.training.response_logps", score)
+    model.zero_grad()
+    terms, chosen, rejected = batch_losses(model, scoring.pair_batch(pairs), loss, 0.1, 1.0)
+    terms.total.mean().backward()
+    return torch.stack([chosen, rejected]).detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_are_those_of_padded_rows(kind, loss, networks, monkeypatch):
+    """Unequal lengths, a response in several pairs, two prompts, a prompt of one token, and one pair without a loser."""
+    shape = [(9, 5, 7), (9, 5, 3), (4, 12, 7), (1, 6, 2), (30, 1, 4)]
+    pairs = make_pairs(shape if loss != "nll" else [*shape, (9, 8, 0)])
+    found = [
+        gradients(networks[kind], pairs, loss, f, monkeypatch) for f in (scoring.response_logps, scoring.padded_logps)
+    ]
+    assert torch.allclose(found[0][0], found[1][0], rtol=1e-5, atol=1e-4)
+    assert len(found[0][1]) == len(found[1][1]) > 10
+    for shared, padded in zip(found[0][1], found[1][1], strict=True):
+        assert (shared - padded).norm() <= 1e-5 * padded.norm() + 1e-9
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 12), st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=6))
+def test_any_lengths_score_as_each_response_alone(networks, lengths):
+    pairs, model = make_pairs(lengths), networks["llama"]
+    rows = [(p["prompt_ids"], p[f"{side}_ids"]) for p in pairs for side in ("chosen", "rejected")]
+    with torch.no_grad():
+        together = scoring.response_logps(model, scoring.collate(rows))
+        alone = torch.cat([scoring.padded_logps(model, scoring.collate([row])) for row in rows])
+    assert torch.allclose(together, alone, rtol=1e-5, atol=1e-4)
+
+
+def test_a_response_in_several_pairs_is_one_row():
+    batch = scoring.pair_batch(make_pairs([(9, 5, 7), (9, 5, 3), (9, 6, 7)]))
+    assert len(batch["prompts"]) == 1 and len(batch["responses"]) == 4
+    assert batch["chosen"].tolist() == [0, 0, 1] and batch["rejected"].tolist() == [2, 3, 2]
+
+
+@given(st.lists(st.sampled_from("abcd"), min_size=4, max_size=40), st.integers(1, 5), st.integers(0, 9))
+def test_pairs_of_a_problem_come_together_and_every_pass_has_every_pair_once(problems, together, seed):
+    count = len(problems)
+    order = training_order(
+        count, batch=count, max_steps=2, max_epochs=9, seed=seed, problems=problems, together=together
+    )
+    assert sorted(order[:count]) == sorted(order[count:]) == list(range(count))
+    runs = [len(list(group)) for _, group in __import__("itertools").groupby(problems[i] for i in order[:count])]
+    if together > 1 and len(set(problems)) > 1:
+        assert len(runs) <= sum(-(-problems.count(p) // together) for p in set(problems))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_chunked_head_changes_nothing(kind, networks, monkeypatch):
+    pairs = make_pairs([(9, 5, 7), (4, 12, 7)])
+    whole = gradients(networks[kind], pairs, "dpo+nll", scoring.response_logps, monkeypatch)
+    monkeypatch.setattr(scoring, "CHUNK", 3 * 40)  # three tokens at a time
+    parts = gradients(networks[kind], pairs, "dpo+nll", scoring.response_logps, monkeypatch)
+    assert torch.allclose(whole[0], parts[0], rtol=1e-6, atol=1e-5)
+    for one, other in zip(whole[1], parts[1], strict=True):
+        assert (one - other).norm() <= 1e-5 * other.norm() + 1e-9
+
+
+def test_a_model_with_a_head_of_its_own_kind_is_refused(networks, monkeypatch):
+    scoring.check_head(networks["gemma2"])
+    monkeypatch.setattr(networks["gemma2"].config, "final_logit_softcapping", 0.01)
+    scoring.check_head(networks["gemma2"])  # the cap is known
+    monkeypatch.setattr(scoring, "soft_cap", lambda model: None)
+    with pytest.raises(ValueError, match="a gemma2 computes its logits in a way that is not known here"):
+        scoring.check_head(networks["gemma2"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_log_probabilities_are_those_of_the_model_s_own_logits(kind, networks):
+    model, prompt, response = networks[kind].eval(), [5, 6, 7, 8], [9, 10, 2]
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+        wanted = logits.log_softmax(-1).gather(-1, torch.tensor(response).unsqueeze(-1)).sum()
+        got = scoring.response_logps(model, scoring.collate([(prompt, response)]))
+    model.train()
+    assert got.item() == pytest.approx(wanted.item(), rel=1e-5)
