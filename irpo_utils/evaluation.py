@@ -56,7 +56,8 @@ def summarize(records: list[Record]) -> dict[str, float]:
     """The accuracies of one model on one split, as fractions.
 
     Args:
-        records: one per problem, with `greedy` (the greedy response's reward), `answers` and `rewards` [samples].
+        records: one per problem, with `greedy` (the greedy response's reward), `answers` and `rewards` [samples], and
+            optionally `flexible`, the greedy response's reward when an answer need not be marked.
     """
     total = len(records)
     greedy = sum(r["greedy"] == 1 for r in records)
@@ -64,6 +65,8 @@ def summarize(records: list[Record]) -> dict[str, float]:
     samples = len(records[0]["rewards"])
     out = {"problems": total, "greedy": greedy / total, "greedy_low": low, "greedy_high": high}
     out["greedy_unparsed"] = sum(r["greedy"] is None for r in records) / total
+    if "flexible" in records[0]:
+        out["greedy_flexible"] = sum(r["flexible"] == 1 for r in records) / total
     out["sampled"] = sum(x == 1 for r in records for x in r["rewards"]) / (total * samples)
     for k in (1, 2, 4, 8, 16, 32):
         if k <= samples:

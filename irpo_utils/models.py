@@ -2,18 +2,24 @@
 
 A policy is one directory: a LoRA adapter on the frozen base (`adapter_config.json`), or, with `model.tuning: full`, a
 whole small model. M_0 is the base itself. Nothing is ever merged back into quantized weights: they would be quantized
-anew, and the model that is sampled would not be the one that was trained.
+anew, and the model that is sampled would not be the one that was trained. Adapters are float32 whatever the base is
+(peft casts them so), since a LoRA step is smaller than what bfloat16 can tell apart.
 """
 
 from __future__ import annotations
 
+import os
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -24,7 +30,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 def base_path(config) -> str:
     """The hub name or folder of the base model; "seed" is the model in the package."""
-    return str(SEED_MODEL) if config.path == "seed" else config.path
+    if config.path == "seed":
+        return str(SEED_MODEL)
+    here = SEED_MODEL.parent.parent.parent / config.path  # a relative folder is relative to the project
+    return str(here) if here.is_dir() else config.path
 
 
 def load_tokenizer(config) -> PreTrainedTokenizerBase:
@@ -33,8 +42,7 @@ def load_tokenizer(config) -> PreTrainedTokenizerBase:
     Raises:
         ValueError: it has no EOS, so that a model could never learn to stop.
     """
-    check_path(config)
-    tokenizer = AutoTokenizer.from_pretrained(base_path(config))
+    tokenizer = _load(AutoTokenizer, config)
     if tokenizer.eos_token_id is None:
         raise ValueError(
             f"model.path: the tokenizer of {config.path} has no EOS token; set one in its tokenizer_config.json"
@@ -42,12 +50,70 @@ def load_tokenizer(config) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def check_path(config) -> None:
-    """Raise a ValueError where `model.path` looks like a folder but is no model's."""
-    path = Path(base_path(config))
-    local = path.is_absolute() or config.path.startswith((".", "~")) or path.exists()
-    if local and not ((path / "config.json").is_file() and any(path.glob("tokenizer*"))):
-        raise ValueError(f"model.path: {config.path} is no folder with config.json and a tokenizer")
+def load_shape(config) -> Any:
+    """The base model's configuration: its architecture and sizes, without its weights."""
+    return _load(AutoConfig, config)
+
+
+def _load(kind: Any, config, **options: Any) -> Any:
+    """`kind.from_pretrained` of the base. Raises a ValueError that names the model and the mend."""
+    name, path = config.path, Path(base_path(config)).expanduser()
+    local = path.is_absolute() or name.startswith(".") or path.exists() or name.count("/") > 1
+    tokenizers = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+    if local and not ((path / "config.json").is_file() and any((path / file).is_file() for file in tokenizers)):
+        raise ValueError(f"model.path: {name} is no folder with config.json and a tokenizer ({', '.join(tokenizers)})")
+    try:
+        return kind.from_pretrained(str(path) if local else name, trust_remote_code=config.trust_remote_code, **options)
+    except (Exception, SystemExit) as error:  # code that comes with a model may raise anything
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        mend = (
+            "model.trust_remote_code=true lets code that comes with the model run, if you trust it"
+            if "trust_remote_code" in str(error)
+            else "see that the folder is whole"
+            if local
+            else "see that the name is right, that there is a network, and that you may use it (some models want their licence "
+            "accepted and `hf auth login`); or give a folder, as in model.path=/models/my-model"
+        )
+        raise ValueError(f"model.path: {name!r} could not be loaded ({reason}); {mend}") from None
+
+
+def check_weights(config) -> None:
+    """Look at a local model's weight files without loading them. Raises a ValueError that names the model and the mend."""
+    from safetensors import SafetensorError, safe_open
+
+    shape = load_shape(config)
+    if getattr(shape, "quantization_config", None):
+        raise ValueError(
+            f"model.path: {config.path} holds quantized weights; give the model they were made from, and model.quantize=nf4"
+        )
+    path = Path(base_path(config)).expanduser()
+    if not path.is_dir():
+        return  # on the hub
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        raise ValueError(
+            f"model.path: {config.path} has no *.safetensors; only that format is loaded (convert other weights)"
+        )
+    for file in files:
+        try:
+            with safe_open(file, "pt") as weights:
+                weights.keys()
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"model.path: {file} is damaged or cut off ({error}); copy it again") from None
+
+
+def generation_stops(config) -> list[int]:
+    """The ids that end a generation according to the model's own generation_config.json, if it has one."""
+    return _generation_stops(str(Path(base_path(config)).expanduser()))
+
+
+@cache
+def _generation_stops(path: str) -> list[int]:
+    try:
+        stops = GenerationConfig.from_pretrained(path).eos_token_id
+    except (OSError, ValueError):  # it has none
+        return []
+    return [] if stops is None else [stops] if isinstance(stops, int) else list(stops)
 
 
 def device() -> torch.device:
@@ -65,20 +131,37 @@ def load_base(config) -> PreTrainedModel:
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
         )
-    model = AutoModelForCausalLM.from_pretrained(
-        base_path(config),
+    model = _load(
+        AutoModelForCausalLM,
+        config,
         dtype=dtype,
         quantization_config=quantization,
         device_map={"": device()},
         use_safetensors=True,
     )
     for module in model.modules():
+        # Dropout would make of the policy another function than the one that was sampled, and than its own reference.
+        for name, value in list(vars(module).items()):
+            if "drop" in name or (name == "p" and isinstance(module, torch.nn.Dropout)):
+                setattr(module, name, 0.0 if isinstance(value, float) else value)
         # bitsandbytes repacks 4-bit weights at the first forward in eval mode on some CPUs, for a kernel that computes
         # in bfloat16 and has no gradient: sampling would run another function than training, and training after a dev
         # score would silently get wrong gradients.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return model
+
+
+def unpacks(parameters: int, room: float) -> bool:
+    """Whether a 4-bit base is unpacked to sample from it: where 16-bit weights leave at least half of `room` bytes."""
+    return 2 * parameters < room / 2
+
+
+def memory() -> float:
+    """Free bytes of the GPU, or the bytes of the machine where there is none."""
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0]
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def is_adapter(policy: Path) -> bool:
@@ -91,7 +174,7 @@ def load_policy(
     """M_t: the base for `policy=None`, else what the directory `policy` holds.
 
     With `trainable`, the same function ready for training: a fresh adapter (which starts as the identity) on M_0, or
-    the adapter of M_t going on. For inference an adapter on an unquantized base is folded in, in memory only.
+    the adapter of M_t going on. For inference a 4-bit base is unpacked where memory allows, and an adapter on a float32 base is folded in, both in memory only; folded into 16 bits, an adapter would be rounded away.
 
     Raises:
         FileNotFoundError: `policy` holds neither an adapter nor a model.
@@ -103,18 +186,27 @@ def load_policy(
             f"{policy} holds no policy (neither adapter_config.json nor config.json); run 03_train first"
         )
     if policy is not None and not is_adapter(policy):
-        return AutoModelForCausalLM.from_pretrained(policy, dtype=DTYPES[config.dtype], device_map={"": device()})
+        return AutoModelForCausalLM.from_pretrained(
+            policy,
+            dtype=DTYPES[config.dtype],
+            device_map={"": device()},
+            use_safetensors=True,
+            trust_remote_code=config.trust_remote_code,
+        )
     model = load_base(config)
+    if not trainable and config.quantize == "nf4" and unpacks(model.num_parameters(), memory()):
+        # Every forward of a 4-bit layer unpacks its weights first; sampling would do that for every token.
+        model = model.dequantize()
     if policy is None and (not trainable or config.tuning == "full"):
         return model
 
-    from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+    from peft import LoraConfig, PeftModel, get_peft_model
 
-    if trainable and config.quantize == "nf4":
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    # Not prepare_model_for_kbit_training: it puts embeddings and head in float32, so that the model that is trained
+    # would not be the one that was sampled. peft itself freezes the base.
     if policy is not None:
         model = PeftModel.from_pretrained(model, policy, is_trainable=trainable)
-        if not trainable and config.quantize == "none":
+        if not trainable and config.quantize == "none" and config.dtype == "float32":
             model = model.merge_and_unload()
         return model
     torch.manual_seed(seed)  # LoRA's A is random; B is zero, so theta_0 = M_0
@@ -126,3 +218,34 @@ def load_policy(
         task_type="CAUSAL_LM",
     )
     return get_peft_model(model, lora)
+
+
+def load_line(config, policy: Path) -> str:
+    """One line of Python that loads M_t elsewhere."""
+    if config.tuning == "full":
+        return f'AutoModelForCausalLM.from_pretrained("{policy}")'
+    base = '"irpo_utils/assets/seed_model"' if config.path == "seed" else f'"{config.path}", dtype="{config.dtype}"'
+    if config.trust_remote_code:
+        base += ", trust_remote_code=True"
+    if config.quantize == "nf4":  # the adapter was trained on these weights, not on the ones that they are made from
+        base += ', quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", '
+        base += f'bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype="{config.dtype}")'
+    return f'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base}), "{policy}")'
+
+
+def export(config, policy: Path, target: Path) -> None:
+    """Write M_t as one whole model in bfloat16, with its tokenizer, for engines that take no adapter.
+
+    The adapter is added to the weights that it was trained on (for a 4-bit base: those, unpacked) in float32, and the sum
+    is rounded once. It is a rounding of M_t, not M_t. Needs 4 bytes of the machine's memory for every weight.
+    """
+    if not is_adapter(policy):
+        model = load_policy(config, policy)
+    else:
+        from peft import PeftModel
+
+        base = load_base(config)
+        base = base.dequantize() if config.quantize == "nf4" else base
+        model = PeftModel.from_pretrained(base.cpu().float(), policy).merge_and_unload()
+    model.to(torch.bfloat16).save_pretrained(target)
+    load_tokenizer(config).save_pretrained(target)

@@ -68,6 +68,7 @@ def build_pairs(
         right = sum(s["reward"] == 1 for s in drawn)
         audit["problems"] += 1
         audit["samples"] += len(drawn)
+        audit["right"] += right
         audit["unparsed"] += sum(s["reward"] is None for s in drawn)
         audit["none_right" if right == 0 else "all_right" if right == len(drawn) else "some_right"] += 1
         audit["unfinished"] += sum(not s["finished"] for s in drawn)
@@ -79,7 +80,9 @@ def build_pairs(
         audit["over_long"] += len(usable) - len(fitting)
         winners = [s for s in fitting if s["reward"] == 1]
         if gold is not None and name in gold:
-            winners = distinct([gold[name], *winners])
+            short = len(prompt_ids) + len(gold[name]["token_ids"]) <= max_tokens
+            audit["over_long"] += not short
+            winners = distinct([gold[name], *winners]) if short else winners
         losers = [s for s in fitting if s["reward"] != 1]
         made = cyclic_pairs(winners, losers, k)
         audit["problems_with_pairs"] += bool(made)
@@ -109,6 +112,7 @@ AUDIT_KEYS = [
     "some_right",
     "all_right",
     "samples",
+    "right",
     "unparsed",
     "unfinished",
     "duplicates",

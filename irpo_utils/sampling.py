@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+PREFILL_TOKENS = 1 << 15  # prompt tokens that are run at once
 COMPACT_AT = 0.75  # rows are copied together when fewer than this share of them is still going
 
 
@@ -34,16 +35,18 @@ class Completion:
 class PreallocatedLayer(DynamicLayer):
     """One layer's keys and values [rows, heads, room, width] with space for the tokens to come."""
 
-    def __init__(self, keys: Tensor, values: Tensor, repeats: int, new_tokens: int):
+    def __init__(self, like: Tensor, rows: int, new_tokens: int):
+        """For `rows` rows of prompts with the heads, length and width of `like` [any, heads, length, width]."""
         super().__init__()
-        rows, heads, self.length, width = keys.shape
-        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
-        self.buffers = []
-        for prompt in (keys, values):
-            buffer = prompt.new_empty(rows * repeats, heads, self.length + new_tokens, width)
-            buffer[:, :, : self.length] = prompt.repeat_interleave(repeats, 0)
-            self.buffers.append(buffer)
+        _, heads, self.length, width = like.shape
+        self.dtype, self.device, self.is_initialized = like.dtype, like.device, True
+        self.buffers = [like.new_empty(rows, heads, self.length + new_tokens, width) for _ in ("keys", "values")]
         self._expose()
+
+    def fill(self, first: int, keys: Tensor, values: Tensor, repeats: int) -> None:
+        """Put the prompts' keys and values [prompts, heads, length, width] into the rows from `first` on, each `repeats` times."""
+        for buffer, prompt in zip(self.buffers, (keys, values), strict=True):
+            buffer[first : first + len(prompt) * repeats, :, : self.length] = prompt.repeat_interleave(repeats, 0)
 
     def _expose(self) -> None:
         self.keys, self.values = (buffer[:, :, : self.length] for buffer in self.buffers)
@@ -88,7 +91,7 @@ def sample_batch(
     prompts: list[list[int]],
     noise: np.ndarray,
     temperature: float,
-    eos_id: int,
+    eos_id: Sequence[int],
     max_new_tokens: int,
 ) -> list[list[Completion]]:
     """Sample every prompt of one batch. `noise` is [problems, n, max_new_tokens]; returns [problems][n]."""
@@ -98,21 +101,30 @@ def sample_batch(
     ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
     padded = bool((mask == 0).any())
-    cache = DynamicCache()
-    out = model(
-        input_ids=ids,
-        attention_mask=mask if padded else None,
-        position_ids=(mask.cumsum(-1) - 1).clamp_(min=0),
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    )
-    cache.layers = [PreallocatedLayer(layer.keys, layer.values, n, max_new_tokens) for layer in cache.layers]
-    logits = out.logits[:, -1].repeat_interleave(n, 0)
+    positions = (mask.cumsum(-1) - 1).clamp_(min=0)
+    layers: list[PreallocatedLayer] = []
+    ends, size = [], max(1, PREFILL_TOKENS // width)
+    for first in range(0, len(prompts), size):
+        cache, part = DynamicCache(), slice(first, first + size)
+        out = model(
+            input_ids=ids[part],
+            attention_mask=mask[part] if padded else None,
+            position_ids=positions[part],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        layers = layers or [PreallocatedLayer(p.keys, len(prompts) * n, max_new_tokens) for p in cache.layers]
+        for layer, prompt in zip(layers, cache.layers, strict=True):
+            layer.fill(first * n, prompt.keys, prompt.values, n)
+        ends.append(out.logits[:, -1])
+    cache.layers = layers
+    logits = torch.cat(ends).repeat_interleave(n, 0)
     position = mask.sum(-1).repeat_interleave(n, 0)
     mask = torch.cat([mask.repeat_interleave(n, 0), mask.new_ones(len(prompts) * n, max_new_tokens)], -1)
     noise = torch.from_numpy(noise.reshape(-1, max_new_tokens)).to(device)
 
+    stops = torch.tensor(list(eos_id), device=device)
     rows = torch.arange(len(noise), device=device)  # which sample each row of the batch is
     tokens_out = torch.full((len(noise), max_new_tokens), -1, device=device)
     logps = torch.zeros(len(noise), dtype=torch.float64, device=device)
@@ -121,7 +133,7 @@ def sample_batch(
         tokens, logp = pick(logits, temperature, noise[rows, step])
         tokens_out[rows[going], step] = tokens[going]
         logps[rows[going]] += logp[going].double()
-        going = going & (tokens != eos_id)
+        going = going & ~torch.isin(tokens, stops)
         left = int(going.sum())
         if left == 0 or step + 1 == max_new_tokens:
             break
@@ -143,7 +155,7 @@ def sample_batch(
     completions = []
     for ids_out, logp in zip(tokens_out.tolist(), logps.tolist(), strict=True):
         ids_out = ids_out[: ids_out.index(-1)] if -1 in ids_out else ids_out
-        completions.append(Completion(ids_out, logp, ids_out[-1] == eos_id))
+        completions.append(Completion(ids_out, logp, ids_out[-1] in eos_id))
     return [completions[i : i + n] for i in range(0, len(completions), n)]
 
 
@@ -154,7 +166,7 @@ def sample(
     n: int,
     temperature: float,
     seed: int,
-    eos_id: int,
+    eos_id: int | Sequence[int],
     max_new_tokens: int,
     rows: int = 512,
     progress: Callable[[int, int, float], None] | None = None,
@@ -165,6 +177,7 @@ def sample(
         prompts: problem id -> prompt token ids, BOS included where the tokenizer wants one.
         temperature: 0 is greedy (then n must be 1).
         seed: with the problem id, fixes the problem's random stream.
+        eos_id: the token, or tokens, that end a response.
         progress: called after each batch with (problems done, problems in all, tokens per second).
 
     Yields:
@@ -173,12 +186,16 @@ def sample(
     if temperature == 0 and n != 1:
         raise ValueError(f"greedy decoding gives one response per problem, not n={n}; set n=1 or a temperature above 0")
     model.eval()
+    stops = [eos_id] if isinstance(eos_id, int) else list(eos_id)
     order = sorted(prompts, key=lambda name: (len(prompts[name]), name))
-    size, started, tokens = max(1, rows // n), time.perf_counter(), 0
+    size, started, tokens = max(1, rows // n), time.perf_counter(), 0  # problems of a batch
     for first in range(0, len(order), size):
         names = order[first : first + size]
         noise = np.stack([uniforms(seed, name, n, max_new_tokens) for name in names])
-        batch = sample_batch(model, [prompts[name] for name in names], noise, temperature, eos_id, max_new_tokens)
+        batch: list[list[Completion]] = [[] for _ in names]
+        for part in np.split(noise, range(rows, n, rows), axis=1):  # one part, unless n exceeds the rows
+            drawn = sample_batch(model, [prompts[name] for name in names], part, temperature, stops, max_new_tokens)
+            batch = [before + new for before, new in zip(batch, drawn, strict=True)]
         tokens += sum(len(c.token_ids) for completions in batch for c in completions)
         if progress:
             progress(first + len(names), len(order), tokens / (time.perf_counter() - started))

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
-from . import answers, evaluation, models, pairs, sampling, training
-from .runs import Stage, read_jsonl, write_json, write_jsonl
+import torch
+from jinja2 import TemplateError
+
+from . import answers, evaluation, models, pairs, sampling
+from .runs import Stage, read_jsonl, shown, write_json, write_jsonl
 from .tasks import Problem, Task, get_task
 
 Record = dict[str, Any]
@@ -40,18 +45,45 @@ def encode_prompts(task: Task, tokenizer, problems: list[Problem]) -> dict[str, 
     """Problem id -> prompt token ids: through the chat template where there is one, else plain text. One BOS either way."""
     if not tokenizer.chat_template:
         return {p.id: tokenizer(task.prompt(p)).input_ids for p in problems}
-    turns = ([{"role": "user", "content": task.prompt(p)}] for p in problems)
-    texts = [tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True) for turn in turns]
+    turns = (
+        [{"role": "user", "content": task.prompt(p)}] for p in problems
+    )  # no system turn: some templates have none
+    texts = [chat_text(tokenizer, turn, add_generation_prompt=True) for turn in turns]
     return {p.id: tokenizer(t, add_special_tokens=False).input_ids for p, t in zip(problems, texts, strict=True)}
 
 
-def encode_response(tokenizer, text: str) -> list[int]:
-    """A response's token ids as the sampler would have drawn them: no BOS, EOS at the end."""
-    return [*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+def chat_text(tokenizer, turns: list[dict[str, str]], **options: Any) -> str:
+    """A conversation in the tokenizer's template. The date is fixed, since some templates would write today's."""
+    try:
+        return tokenizer.apply_chat_template(turns, tokenize=False, date_string="26 Jul 2024", **options)
+    except TemplateError as error:
+        raise ValueError(f"model.path: the tokenizer's chat template cannot write this conversation: {error}") from None
+
+
+def stop_ids(config, tokenizer) -> list[int]:
+    """The tokens that end a response; the first is the one that gold solutions are ended with.
+
+    A chat model ends its turn with the token that its template puts behind an answer, which need not be the
+    tokenizer's EOS (Gemma: `<end_of_turn>`).
+    """
+    known = list(dict.fromkeys([tokenizer.eos_token_id, *models.generation_stops(config)]))
+    if not tokenizer.chat_template:
+        return known
+    turns = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "@@"}]
+    behind = chat_text(tokenizer, turns).rpartition("@@")[2]
+    ending = [
+        i for i in tokenizer(behind, add_special_tokens=False).input_ids if i in tokenizer.all_special_ids or i in known
+    ]
+    return list(dict.fromkeys([*ending[:1], *known]))
+
+
+def encode_response(tokenizer, text: str, end: int) -> list[int]:
+    """A response's token ids as the sampler would have drawn them: no BOS, the `end` token at the end."""
+    return [*tokenizer(text, add_special_tokens=False).input_ids, end]
 
 
 def graded_samples(
-    stage_config,
+    config,
     model,
     tokenizer,
     task: Task,
@@ -70,35 +102,42 @@ def graded_samples(
         n=n,
         temperature=temperature,
         seed=seed,
-        eos_id=tokenizer.eos_token_id,
-        max_new_tokens=stage_config.max_new_tokens,
-        rows=stage_config.rows if n > 1 else min(256, stage_config.rows),
+        eos_id=stop_ids(config.model, tokenizer),
+        max_new_tokens=config.sampling.max_new_tokens,
+        rows=config.sampling.rows if n > 1 else min(256, config.sampling.rows),
         progress=Progress(label),
     )
     for batch in drawn:
-        rows = []
-        for name, completions in batch.items():
-            for i, c in enumerate(completions):
-                text = tokenizer.decode(c.token_ids[:-1] if c.finished else c.token_ids)
-                rows.append(
-                    {
-                        "problem": name,
-                        "sample": i,
-                        "response": text,
-                        "reward": answers.reward(task, text, by_id[name].answer),
-                        "finished": c.finished,
-                        "logp": c.logp,
-                        "token_ids": c.token_ids,
-                    }
-                )
-        yield rows
+        drawn_rows = [(by_id[name], i, c) for name, completions in batch.items() for i, c in enumerate(completions)]
+        texts = [tokenizer.decode(c.token_ids[:-1] if c.finished else c.token_ids) for _, _, c in drawn_rows]
+        asked = [p for p, _, _ in drawn_rows]
+        strict = answers.grade(task, texts, asked)
+        open_ones = [i for i, verdict in enumerate(strict) if verdict.correct is None]
+        again = answers.grade(task, [texts[i] for i in open_ones], [asked[i] for i in open_ones], flexible=True)
+        loose = dict(zip(open_ones, again, strict=True))
+        flexible = [loose.get(i, verdict) for i, verdict in enumerate(strict)]
+        used = flexible if config.task.flexible else strict
+        yield [
+            {
+                "problem": p.id,
+                "sample": i,
+                "response": text,
+                "answer": verdict.extracted,
+                "reward": verdict.reward,
+                "flexible": other.reward,
+                "finished": c.finished,
+                "logp": c.logp,
+                "token_ids": c.token_ids,
+            }
+            for (p, i, c), text, verdict, other in zip(drawn_rows, texts, used, flexible, strict=True)
+        ]
 
 
 def sample_stage(stage: Stage) -> list[Record]:
     """01: N graded samples of M_{t-1} for every training problem, a chunk at a time so that a kill loses one chunk."""
     config, task = stage.config, get_task(stage.config.task)
     tokenizer = models.load_tokenizer(config.model)
-    problems = task.problems("train")
+    problems = training_problems(task, config)
     model = None
     chunks = sorted(stage.partial.glob("chunk_*.jsonl"))
     # Chunks follow the sampler's own order, so that every batch is the same in a resumed run.
@@ -111,7 +150,7 @@ def sample_stage(stage: Stage) -> list[Record]:
             continue
         model = model or models.load_policy(config.model, stage.input("policy"), threads=config.threads)
         rows = graded_samples(
-            config.sampling,
+            config,
             model,
             tokenizer,
             task,
@@ -126,6 +165,8 @@ def sample_stage(stage: Stage) -> list[Record]:
     rank = {p.id: i for i, p in enumerate(problems)}
     records.sort(key=lambda r: (rank[r["problem"]], r["sample"]))
     write_jsonl(stage.path("samples.jsonl"), records)
+    if undecided := getattr(task, "undecided", 0):
+        print(f"{undecided} answers took the symbolic check too long and count as wrong", file=sys.stderr)
     return records
 
 
@@ -134,12 +175,17 @@ def stage_seed(stage: Stage, purpose: int = 0) -> int:
     return (stage.seed * 1000 + stage.iteration) * 10 + purpose
 
 
-def gold_samples(task: Task, tokenizer, problems: list[Problem]) -> dict[str, Record]:
+def training_problems(task: Task, config) -> list[Problem]:
+    """The training problems; then the dev problems too, if training is repeated with them (`train.retrain_with_dev`)."""
+    return task.problems("train") + (task.problems("dev") if config.train.retrain_with_dev else [])
+
+
+def gold_samples(tokenizer, problems: list[Problem], end: int) -> dict[str, Record]:
     """The gold solutions, in the form of samples; problems without one are left out."""
     return {
         p.id: {
             "response": p.solution,
-            "token_ids": encode_response(tokenizer, p.solution),
+            "token_ids": encode_response(tokenizer, p.solution, end),
             "logp": None,
             "reward": 1.0,
             "finished": True,
@@ -153,16 +199,17 @@ def pairs_stage(stage: Stage) -> tuple[list[Record], Record]:
     """02: pairs of the iteration, or the gold solutions for a method that trains on those; returns (pairs, audit)."""
     config, task = stage.config, get_task(stage.config.task)
     tokenizer = models.load_tokenizer(config.model)
-    problems = task.problems("train")
+    problems = training_problems(task, config)
+    end = stop_ids(config.model, tokenizer)[0]
     ids = encode_prompts(task, tokenizer, problems)
     prompts = {p.id: (task.prompt(p), ids[p.id]) for p in problems}
     if stage.choices.selection == "gold":
-        rows, audit = pairs.gold_only(gold_samples(task, tokenizer, problems), prompts, config.pairs.max_tokens)
+        rows, audit = pairs.gold_only(gold_samples(tokenizer, problems, end), prompts, config.pairs.max_tokens)
     else:
         samples: dict[str, list[Record]] = {}
         for record in read_jsonl(stage.input("samples"), "01_sample.ipynb", SAMPLE_FIELDS):
             samples.setdefault(record["problem"], []).append(record)
-        gold = gold_samples(task, tokenizer, problems) if config.pairs.gold else None
+        gold = gold_samples(tokenizer, problems, end) if config.pairs.gold else None
         rows, audit = pairs.build_pairs(
             samples,
             prompts,
@@ -178,12 +225,14 @@ def pairs_stage(stage: Stage) -> tuple[list[Record], Record]:
 
 
 def greedy_accuracy(config, model, tokenizer, task: Task, problems: list[Problem]) -> float:
-    batches = graded_samples(config.sampling, model, tokenizer, task, problems, n=1, temperature=0, seed=0, label="dev")
+    batches = graded_samples(config, model, tokenizer, task, problems, n=1, temperature=0, seed=0, label="dev")
     return sum(row["reward"] == 1 for batch in batches for row in batch) / len(problems)
 
 
 def train_stage(stage: Stage, show: Callable[[str], None] = print) -> Record:
     """03: train M_t on the pairs, keep the step that is best on dev; returns the facts in training.json."""
+    from . import training  # imports the Trainer and all that it may use, which takes longer than some stages
+
     config, task = stage.config, get_task(stage.config.task)
     tokenizer = models.load_tokenizer(config.model)
     rows = read_jsonl(stage.input("pairs"), "02_pairs.ipynb")
@@ -191,22 +240,39 @@ def train_stage(stage: Stage, show: Callable[[str], None] = print) -> Record:
         config.model, stage.input("policy"), trainable=True, seed=stage.seed, threads=config.threads
     )
     dev = task.problems("dev")
+    held_out = {p.id for p in dev}
+    settings = {
+        "loss": stage.choices.loss,
+        "config": config.train,
+        "seed": stage_seed(stage, 2),
+        "sampled_by_start": stage.choices.start == "M_t" or stage.iteration == 1,
+        "show": show,
+    }
     facts = training.train(
         model,
-        rows,
+        [row for row in rows if row["problem"] not in held_out],
         stage.partial,
-        loss=stage.choices.loss,
-        config=config.train,
-        seed=stage_seed(stage, 2),
-        sampled_by_start=stage.choices.start == "M_t" or stage.iteration == 1,
         score=lambda policy: greedy_accuracy(config, policy, tokenizer, task, dev),
-        show=show,
+        **settings,
     )
+    kept = stage.partial
+    if config.train.retrain_with_dev:
+        show(
+            f"step {facts['best_step']} is best on dev; training anew for as many steps with the dev problems included"
+        )
+        del model
+        gc.collect()  # one base in memory at a time
+        torch.cuda.empty_cache()
+        model = models.load_policy(config.model, stage.input("policy"), trainable=True, seed=stage.seed)
+        kept = stage.partial / "retrained"
+        training.train(model, rows, kept, stop_after=facts["best_step"], **settings)
+    facts["retrained_with_dev"] = config.train.retrain_with_dev
+    facts["load"] = models.load_line(config.model, Path(shown(stage.path("adapter"))))
     facts["trainable_parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
     write_jsonl(stage.path("steps.jsonl"), training.read_steps(stage.partial / "steps.jsonl"))
     write_json(stage.path("training.json"), facts)
     shutil.rmtree(stage.path("adapter.tmp"), ignore_errors=True)
-    shutil.copytree(stage.partial / "best", stage.path("adapter.tmp"))
+    shutil.copytree(kept / "best", stage.path("adapter.tmp"))
     stage.path("adapter.tmp").rename(stage.path("adapter"))
     return facts
 
@@ -225,7 +291,7 @@ def evaluate_stage(stage: Stage) -> tuple[Record, list[Record]]:
         # Evaluation has the seed of its own split and no iteration, so that models are compared on the same draws.
         for n, temperature in ((1, 0.0), (config.evaluation.samples, config.evaluation.temperature)):
             batches = graded_samples(
-                config.sampling,
+                config,
                 model,
                 tokenizer,
                 task,
@@ -238,12 +304,15 @@ def evaluate_stage(stage: Stage) -> tuple[Record, list[Record]]:
             for row in (row for batch in batches for row in batch):
                 record = records[row["problem"]]
                 if n == 1 and temperature == 0:
-                    record |= {"greedy": row["reward"], "response": row["response"]}
+                    record |= {"greedy": row["reward"], "flexible": row["flexible"], "response": row["response"]}
                 else:
-                    record["answers"].append(task.extract(row["response"]))
+                    answer = row["answer"]
+                    record["answers"].append(task.vote(answer) if answer and hasattr(task, "vote") else answer)
                     record["rewards"].append(row["reward"])
         rows = list(records.values())
         summary[split] = evaluation.summarize(rows)
+        if hasattr(task, "chance"):
+            summary[split]["chance"] = sum(task.chance(p) for p in problems) / len(problems)
         if hasattr(task, "judge_steps"):
             steps = [task.judge_steps(p, r["response"]) for p, r in zip(problems, rows, strict=True)]
             summary[split] |= evaluation.step_summary(steps, [r["greedy"] for r in rows])

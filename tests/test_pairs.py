@@ -50,6 +50,9 @@ def test_gold_joins_the_winners_and_saves_a_problem_without_one():
     samples = {"b": [sample(5, 0.0), sample(6, 0.0)]}
     gold = {"b": sample(40, 1.0)}
     pairs, _ = build_pairs(samples, PROMPTS, gold, k=8, max_tokens=10)
+    over = {"b": {**gold["b"], "token_ids": [9] * 10}}
+    with pytest.raises(ValueError, match="1 too long"):
+        build_pairs(samples, PROMPTS, over, k=8, max_tokens=10)
     assert [(p["chosen"], p["rejected"]) for p in pairs] == [("r40", "r5"), ("r40", "r6")]
 
 
