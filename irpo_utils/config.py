@@ -16,10 +16,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 
-PRESETS = Path(__file__).parent / "presets"
-
-
-TASKS = ("jsonl", "word_problems")
+from .tasks import TASKS
 
 
 class ConfigError(ValueError):
@@ -46,21 +43,25 @@ METHODS = {
 
 @dataclass
 class TaskConfig:
-    name: str = "word_problems"
-    train_size: int = 1000
+    name: str = "word_problems"  # one of tasks.TASKS, or a class of your own: my_task.py:MyTask
+    train: list[str] = field(default_factory=list)  # files or hub data sets; empty: the task's own
+    dev: list[str] = field(default_factory=list)  # empty: `dev_size` problems are held out of training
+    test: list[str] = field(default_factory=list)
+    train_size: int = 1000  # problems; 0 takes all there are
     dev_size: int = 200
     test_size: int = 300
-    seed: int = 0
+    seed: int = 0  # which problems are held out, and which are taken when a size cuts
+    flexible: bool = False  # whether the reward, too, accepts an answer that is not marked
     guessable_share: float = 0.8  # word_problems: share of problems that ask "odd or even?"
-    path: str = ""  # jsonl: the folder with train.jsonl, dev.jsonl and test.jsonl
 
 
 @dataclass
 class ModelConfig:
     path: str = "seed"  # a hub name, a folder, or "seed": the model in the package
     tuning: str = "lora"  # "lora", or "full" for a model small enough to save whole
-    quantize: str = "none"  # "nf4": 4-bit base (QLoRA)
-    dtype: str = "float32"
+    quantize: str = "none"  # "nf4": 4-bit base (QLoRA); "auto": nf4 where CUDA is, else none
+    dtype: str = "float32"  # or "bfloat16"; "auto": bfloat16 where CUDA is. Adapters are float32 in any case
+    trust_remote_code: bool = False  # whether code that comes with the model may run
     lora_r: int = 32
     lora_alpha: int = 64
 
@@ -88,11 +89,17 @@ class TrainConfig:
     alpha: float = 1.0
     batch: int = 16  # pairs per optimizer step
     micro_batch: int = 16  # pairs per forward pass
+    pairs_together: int = 1  # pairs of one problem that come together: they share its prompt, for a noisier gradient
     max_steps: int = 250
     max_epochs: int = 4
     warmup: float = 0.1  # share of the steps
     max_grad_norm: float = 1.0
     eval_every: int = 50  # steps between dev scores; the best step becomes M_{t+1}
+    retrain_with_dev: bool = (
+        False  # then train anew for as many steps with the dev problems included, as the paper does
+    )
+    optimizer: str = "adamw"  # or "paged_adamw_8bit"; "auto": the latter where CUDA is
+    gradient_checkpointing: bool = False  # less memory, about a third more time
 
 
 @dataclass
@@ -133,8 +140,7 @@ def _typed(name: str, value: Any, kind: Any, from_text: bool) -> Any:
         items = [v.strip() for v in value.split(",")] if from_text and isinstance(value, str) else value
         if not isinstance(items, list):
             items = [items]
-        if not items:
-            raise ConfigError(f"{name}: expected at least one value")
+        items = [item for item in items if item != ""]
         return [_typed(name, item, get_args(kind)[0], from_text) for item in items]
     if from_text and isinstance(value, str) and kind is not str:
         try:
@@ -192,6 +198,10 @@ def apply(config: Config, settings: Iterable[tuple[str, Any]], from_text: bool =
             owner, leaf = rest.split(".") if "." in rest else (None, rest)
             if owner != "train":
                 raise ConfigError(f"{name}: only train.* can differ between methods, so that they share their samples")
+            if leaf == "retrain_with_dev":
+                raise ConfigError(
+                    f"{name}: train.retrain_with_dev is for all methods, since it decides what is sampled"
+                )
             kind = get_type_hints(TrainConfig)[leaf]
             config.method_settings.setdefault(head, {})[rest] = _typed(name, value, kind, from_text)
             continue
@@ -211,17 +221,29 @@ def check(config: Config) -> Config:
     c = config
     rules = [
         (c.model.tuning in ("lora", "full"), "model.tuning: one of lora, full"),
-        (c.model.quantize in ("none", "nf4"), "model.quantize: one of none, nf4"),
-        (c.model.dtype in ("float32", "bfloat16"), "model.dtype: one of float32, bfloat16"),
+        (c.model.quantize in ("none", "nf4", "auto"), "model.quantize: one of none, nf4, auto"),
+        (c.model.dtype in ("float32", "bfloat16", "auto"), "model.dtype: one of float32, bfloat16, auto"),
         (
-            not (c.model.quantize == "nf4" and c.model.tuning == "full"),
-            "model.quantize: nf4 weights cannot be trained; set model.tuning=lora",
+            c.train.optimizer in ("adamw", "paged_adamw_8bit", "auto"),
+            "train.optimizer: one of adamw, paged_adamw_8bit, auto",
+        ),
+        (bool(c.methods), "methods: expected at least one value"),
+        (bool(c.sampling.temperature), "sampling.temperature: expected at least one value"),
+        (
+            not (c.model.quantize != "none" and c.model.tuning == "full"),
+            "model.quantize: 4-bit weights cannot be trained; set model.tuning=lora",
         ),
         (0 <= c.train.warmup <= 1, "train.warmup: between 0 and 1"),
         (c.train.max_grad_norm > 0, "train.max_grad_norm: above 0"),
         (c.pairs.max_pairs >= 0, "pairs.max_pairs: 0 for no cap, or a number of pairs"),
-        (c.task.name in TASKS, f"task.name: no task is called {c.task.name!r}; there is: {', '.join(TASKS)}"),
-        (c.task.name != "jsonl" or c.task.path, "task.path: the jsonl task needs the folder of its files"),
+        (
+            c.task.name in TASKS or ".py:" in c.task.name,
+            f"task.name: no task is called {c.task.name!r}; there is: {', '.join(sorted(TASKS))}, or a class of your own as in my_task.py:MyTask",
+        ),
+        (
+            c.task.name != "jsonl" or (c.task.train and c.task.test),
+            "task.train and task.test: the jsonl task needs the file of each, as in task.train=problems.jsonl",
+        ),
         (bool(c.model.path), 'model.path: a hub name, a folder, or "seed"'),
         (
             min(c.task.train_size, c.task.dev_size, c.task.test_size) >= 0,
@@ -239,8 +261,6 @@ def check(config: Config) -> Config:
             c.train.lr > 0 and c.train.beta > 0 and c.train.alpha >= 0,
             "train: lr and beta above 0, alpha not below",
         ),
-        (c.evaluation.samples <= c.sampling.rows, "evaluation.samples: at most sampling.rows"),
-        (c.sampling.n <= c.sampling.rows, "sampling.n: at most sampling.rows"),
     ]
     if c.task.name == "word_problems":
         sizes = (c.task.train_size, c.task.dev_size, c.task.test_size)
@@ -254,15 +274,14 @@ def check(config: Config) -> Config:
     positive += [
         "train.batch",
         "train.micro_batch",
+        "train.pairs_together",
         "train.max_steps",
         "train.max_epochs",
         "train.eval_every",
     ]
     positive += ["evaluation.samples", "seeds", "iterations", "threads", "model.lora_r"]
     for name in positive:
-        value = c
-        for part in name.split("."):
-            value = getattr(value, part)
+        value = _get(c, name)
         rules.append((value >= 1, f"{name}: at least 1, got {value}"))
     for fits, message in rules:
         if not fits:
@@ -287,7 +306,8 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _flatten(raw: Any) -> list[tuple[str, Any]]:
+def flatten(raw: Any) -> list[tuple[str, Any]]:
+    """Nested sections as dotted names with their values. Raises ConfigError."""
     if not isinstance(raw, dict):
         raise ConfigError(f"expected parameters as `key: value`, got {type(raw).__name__}")
     flat = []
@@ -303,45 +323,49 @@ def _flatten(raw: Any) -> list[tuple[str, Any]]:
     return flat
 
 
+def settle(config: Config) -> Config:
+    """The configuration with every "auto" replaced by what this machine has, so that a run's record says what was used."""
+    autos = {
+        "model.quantize": ("nf4", "none"),
+        "model.dtype": ("bfloat16", "float32"),
+        "train.optimizer": ("paged_adamw_8bit", "adamw"),
+    }
+    chosen = [(name, both) for name, both in autos.items() if _get(config, name) == "auto"]
+    if not chosen:
+        return config
+    import torch
+
+    return apply(config, [(name, both[0 if torch.cuda.is_available() else 1]) for name, both in chosen])
+
+
+def _get(config: Config, name: str) -> Any:
+    for part in name.split("."):
+        config = getattr(config, part)
+    return config
+
+
+def read_yaml(path: Path) -> Any:
+    """What a YAML file holds. Raises ConfigError."""
+    try:
+        raw = yaml.load(path.read_text(), _Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not YAML: {error}") from None
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    return {} if raw is None else raw
+
+
 def read_config(path: Path) -> Config:
     """A configuration from a YAML file.
 
     Raises:
         ConfigError: the file is not YAML, or a parameter in it is unknown or mistyped.
     """
+    raw = read_yaml(path)
     try:
-        raw = yaml.load(path.read_text(), _Loader)
-        return check(apply(Config(), _flatten({} if raw is None else raw)))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not YAML: {error}") from None
+        return check(settle(apply(Config(), flatten(raw))))
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
-
-
-def presets() -> dict[str, str]:
-    """The presets by name, each with the first comment line of its file."""
-    return {p.stem: p.read_text().splitlines()[0].lstrip("# ") for p in sorted(PRESETS.glob("*.yaml"))}
-
-
-def load_preset(name: str, overrides: Iterable[str] = ()) -> Config:
-    """The preset `name` with `key=value` overrides.
-
-    Raises:
-        ConfigError: no such preset, or an override is not `key=value`, unknown or mistyped.
-    """
-    path = PRESETS / f"{name}.yaml"
-    if name not in presets():
-        raise ConfigError(f"no preset is called {name!r}; there is: {', '.join(presets())}")
-    pairs = []
-    for text in overrides:
-        key, equals, value = text.partition("=")
-        if not equals:
-            raise ConfigError(f"{text!r} is not key=value, as in train.lr=1e-3 (a preset's name comes first)")
-        if key in dict(pairs):
-            raise ConfigError(f"{key} is given twice; keep one")
-        pairs.append((key, value))
-    pairs.sort(key=lambda pair: pair[0].partition(".")[0] in METHODS)  # irpo.train.lr wins over train.lr, in any order
-    return check(apply(read_config(path), pairs, from_text=True))
 
 
 def dump(config: Config) -> str:

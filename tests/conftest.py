@@ -14,7 +14,7 @@ DATA = ROOT.parent / "shared" / "data"
 
 @pytest.fixture(scope="session")
 def config():
-    from irpo_utils.config import load_preset
+    from irpo_utils.presets import load_preset
 
     return load_preset("micro")
 

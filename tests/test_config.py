@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from irpo_utils.config import ConfigError, dump, load_preset, presets, read_config
+from irpo_utils.config import ConfigError, dump, read_config
+from irpo_utils.presets import load_preset, presets
 
 
 @pytest.mark.parametrize("name", presets())
@@ -34,8 +35,8 @@ def test_overrides_arrive_and_survive_yaml(lr, n):
         ("sampling.temperature=0", "sampling.temperature: above 0"),
         ("iterations", "not key=value"),
         ("train.micro_batch=5", "train.batch: a multiple of train.micro_batch"),
-        ("task.name=gsm9k", "'gsm9k'; there is: jsonl, word_problems"),
-        ("task.name=jsonl", "task.path: the jsonl task needs"),
+        ("task.name=gsm9k", "'gsm9k'; there is: arc_challenge, gsm8k, jsonl"),
+        ("task.name=jsonl", "task.train and task.test: the jsonl task needs"),
         ("task.dev_size=-1", "not below 0"),
         ("train.lr=inf", "train.lr: expected a finite number, got inf"),
         ("train.beta=nan", "train.beta: expected a finite number"),
@@ -44,6 +45,8 @@ def test_overrides_arrive_and_survive_yaml(lr, n):
         ("pairs.max_pairs=-1", "pairs.max_pairs: 0 for no cap"),
         ("irpo.train.lr=-1", "lr and beta above 0"),
         ("dpo.train.eval_every=0", "train.eval_every: at least 1"),
+        ("irpo.train.retrain_with_dev=true", "is for all methods"),
+        ("model.quantize=int8", "model.quantize: one of none, nf4, auto"),
         ("methods=irpo,irpo", "methods: each one once"),
         ("train.warmup=7", "train.warmup: between 0 and 1"),
         ("irpo.sampling.n=3", "only train.\\* can differ between methods"),
@@ -68,7 +71,7 @@ def test_an_override_given_twice_is_refused():
 
 
 def test_unknown_preset_lists_the_known():
-    with pytest.raises(ConfigError, match="'big'; there is: micro, tiny"):
+    with pytest.raises(ConfigError, match="'big'; There is: tiny, micro, and <task>"):
         load_preset("big")
 
 

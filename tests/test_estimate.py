@@ -1,0 +1,90 @@
+"""What a run needs is known before it starts: parameters counted from the shape, presets that fit, refusals that name the mend."""
+
+from dataclasses import replace
+
+import pytest
+from transformers import AutoConfig, LlamaConfig, Qwen2Config
+
+from irpo_utils import estimate, models
+from irpo_utils.presets import REAL_MODELS, REAL_TASKS, load_preset
+
+# The published shapes of the models that the presets name, so that no network is needed.
+PUBLISHED = {
+    "qwen2.5-0.5b": Qwen2Config(
+        vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
+        num_key_value_heads=2, max_position_embeddings=32768, tie_word_embeddings=True,
+    ),
+    "llama-3.2-1b": LlamaConfig(
+        vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
+        num_key_value_heads=8, max_position_embeddings=131072, head_dim=64, tie_word_embeddings=True,
+    ),
+    "llama-2-7b-chat": LlamaConfig(
+        vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=32, max_position_embeddings=4096,
+    ),
+}  # fmt: skip
+PROMPT = {"gsm8k": range(80, 351), "math": range(1100, 1701), "arc_challenge": range(90, 401)}  # tokens
+CARD = 23.5 * estimate.GIB
+SPEED = estimate.Speed(70e12, 0.9e12, 4e-4)  # of a card with 24 GB that is a few years old
+ON_GPU = ("model.quantize=nf4", "model.dtype=bfloat16", "train.optimizer=paged_adamw_8bit")
+
+
+@pytest.fixture(scope="module")
+def shapes():
+    return {name: estimate.Shape.of(config) for name, config in PUBLISHED.items()}
+
+
+def test_parameters_are_counted_without_weights(shapes):
+    counted = {name: shape.parameters for name, shape in shapes.items()}
+    assert counted == {"qwen2.5-0.5b": 494_032_768, "llama-3.2-1b": 1_235_814_400, "llama-2-7b-chat": 6_738_415_616}
+
+
+def test_the_seed_model_is_counted_right(seed_model):
+    shape = estimate.Shape.of(AutoConfig.from_pretrained(models.SEED_MODEL))
+    assert shape.parameters == seed_model.num_parameters()
+    assert shape.cache == 2 * 4 * 128
+
+
+@pytest.mark.parametrize("size", ["", "-paper"])
+@pytest.mark.parametrize("model", REAL_MODELS)
+@pytest.mark.parametrize("task", REAL_TASKS)
+def test_presets_fit_a_24_gb_card_and_quick_ones_take_an_hour_or_two(task, model, size, shapes):
+    config = load_preset(f"{task}-{model}{size}", ON_GPU)
+    lines = estimate.check_fits(shapes[model], config, PROMPT[task], CARD)
+    full = {"gsm8k": (6473, 1319), "math": (10996, 500), "arc_challenge": (3370, 1172)}[task]
+    problems = {"train": config.task.train_size or full[0], "dev": config.task.dev_size or 299, "test": config.task.test_size or full[1]}  # fmt: skip
+    times = estimate.seconds(shapes[model], config, PROMPT[task][-1], problems, SPEED, CARD)
+    print(f"{task}-{model}{size}", *lines, {k: estimate.clock(v) for k, v in times.items()}, estimate.clock(sum(times.values())), sep="\n   ")  # fmt: skip
+    if not size:
+        assert sum(times.values()) < 2.5 * 3600
+
+
+@pytest.mark.parametrize(
+    ("overrides", "room", "message"),
+    [
+        (["sampling.rows=512"], 24, r"sampling: about .* does not fit; set sampling.rows=256 \(it is 512\)"),
+        (["train.gradient_checkpointing=false", "sampling.rows=2"], 12, "training: .* does not fit; set train.gradient_checkpointing=true"),
+        (["train.micro_batch=16", "sampling.rows=2"], 12, r"does not fit; set train.micro_batch=8 \(it is 16"),
+        (["model.quantize=none", "sampling.rows=1"], 10, "does not fit; set model.quantize=nf4"),
+        (["sampling.rows=1"], 4, "does not fit; take a smaller model"),
+        (["sampling.max_new_tokens=4000"], 99, "exceed the model's context of 4096; lower the latter to 3746"),
+    ],
+)  # fmt: skip
+def test_what_cannot_fit_is_refused_with_the_mend(overrides, room, message, shapes):
+    given = {item.partition("=")[0] for item in overrides}
+    config = load_preset(
+        "gsm8k-llama-2-7b-chat", [*(o for o in ON_GPU if o.partition("=")[0] not in given), *overrides]
+    )
+    with pytest.raises(estimate.TooLarge, match=message):
+        estimate.check_fits(shapes["llama-2-7b-chat"], config, range(80, 351), room * estimate.GIB)
+
+
+def test_memory_grows_with_what_should_cost_memory(shapes):
+    config, shape = load_preset("gsm8k-qwen2.5-0.5b", ON_GPU), shapes["qwen2.5-0.5b"]
+    more = replace(config, train=replace(config.train, micro_batch=2 * config.train.micro_batch))
+    assert (
+        estimate.training_bytes(shape, more)["activations"] == 2 * estimate.training_bytes(shape, config)["activations"]
+    )
+    rows = replace(config, sampling=replace(config.sampling, rows=2 * config.sampling.rows))
+    cache = [estimate.sampling_bytes(shape, c, 350, CARD)["cache"] for c in (config, rows)]
+    assert cache[1] == 2 * cache[0]
