@@ -31,7 +31,7 @@ if [ -n "$active" ] && ready "$active/bin/python"; then
 else
   python=.venv/bin/python
   if ! { [ -x "$python" ] && ready "$python"; }; then
-    echo "setting up .venv from the pins in pyproject.toml (once, a few minutes) ..."
+    echo "setting up .venv from the pins in pyproject.toml (once, a few minutes) ..." >&2
     base=$(find_python)
     "$python" -m pip --version >/dev/null 2>&1 || "$base" -m venv --clear .venv
     # torch first: a plain dependency resolution may look at builds that are not wanted

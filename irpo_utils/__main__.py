@@ -5,6 +5,7 @@ python -m irpo_utils [preset] [key=value ...]      (what ./run_all.sh calls)
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -12,11 +13,17 @@ import time
 from pathlib import Path
 
 from . import config as configs
-from .runs import NOTEBOOKS, OUTPUTS, Busy, MissingArtefact, Stage, arms, locked, plan, write_text
+from . import presets
+from .handout import export, publish
+from .runs import NOTEBOOKS, Busy, MissingArtefact, Stage, arms, locked, plan, run_folder, shown, write_text
 
 HELP = """usage: ./run_all.sh [preset] [key=value ...]     run the loop, skip what is done, write outputs/<run>/report.html
        ./run_all.sh --list                        show the presets and every parameter with its default
+       ./run_all.sh --estimate preset [key=value ...]   memory and time a run would take; runs nothing
+       ./run_all.sh --bench [quick|full]          sampling and training beside generate and TRL -> outputs/bench/bench.json
        ./run_all.sh --publish RUN                 copy a run's small artefacts to outputs/reference/RUN
+       ./run_all.sh export RUN FOLDER [method=irpo seed=0 iteration=3]   write M_t as one whole model in bfloat16
+       ./run_all.sh grade --task gsm8k FILE.jsonl       grade any responses (see grade --help)
        ./run_all.sh --test                        run the tests
 
   run=NAME       the folder under outputs/ (default: the preset's name)
@@ -32,14 +39,9 @@ def execute(stage: Stage) -> None:
     run_notebook(
         NOTEBOOKS / f"{stage.name}.ipynb",
         stage.folder / f"{stage.name}.ipynb",
-        {"run": project_path(stage.run), "method": stage.method, "seed": stage.seed, "iteration": stage.iteration},
+        {"run": shown(stage.run), "method": stage.method, "seed": stage.seed, "iteration": stage.iteration},
         stage.config.threads,
     )
-
-
-def project_path(folder: Path) -> str:
-    """A folder as a notebook names it: relative to the project, so that an executed copy reads the same elsewhere."""
-    return os.path.relpath(folder, NOTEBOOKS.parent)
 
 
 def run_notebook(source: Path, target: Path, parameters: dict, threads: int) -> None:
@@ -60,11 +62,14 @@ def run_notebook(source: Path, target: Path, parameters: dict, threads: int) -> 
         OMP_NUM_THREADS=str(threads),
         TOKENIZERS_PARALLELISM="false",
         HF_HUB_DISABLE_PROGRESS_BARS="1",
+        HF_HUB_VERBOSITY="error",
         TRANSFORMERS_VERBOSITY="error",
         PYDEVD_DISABLE_FILE_VALIDATION="1",
     )
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f".{target.stem}.part.ipynb")
+    from papermill.exceptions import PapermillExecutionError
+
     try:
         papermill.execute_notebook(
             str(source),
@@ -74,6 +79,9 @@ def run_notebook(source: Path, target: Path, parameters: dict, threads: int) -> 
             cwd=str(NOTEBOOKS.parent),
             extra_arguments=["--IPKernelApp.log_level=ERROR"],
         )
+    except PapermillExecutionError as error:
+        where = f"cell {error.exec_count} of {shown(target)}"
+        raise RuntimeError(f"{error.ename}: {error.evalue}\n({where})") from None
     finally:
         if part.exists():
             os.replace(part, target)
@@ -103,7 +111,7 @@ def run_arm(run: Path, config: configs.Config, method: str, seed: int, after: in
 def report(run: Path, threads: int) -> None:
     """Run 05_report and render it as a page."""
     target = run / "05_report.ipynb"
-    run_notebook(NOTEBOOKS / "05_report.ipynb", target, {"run": project_path(run)}, threads)
+    run_notebook(NOTEBOOKS / "05_report.ipynb", target, {"run": shown(run)}, threads)
     from nbconvert import HTMLExporter
 
     page, _ = HTMLExporter(exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True).from_filename(
@@ -112,28 +120,55 @@ def report(run: Path, threads: int) -> None:
     write_text(run / "report.html", page)
 
 
-def run_folder(name: str) -> Path:
-    """outputs/NAME; refuses what is not a plain name, and the folder of published runs."""
-    if not name or name[0] in ".-" or "/" in name or "\0" in name or name == "reference" or len(name.encode()) > 100:
-        raise configs.ConfigError(f"run: a plain folder name under outputs/, got {name!r}")
-    return OUTPUTS / name
+def check_inputs(config: configs.Config, jobs: int = 1) -> list[str]:
+    """Find bad problems, a model that is not there and a run that cannot fit, before anything is written.
 
-
-def check_inputs(config: configs.Config) -> None:
-    """Find bad problems and model folders before anything is written. Raises ConfigError."""
-    from .tasks import get_task
+    Returns what to say of them: problems left out, the estimate. Raises ConfigError.
+    """
+    if config.task.name == "word_problems" and config.model.path == "seed":
+        return []
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its retries are said line by line otherwise
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from .tasks import check_task, get_task
 
     try:
-        get_task(config.task)
-        if config.model.path != "seed":
-            from .models import check_path
+        task = get_task(config.task)
+        problems = check_task(task, config.task.name)
+        lines = [f"{len(p)} {split} problems" for split, p in problems.items()]
+        lines = [f"{config.task.name}: {', '.join(lines)}", *getattr(task, "notes", [])]
+        solved = any(p.solution for p in problems["train"])
+        if not solved and any(configs.METHODS[method].selection == "gold" for method in config.methods):
+            raise ValueError(f"methods: {config.task.name} has no gold solutions to train on")
+        if not solved and config.pairs.gold:
+            lines.append(f"pairs.gold: {config.task.name} has no gold solutions, so none joins the winners")
+        if config.model.path == "seed":
+            return lines
+        from . import estimate, models
+        from .stages import encode_prompts, stop_ids
 
-            check_path(config.model)
+        models.check_weights(config.model)
+        tokenizer = models.load_tokenizer(config.model)
+        shape = estimate.Shape.of(models.load_shape(config.model), config.model.trust_remote_code)
+        everything = [p for part in problems.values() for p in part]
+        prompts = encode_prompts(task, tokenizer, everything)
+        stop_ids(config.model, tokenizer)
+        if len({tuple(ids) for ids in prompts.values()}) < len(prompts):
+            raise ValueError(
+                f"model.path: the tokenizer of {config.model.path} writes different prompts as the same tokens; is it whole, and does its chat template use the message?"
+            )
+        if (largest := max(max(ids) for ids in prompts.values())) >= shape.vocabulary:
+            raise ValueError(
+                f"model.path: the tokenizer of {config.model.path} knows the token {largest}, its model only {shape.vocabulary}"
+            )
+        lengths = [len(ids) for ids in prompts.values()]
+        sizes = {split: len(p) for split, p in problems.items()}
+        return lines + estimate.estimate(config, shape, range(min(lengths), max(lengths) + 1), sizes, jobs)
     except ValueError as error:
         raise configs.ConfigError(str(error)) from None
 
 
-def start(arguments: list[str]) -> int:
+def start(arguments: list[str], only_estimate: bool = False) -> int:
     preset, settings, name, jobs = "tiny", [], None, 1
     for i, argument in enumerate(arguments):
         key, equals, value = argument.partition("=")
@@ -147,14 +182,18 @@ def start(arguments: list[str]) -> int:
             jobs = int(value)
         else:
             settings.append(argument)
-    config = configs.load_preset(preset, settings)
+    config = presets.load_preset(preset, settings)
     run = run_folder(preset if name is None else name)
-    check_inputs(config)
+    said = check_inputs(config, jobs)
+    if only_estimate:
+        print("\n".join(said or ["the embedded model: a few minutes on any machine"]))
+        return 0
     with locked(run / ".lock") as lock:
         write_text(run / "config.yaml", configs.dump(config))
         work = arms(config)
+        print(*said, sep="\n", end="\n" if said else "")
         print(
-            f"{run.name}: {', '.join(config.methods)}; {config.seeds} seed(s), {config.iterations} iterations -> {project_path(run)}"
+            f"{run.name}: {', '.join(config.methods)}; {config.seeds} seed(s), {config.iterations} iterations -> {shown(run)}"
         )
         if jobs == 1:
             sizes = [len(plan(config, run, *arm)) for arm in work]
@@ -165,32 +204,12 @@ def start(arguments: list[str]) -> int:
         print("report ...", flush=True)
         report(run, config.threads)
         print((run / "table.txt").read_text())
-        print(f"report: {project_path(run / 'report.html')}")
+        method, seed = work[-1]
+        last = Stage("03_train", run, method, seed, config.rounds(method))
+        facts = json.loads(last.path("training.json").read_text())
+        print(f"load the last model ({method}, iteration {last.iteration}):\n  {facts['load']}")
+        print(f"report: {shown(run / 'report.html')}")
     return 0
-
-
-def publish(run: Path) -> None:
-    """Copy a run's small artefacts (notebooks, tables, figures; no weights, no samples) to outputs/reference."""
-    import shutil
-
-    target = OUTPUTS / "reference" / run.name
-    kept = [
-        p for pattern in ("*.csv", "*.png", "table.txt", "config.yaml", "*.ipynb") for p in sorted(run.glob(pattern))
-    ]
-    kept += [p for folder in ("m0/seed_0", "*/seed_0/iteration_*") for p in sorted(run.glob(f"{folder}/*.ipynb"))]
-    kept += [p for name in ("evaluation", "audit", "training") for p in sorted(run.rglob(f"{name}.json"))]
-    if not kept:
-        raise MissingArtefact(f"{project_path(run)} holds nothing to publish; run it first")
-    shutil.rmtree(target, ignore_errors=True)
-    for path in kept:
-        if not path.name.startswith("."):
-            (target / path.relative_to(run)).parent.mkdir(parents=True, exist_ok=True)
-            copy = target / path.relative_to(run)
-            if path.suffix in (".ipynb", ".html"):  # papermill notes where the files lay on this machine
-                write_text(copy, path.read_text().replace(f"{NOTEBOOKS.parent}/", ""))
-            else:
-                shutil.copyfile(path, copy)
-    print(f"{len(kept)} files -> {target}")
 
 
 def run_side_by_side(run: Path, work: list[tuple[str, int]], jobs: int, lock: int) -> None:
@@ -216,8 +235,6 @@ def run_side_by_side(run: Path, work: list[tuple[str, int]], jobs: int, lock: in
 
 
 def main(arguments: list[str]) -> int:
-    from papermill.exceptions import PapermillExecutionError
-
     if arguments[:1] == ["--arm"] and len(arguments) == 4:
         run, method, seed = Path(arguments[1]), arguments[2], int(arguments[3])
         parent = os.getppid()
@@ -227,11 +244,25 @@ def main(arguments: list[str]) -> int:
         return 0
     elif arguments == ["--list"]:
         print("presets:")
-        for name, text in configs.presets().items():
-            print(f"  {name:10} {text}")
+        for name, text in presets.presets().items():
+            print(f"  {name:36} {text}")
         print("\nmethods: " + ", ".join(configs.METHODS) + "\n\nparameters and their defaults (before the preset's):")
         print(configs.dump(configs.Config()))
         return 0
+    elif arguments[:1] == ["grade"]:
+        from .grade import main as grade
+
+        work = lambda: grade(arguments[1:])  # noqa: E731
+    elif arguments[:1] == ["export"]:
+        work = lambda: export(arguments[1:])  # noqa: E731
+    elif arguments in (["--bench"], ["--bench", "quick"], ["--bench", "full"]):
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        from .bench import main as bench
+
+        work = lambda: bench(*arguments[1:])  # noqa: E731
+    elif arguments[:1] == ["--estimate"]:
+        work = lambda: start(arguments[1:], only_estimate=True)  # noqa: E731
     elif arguments[:1] == ["--publish"] and len(arguments) == 2:
         work = lambda: publish(run_folder(arguments[1]))  # noqa: E731
     elif arguments[:1] and arguments[0].startswith("-"):
@@ -244,11 +275,8 @@ def main(arguments: list[str]) -> int:
     except (configs.ConfigError, MissingArtefact, Busy) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except PapermillExecutionError as error:
-        print(
-            f"error: {error.ename}: {error.evalue}\n(cell {error.exec_count} of the executed notebook)",
-            file=sys.stderr,
-        )
+    except BrokenPipeError:  # standard output was closed, as by `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
         print(f"error: {error.strerror}: {error.filename}", file=sys.stderr)

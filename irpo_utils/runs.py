@@ -27,12 +27,18 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from .config import METHODS, Config, ConfigError, dump, load_preset, read_config
+from .config import METHODS, Config, ConfigError, dump, read_config
+from .presets import load_preset
+from .tasks import TASKS, local_path
+from .tasks.records import is_file
 
 PACKAGE = Path(__file__).parent
 NOTEBOOKS = PACKAGE.parent / "notebooks"
 OUTPUTS = PACKAGE.parent / "outputs"
-VERSIONS = ("torch", "transformers", "peft", "bitsandbytes")
+VERSIONS = ("torch", "transformers", "tokenizers", "peft", "bitsandbytes")
+MATH_VERSIONS = ("math-verify", "latex2sympy2_extended", "sympy")  # of what checks LaTeX answers
+# What of a model's folder makes the model.
+MODEL_FILES = (".safetensors", ".json", ".model", ".txt", ".jinja", ".py")
 
 
 class MissingArtefact(FileNotFoundError):
@@ -51,6 +57,13 @@ def resolve(folder: str | Path) -> Path:
 def shown(path: Path) -> str:
     """A path as it is printed: relative to the project, so that an executed notebook reads the same elsewhere."""
     return os.path.relpath(path, PACKAGE.parent)
+
+
+def run_folder(name: str) -> Path:
+    """outputs/NAME; refuses what is not a plain name, and the folder of published runs."""
+    if not name or name[0] in ".-" or "/" in name or "\0" in name or name == "reference" or len(name.encode()) > 100:
+        raise ConfigError(f"run: a plain folder name under outputs/, got {name!r}")
+    return OUTPUTS / name
 
 
 def write_text(path: Path, text: str) -> None:
@@ -91,12 +104,21 @@ def read_jsonl(path: Path, made_by: str = "the stage before", fields: Iterable[s
     return rows
 
 
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file, or of a folder's files with their names."""
+def file_hash(path: Path, suffixes: tuple[str, ...] = (), sampled_above: int | None = None) -> str:
+    """SHA-256 of a file, or of a folder's files with their names (those that end in one of `suffixes`, if there are any).
+
+    Of a file with more than `sampled_above` bytes only the size and both ends count: the weights of a large model do not
+    change in place, and reading them whole at every stage would take longer than some stages.
+    """
     digest = hashlib.sha256()
-    for part in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
+    inside = sorted(p for p in path.rglob("*") if p.is_file() and (not suffixes or p.suffix in suffixes))
+    for part in inside if path.is_dir() else [path]:
         digest.update(part.relative_to(path).as_posix().encode())
+        size = part.stat().st_size
         with open(part, "rb") as f:
+            if sampled_above is not None and size > sampled_above:
+                digest.update(f"{size}".encode() + f.read(1 << 20))
+                f.seek(-(1 << 20), os.SEEK_END)
             while block := f.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()
@@ -139,8 +161,8 @@ def _module_file(name: str) -> Path | None:
 
 
 @cache
-def code_hash(notebook: Path) -> str:
-    """Hash of what a notebook runs: its code cells and the modules of this package that they reach.
+def code_hash(notebook: Path, task: str = "") -> str:
+    """Hash of what a notebook runs: its code cells and the modules of this package that they, and the `task`, reach.
 
     `runs` and `plots` are left out: they keep and show results, and do not make them.
     """
@@ -149,6 +171,8 @@ def code_hash(notebook: Path) -> str:
     source = "\n".join("".join(c["source"]) for c in cells if "parameters" not in c.get("metadata", {}).get("tags", []))
     clean = "\n".join("" if line.lstrip().startswith(("%", "!")) else line for line in source.splitlines())
     digest, seen, todo = hashlib.sha256(_meaning(source).encode()), set(), sorted(_imports(clean, ""))
+    if task in TASKS:  # named by a string, so that no import statement tells
+        todo.append(TASKS[task].partition(":")[0].removeprefix("irpo_utils."))
     while todo:
         name = todo.pop()
         path = _module_file(name)
@@ -276,8 +300,13 @@ class Stage:
             chosen["model"] = {"path": self.config.model.path}  # whose tokenizer writes the ids
         if self.name in ("03_train", "04_evaluate"):
             chosen["decoding"] = {k: getattr(self.config.sampling, k) for k in ("max_new_tokens", "rows")}
+        retrain = self.config.train.retrain_with_dev
+        if self.name in ("01_sample", "02_pairs") and retrain:
+            chosen["retrain_with_dev"] = True
         for name in UNUSED_SIZES[self.name]:
-            del chosen["task"][name]
+            # Where dev is held out of training, its size decides which problems are trained on.
+            if name != "dev_size" or (self.config.task.name == "word_problems" and not retrain):
+                del chosen["task"][name]
         if self.name in ("01_sample", "04_evaluate") and "policy" not in self.inputs():  # M_0 has no adapter
             for name in ("tuning", "lora_r", "lora_alpha"):
                 del chosen["model"][name]
@@ -289,18 +318,20 @@ class Stage:
         """Everything the stage's result depends on. Raises MissingArtefact if an input is not there."""
         inputs = {name: file_hash(self.input(name)) for name in self.inputs()}
         seed = self.config.model.path == "seed"
-        base = PACKAGE / "assets" / "seed_model" if seed else Path(self.config.model.path)
+        base = PACKAGE / "assets" / "seed_model" if seed else resolve(Path(self.config.model.path).expanduser())
         if base.is_dir():
-            inputs["base"] = file_hash(base)
-        own = Path(self.config.task.path)
-        if self.config.task.name == "jsonl" and own.is_dir():
-            inputs["problems"] = file_hash(own)
+            inputs["base"] = file_hash(base, MODEL_FILES, sampled_above=64 << 20)
+        for source in (*self.config.task.train, *self.config.task.dev, *self.config.task.test):
+            if is_file(source) and local_path(source).is_file():
+                inputs[f"problems {source}"] = file_hash(local_path(source))
+        if ".py:" in self.config.task.name:
+            inputs["task"] = file_hash(local_path(self.config.task.name.rpartition(":")[0]))
         return {
             "stage": self.name,
             "parameters": self.parameters(),
             "inputs": inputs,
-            "code": code_hash(NOTEBOOKS / f"{self.name}.ipynb"),
-            "versions": {name: version(name) for name in VERSIONS},
+            "code": code_hash(NOTEBOOKS / f"{self.name}.ipynb", self.config.task.name),
+            "versions": {name: version(name) for name in VERSIONS + MATH_VERSIONS * (self.config.task.name == "math")},
             "python": sys.version.split()[0],
         }
 

@@ -13,7 +13,8 @@ import pytest
 from conftest import ROOT, drive, remove_run
 
 from irpo_utils import runs
-from irpo_utils.config import ConfigError, load_preset
+from irpo_utils.config import ConfigError
+from irpo_utils.presets import load_preset
 
 KILLS = int(os.environ.get("KILLS", "2"))
 
@@ -77,6 +78,21 @@ def test_second_run_does_nothing_and_a_changed_parameter_reruns_what_depends_on_
     assert back.returncode == 0
 
 
+def test_the_key_of_a_stage_holds_its_task_and_what_grades_it(monkeypatch):
+    """Tasks are named by strings, which import statements do not tell: a mended grader must rerun what it graded."""
+    sources = {}
+    monkeypatch.setattr(runs, "_meaning", lambda source: sources.setdefault(source, "x"))
+    for task, wanted in (
+        ("math", {"tasks/math.py", "latex.py", "verify.py"}),
+        ("gsm8k", {"tasks/gsm8k.py", "answers.py"}),
+    ):
+        sources.clear()
+        runs.code_hash.__wrapped__(runs.NOTEBOOKS / "01_sample.ipynb", task)
+        seen = {str(p.relative_to(runs.PACKAGE)) for p in runs.PACKAGE.rglob("*.py") if p.read_text() in sources}
+        assert wanted | {"tasks/records.py", "sampling.py"} <= seen
+        assert not {"plots.py", "tasks/arc.py", "report.py"} & seen
+
+
 def test_a_damaged_artefact_is_made_again(micro_run):
     """Runs after the one above, so artefacts are those of the plain command."""
     run, _ = micro_run
@@ -110,7 +126,10 @@ def test_a_missing_stage_names_its_notebook(tmp_path):
         (["micro", "run=reference"], "run: a plain folder name"),
         (["--publish", "x/.."], "run: a plain folder name"),
         (["micro", "model.path=/nonexistent"], "model.path: /nonexistent is no folder with config.json"),
-        (["micro", "task.name=jsonl", "task.path=/nonexistent"], "/nonexistent/train.jsonl is missing"),
+        (
+            ["micro", "task.name=jsonl", "task.train=/nonexistent.jsonl", "task.test=/nonexistent.jsonl"],
+            "/nonexistent.jsonl is missing",
+        ),
         (["run=x", "micro"], "a preset's name comes first"),
         (["micro", "jobs=0"], "jobs: expected a number"),
         (["--tset"], "no option is used as '--tset'"),

@@ -1,0 +1,63 @@
+"""What leaves a run: its small artefacts for the repository (`publish`), and one model for other engines (`export`)."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from .config import ConfigError, read_config
+from .runs import NOTEBOOKS, OUTPUTS, MissingArtefact, Stage, run_folder, shown, write_text
+
+
+def export(arguments: list[str]) -> int:
+    """`export RUN FOLDER [method=...] [seed=...] [iteration=...]`: write M_t as one whole model."""
+    settings = dict(a.split("=", 1) for a in arguments if "=" in a)
+    names = [a for a in arguments if "=" not in a]
+    if len(names) != 2 or not set(settings) <= {"method", "seed", "iteration"}:
+        raise ConfigError("export: used as export RUN FOLDER [method=irpo] [seed=0] [iteration=1]")
+    run, target = run_folder(names[0]), Path(names[1]).expanduser().resolve()
+    if not (run / "config.yaml").is_file():
+        raise MissingArtefact(f"{shown(run)} is no run; see outputs/ for those there are")
+    config = read_config(run / "config.yaml")
+    method = settings.get("method", config.methods[0])
+    try:
+        seed, t = (int(settings.get(k, v)) for k, v in (("seed", 0), ("iteration", config.rounds(method))))
+    except (ValueError, KeyError):
+        raise ConfigError(f"export: no such method, seed or iteration: {settings}") from None
+    policy = Stage("03_train", run, method, seed, t).path("adapter")
+    if not policy.is_dir():
+        raise MissingArtefact(f"{shown(policy)} is missing; run that iteration first")
+    if target.exists() and any(target.iterdir()):
+        raise ConfigError(f"export: {target} is not empty; name a new folder")
+    from . import models
+
+    models.export(config.model, policy, target)
+    print(f'{target}: load it with AutoModelForCausalLM.from_pretrained("{target}", dtype="bfloat16")')
+    return 0
+
+
+def publish(run: Path) -> None:
+    """Copy a run's small artefacts (notebooks, tables, figures; no weights, no samples) to outputs/reference.
+
+    Of a run on a benchmark the notebooks that show problems are left out: its records are others' to publish.
+    """
+    target = OUTPUTS / "reference" / run.name
+    kept = [
+        p for pattern in ("*.csv", "*.png", "table.txt", "config.yaml", "*.ipynb") for p in sorted(run.glob(pattern))
+    ]
+    kept += [p for folder in ("m0/seed_0", "*/seed_0/iteration_*") for p in sorted(run.glob(f"{folder}/*.ipynb"))]
+    kept += [p for name in ("evaluation", "audit", "training") for p in sorted(run.rglob(f"{name}.json"))]
+    if kept and read_config(run / "config.yaml").task.name != "word_problems":
+        kept = [p for p in kept if p.suffix != ".ipynb" or p.stem in ("03_train", "05_report")]
+    if not kept:
+        raise MissingArtefact(f"{shown(run)} holds nothing to publish; run it first")
+    shutil.rmtree(target, ignore_errors=True)
+    for path in kept:
+        if not path.name.startswith("."):
+            (target / path.relative_to(run)).parent.mkdir(parents=True, exist_ok=True)
+            copy = target / path.relative_to(run)
+            if path.suffix in (".ipynb", ".html"):  # papermill notes where the files lay on this machine
+                write_text(copy, path.read_text().replace(f"{NOTEBOOKS.parent}/", ""))
+            else:
+                shutil.copyfile(path, copy)
+    print(f"{len(kept)} files -> {shown(target)}")
