@@ -339,6 +339,3 @@ class Equality:
                     self.known[pair] = decided
         self.known.update(zip(todo, self.verifier(list(todo)), strict=True))
         return [self.known[pair] for pair in normals]
-
-
-__all__ = ["Equality", "braced", "decide", "elements", "normal", "rational", "unwrap"]

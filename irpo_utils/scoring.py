@@ -12,7 +12,6 @@ chunk at a time, and the backward pass makes a chunk's logits anew instead of ke
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -163,9 +162,7 @@ def to_device(batch: dict[str, Tensor], model: PreTrainedModel) -> dict[str, Ten
 
 
 @torch.no_grad()
-def reference_logps(
-    model: PreTrainedModel, pairs: list[Pair], rows: int = 64, show: Callable[[str], None] | None = None
-) -> list[tuple[float, float]]:
+def reference_logps(model: PreTrainedModel, pairs: list[Pair], rows: int = 64) -> list[tuple[float, float]]:
     """log M_t of every pair's chosen and rejected response (0 where there is none); each distinct response is scored once."""
     keys = {(p["problem"], tuple(p[f"{side}_ids"])): p["prompt_ids"] for p in pairs for side in ("chosen", "rejected")}
     # A problem's responses come together, so that they share its prompt; problems by length, so that padding is small.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from abc import ABC, abstractmethod
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -73,7 +74,7 @@ def alike(question: str) -> str:
     return re.sub(r"[\s.,;:!?'\"$\\]+", "", question).lower()
 
 
-class RecordTask:
+class RecordTask(ABC):
     """What tasks made of records share: reading, held-out dev problems, no question in two splits.
 
     `task.train`, `task.dev` and `task.test` name files or hub data sets (several are joined); without them a task's own
@@ -92,16 +93,16 @@ class RecordTask:
         self.config = config
         self.notes: list[str] = []  # what was left out, said when a run starts
 
+    @abstractmethod
     def problem(self, name: str, record: dict[str, Any]) -> Problem:
         """The problem that a record states. Raises ValueError for a malformed one."""
-        raise NotImplementedError
 
     def problems(self, split: str) -> list[Problem]:
         return self.splits[split]
 
     def gold(self, text: str) -> str:
         """The gold answer that a text states, in the form that answers are compared with. Raises ValueError."""
-        raise NotImplementedError
+        return text.strip()
 
     def posed(self, name: str, gold: str, record: dict[str, Any]) -> Problem:
         """A problem known by its gold answer alone, to grade a response with; `record` may hold more of it."""
