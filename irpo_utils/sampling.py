@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+
+from .prefix import SampleCache, shared_attention, shares_prompts
 
 PREFILL_TOKENS = 1 << 15  # prompt tokens that are run at once
 COMPACT_AT = 0.75  # rows are copied together when fewer than this share of them is still going
@@ -30,38 +31,6 @@ class Completion:
     token_ids: list[int]
     logp: float
     finished: bool
-
-
-class PreallocatedLayer(DynamicLayer):
-    """One layer's keys and values [rows, heads, room, width] with space for the tokens to come."""
-
-    def __init__(self, like: Tensor, rows: int, new_tokens: int):
-        """For `rows` rows of prompts with the heads, length and width of `like` [any, heads, length, width]."""
-        super().__init__()
-        _, heads, self.length, width = like.shape
-        self.dtype, self.device, self.is_initialized = like.dtype, like.device, True
-        self.buffers = [like.new_empty(rows, heads, self.length + new_tokens, width) for _ in ("keys", "values")]
-        self._expose()
-
-    def fill(self, first: int, keys: Tensor, values: Tensor, repeats: int) -> None:
-        """Put the prompts' keys and values [prompts, heads, length, width] into the rows from `first` on, each `repeats` times."""
-        for buffer, prompt in zip(self.buffers, (keys, values), strict=True):
-            buffer[first : first + len(prompt) * repeats, :, : self.length] = prompt.repeat_interleave(repeats, 0)
-
-    def _expose(self) -> None:
-        self.keys, self.values = (buffer[:, :, : self.length] for buffer in self.buffers)
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        end = self.length + key_states.shape[-2]
-        self.buffers[0][:, :, self.length : end] = key_states
-        self.buffers[1][:, :, self.length : end] = value_states
-        self.length = end
-        self._expose()
-        return self.keys, self.values
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self.buffers = [buffer.index_select(0, indices) for buffer in self.buffers]
-        self._expose()
 
 
 def uniforms(seed: int, problem_id: str, n: int, steps: int) -> np.ndarray:
@@ -102,54 +71,63 @@ def sample_batch(
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
     padded = bool((mask == 0).any())
     positions = (mask.cumsum(-1) - 1).clamp_(min=0)
-    layers: list[PreallocatedLayer] = []
-    ends, size = [], max(1, PREFILL_TOKENS // width)
+    shared = shares_prompts(model)
+    caches, ends, size = [], [], max(1, PREFILL_TOKENS // width)
     for first in range(0, len(prompts), size):
-        cache, part = DynamicCache(), slice(first, first + size)
+        part = slice(first, first + size)
+        caches.append(DynamicCache())
         out = model(
             input_ids=ids[part],
             attention_mask=mask[part] if padded else None,
             position_ids=positions[part],
-            past_key_values=cache,
+            past_key_values=caches[-1],
             use_cache=True,
             logits_to_keep=1,
         )
-        layers = layers or [PreallocatedLayer(p.keys, len(prompts) * n, max_new_tokens) for p in cache.layers]
-        for layer, prompt in zip(layers, cache.layers, strict=True):
-            layer.fill(first * n, prompt.keys, prompt.values, n)
         ends.append(out.logits[:, -1])
-    cache.layers = layers
+    cache = SampleCache(caches, mask, n, max_new_tokens, shared)
+    del caches
     logits = torch.cat(ends).repeat_interleave(n, 0)
     position = mask.sum(-1).repeat_interleave(n, 0)
-    mask = torch.cat([mask.repeat_interleave(n, 0), mask.new_ones(len(prompts) * n, max_new_tokens)], -1)
+    if not shared:
+        mask = torch.cat([mask.repeat_interleave(n, 0), mask.new_ones(len(position), max_new_tokens)], -1)
     noise = torch.from_numpy(noise.reshape(-1, max_new_tokens)).to(device)
 
     stops = torch.tensor(list(eos_id), device=device)
-    rows = torch.arange(len(noise), device=device)  # which sample each row of the batch is
+    # The rows are a grid [problems, samples], which shrinks as samples end: `rows` says which sample each one is.
+    rows = torch.arange(len(noise), device=device).view((-1, n) if shared else (-1, 1))
     tokens_out = torch.full((len(noise), max_new_tokens), -1, device=device)
     logps = torch.zeros(len(noise), dtype=torch.float64, device=device)
-    going = torch.ones(len(rows), dtype=torch.bool, device=device)
+    going = torch.ones_like(rows, dtype=torch.bool)
     for step in range(max_new_tokens):
-        tokens, logp = pick(logits, temperature, noise[rows, step])
-        tokens_out[rows[going], step] = tokens[going]
-        logps[rows[going]] += logp[going].double()
-        going = going & ~torch.isin(tokens, stops)
-        left = int(going.sum())
-        if left == 0 or step + 1 == max_new_tokens:
+        tokens, logp = pick(logits, temperature, noise[rows.flatten(), step])
+        on = going.flatten()
+        tokens_out[rows[going], step] = tokens[on]
+        logps[rows[going]] += logp[on].double()
+        going = going & ~torch.isin(tokens, stops).view_as(going)
+        left = going.sum(-1)
+        most, problems = int(left.max()), int((left > 0).sum())
+        if most == 0 or step + 1 == max_new_tokens:
             break
-        if left < COMPACT_AT * len(rows):
-            keep = going.nonzero().squeeze(-1)
-            rows, tokens, mask, position, going = (x[keep] for x in (rows, tokens, mask, position, going))
-            for layer in cache.layers:
-                layer.batch_select_indices(keep)
-        out = model(
-            input_ids=tokens.unsqueeze(-1),
-            attention_mask=mask[:, : width + step + 1] if padded else None,
-            position_ids=(position + step).unsqueeze(-1),
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
+        if problems * most < COMPACT_AT * rows.numel():
+            # A problem with fewer samples left than another keeps ended ones beside them, whose tokens are not looked at.
+            here = (left > 0).nonzero().squeeze(-1)
+            there = (~going[here]).int().argsort(stable=True, dim=-1)[:, :most]
+            kept = (here.unsqueeze(-1) * rows.shape[1] + there).flatten()
+            tokens, position = tokens[kept], position[kept]
+            rows, going = (x.flatten()[kept].view(problems, most) for x in (rows, going))
+            mask = mask if shared else mask[kept]
+            cache.keep(here, there)
+        with shared_attention(model, shared):
+            out = model(
+                input_ids=tokens.unsqueeze(-1),
+                attention_mask=mask[:, : width + step + 1] if padded and not shared else None,
+                position_ids=(position + step).unsqueeze(-1),
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+                **({"shared": cache} if shared else {}),
+            )
         logits = out.logits[:, -1]
 
     completions = []
