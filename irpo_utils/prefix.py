@@ -1,12 +1,12 @@
 """One prompt, many responses: a cache that holds every prompt once, and the attention that reads it.
 
 Decoding is reading: at every step attention reads all keys and values of every row. N samples of a problem have the same
-prompt, so here its keys and values lie in memory once, and the N queries of a step meet them in one matrix product; only
-what a sample has said itself is read for that sample alone. The scores of both parts go through one softmax, so the
-result is that of ordinary attention.
+prompt, so here its keys and values lie in memory once, and the queries of a step meet them in one matrix product; only
+what a row has said itself is read for that row alone. The scores of both parts go through one softmax, so the result is
+that of ordinary attention.
 
 Models of transformers take it as one more attention function. Whether a model computes the same with it is tried on a
-few tokens before it is used (`shares_prompts`); a model that does not gets its prompts' cache once per row.
+few tokens before it is used (`shares_prompts`); for a model that does not, every row gets a copy of its prompt's cache.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, DynamicCache, PreTrainedModel
@@ -27,91 +28,113 @@ KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 
 
 class SampleLayer(DynamicLayer):
-    """One layer's keys and values for rows in a grid of problems and samples, with room for the tokens to come.
+    """One layer's keys and values, with room for the tokens to come.
 
-    `prompt` are those of the prompts [problems, heads, length, width]; `responses` those of the responses
-    [problems, heads, samples, room, width], of which `length` tokens are filled.
+    `prompt` are those of the prompts [problems, heads, length, width]; `buffers` those of the responses
+    [capacity, heads, room, width], of which `rows` rows and `length` tokens are in use.
     """
 
-    def __init__(self, prompt: tuple[Tensor, Tensor], samples: int, room: int, shared: bool):
+    def __init__(self, prompt: tuple[Tensor, Tensor], capacity: int, room: int, shared: bool):
         super().__init__()
         self.dtype, self.device, self.is_initialized = prompt[0].dtype, prompt[0].device, True
-        self.shared, self.length = shared, 0
-        if not shared:  # every row has its own copy of the prompt, in front of its response
-            prompt = tuple(part.repeat_interleave(samples, 0) for part in prompt)
-            self.length, samples = prompt[0].shape[2], 1
-        problems, heads, _, _ = prompt[0].shape
-        self.responses = [p.new_empty(problems, heads, samples, self.length + room, p.shape[-1]) for p in prompt]
-        if not shared:
-            for buffer, part in zip(self.responses, prompt, strict=True):
-                buffer[:, :, 0, : self.length] = part
+        self.rows, heads, length, _ = prompt[0].shape
+        self.length = 0 if shared else length  # unless shared, the prompt stands in front of every response
+        self.buffers = [p.new_empty(capacity, heads, self.length + room, p.shape[-1]) for p in prompt]
         self.prompt = prompt if shared else None
+        if not shared:
+            for buffer, part in zip(self.buffers, prompt, strict=True):
+                buffer[: self.rows, :, :length] = part
         self._expose()
 
     def _expose(self) -> None:
-        rows = slice(None) if self.shared else 0  # ordinary attention wants [rows, heads, length, width]
-        self.keys, self.values = (buffer[:, :, rows, : self.length] for buffer in self.responses)
+        self.keys, self.values = (buffer[: self.rows, :, : self.length] for buffer in self.buffers)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        for buffer, new in zip(self.responses, (key_states, value_states), strict=True):
-            problems, heads, samples, _, width = buffer.shape
-            buffer[:, :, :, self.length] = new.reshape(problems, samples, heads, width).transpose(1, 2)
+        for buffer, new in zip(self.buffers, (key_states, value_states), strict=True):
+            buffer[: self.rows, :, self.length] = new[:, :, 0]
         self.length += 1
         self._expose()
         return self.keys, self.values
 
-    def keep(self, problems: Tensor, samples: Tensor) -> None:
-        """Keep these problems [p], and of each of them these samples [p, s]; memory is reused, not taken anew."""
-        if self.shared and len(problems) < len(self.prompt[0]):
-            self.prompt = tuple(part.index_select(0, problems) for part in self.prompt)
-        for i, buffer in enumerate(self.responses):
-            _, heads, count, room, width = buffer.shape
-            head = torch.arange(heads, device=problems.device)
-            rows = (problems[:, None, None] * heads + head[:, None]) * count + samples[:, None, :]  # [p, heads, s]
-            flat = buffer.view(-1, room * width)
-            kept = flat[:, : self.length * width].index_select(0, rows.flatten())
-            flat = flat[: len(kept)]
-            flat[:, : self.length * width] = kept
-            self.responses[i] = flat.view(len(problems), heads, samples.shape[1], room, width)
+    def copy(self, sources: Tensor, targets: Tensor | slice, rows: int) -> None:
+        """Put what is in the rows `sources` into the rows `targets`; after it `rows` rows are in use."""
+        for buffer in self.buffers:
+            buffer[targets, :, : self.length] = buffer[sources, :, : self.length]
+        self.rows = rows
         self._expose()
 
 
 class SampleCache(DynamicCache):
-    """The cache of a batch of problems, each with the same number of samples.
+    """The cache of a batch: some prompts, and rows that each go on from one of them.
+
+    It begins with one row for each prompt, in their order.
 
     Args:
         prompts: the prompts' caches, in parts. mask: [problems, length], 0 where a prompt is padded (on its left).
-        samples: responses of each problem. room: tokens that each of them may have.
+        capacity: rows that there may be. room: tokens that each of them may have.
         shared: whether rows read one copy of their prompt (with `attend`) or each its own (with any attention).
     """
 
-    def __init__(self, prompts: list[DynamicCache], mask: Tensor, samples: int, room: int, shared: bool):
+    def __init__(self, prompts: list[DynamicCache], mask: Tensor, capacity: int, room: int, shared: bool):
         super().__init__()
         self.mask, self.biases = mask, {}
+        self.place(np.arange(len(mask)))
         for parts in zip(*(prompt.layers for prompt in prompts), strict=True):
             whole = tuple(torch.cat([getattr(part, side) for part in parts]) for side in ("keys", "values"))
-            self.layers.append(SampleLayer(whole, samples, room, shared))
+            self.layers.append(SampleLayer(whole, capacity, room, shared))
 
-    def keep(self, problems: Tensor, samples: Tensor) -> None:
-        self.mask, self.biases = self.mask[problems], {}
+    def place(self, owner: np.ndarray) -> None:
+        """Say which prompt each row has, `owner` [rows]."""
+        self.owner = torch.from_numpy(owner).to(self.mask.device)
+        order = np.argsort(owner, kind="stable")
+        starts = np.r_[0, np.cumsum(np.bincount(owner, minlength=len(self.mask)))]
+        self.width = int(np.diff(starts).max())
+        number = np.empty_like(owner)  # of a row among those of its prompt
+        number[order] = np.arange(len(owner)) - starts[owner[order]]
+        slots = owner * self.width + number
+        dense = len(slots) == len(self.mask) * self.width and bool((np.diff(slots) == 1).all())
+        self.slots = None if dense else torch.from_numpy(slots).to(self.mask.device)
+        self.biases = {}
+
+    def copy(self, sources: np.ndarray, targets: np.ndarray | slice, owner: np.ndarray) -> None:
+        """Let rows `targets` go on where rows `sources` are; after it the rows have the prompts `owner`."""
+        sources = torch.from_numpy(sources).to(self.mask.device)
+        if isinstance(targets, np.ndarray):
+            targets = torch.from_numpy(targets).to(self.mask.device)
         for layer in self.layers:
-            layer.keep(problems, samples)
+            layer.copy(sources, targets, len(owner))
+        self.place(owner)
+
+    def by_prompt(self, rows: Tensor) -> Tensor:
+        """What belongs to rows [rows, heads, group, n], as [problems, heads, most rows of one prompt x group, n]."""
+        _, heads, group, n = rows.shape
+        if self.slots is not None:
+            rows = rows.new_zeros(len(self.mask) * self.width, heads, group, n).index_copy_(0, self.slots, rows)
+        rows = rows.view(len(self.mask), self.width, heads, group, n).transpose(1, 2)
+        return rows.reshape(len(self.mask), heads, self.width * group, n)
+
+    def by_row(self, grid: Tensor) -> Tensor:
+        """The other way round."""
+        problems, heads, _, n = grid.shape
+        grid = grid.view(problems, heads, self.width, -1, n).transpose(1, 2)
+        if self.slots is None:
+            return grid.flatten(0, 1)
+        return grid.reshape(problems * self.width, heads, -1, n).index_select(0, self.slots)
 
     def bias(self, window: int | None, length: int) -> Tensor | None:
-        """What is added to the scores [problems, prompt + response keys]: -inf where a key is padding or out of the window.
+        """What is added to the scores [rows, prompt + response keys]: -inf where a key is padding or out of the window.
 
         The query is the response's token number `length`, whose own key is the last one. None if all keys are seen.
         """
         if (window, length) not in self.biases:
             lengths = self.mask.sum(-1, keepdim=True)
-            place = self.mask.cumsum(-1) - 1  # where a prompt token stands
             seen = self.mask.bool()
             own = torch.ones(len(seen), length, dtype=torch.bool, device=seen.device)
             if window is not None:
-                seen = seen & (lengths + length - 1 - place < window)
+                seen = seen & (lengths + length - self.mask.cumsum(-1) < window)
                 own[:, : max(0, length - window)] = False
-            seen = torch.cat([seen, own], -1)
-            bias = torch.zeros(seen.shape, device=seen.device).masked_fill(~seen, -torch.inf)
+            seen = torch.cat([seen, own], -1)[self.owner]
+            bias = torch.zeros(seen.shape, device=seen.device).masked_fill_(~seen, -torch.inf)
             self.biases = {k: v for k, v in self.biases.items() if k[1] == length}  # of this step
             self.biases[window, length] = None if bool(seen.all()) else bias
         return self.biases[window, length]
@@ -131,26 +154,23 @@ def attend(
 ) -> tuple[Tensor, None]:
     """Attention of one new token a row, `query` [rows, query heads, 1, width], over its prompt and its own response.
 
-    `key` and `value` are a `SampleLayer`'s responses [problems, heads, samples, length, width]; rows are the grid of
-    problems and samples. Returns [rows, 1, query heads, width].
+    `key` and `value` are the responses' of a `SampleLayer` [rows, heads, length, width]. Returns [rows, 1, query heads, width].
     """
-    problems, heads, samples, length, width = key.shape
+    rows, heads, length, width = key.shape
     prompt_keys, prompt_values = shared.layers[module.layer_idx].prompt
     prompt = prompt_keys.shape[2]
-    query = query.reshape(problems, samples, heads, -1, width).transpose(1, 2) * (scaling or width**-0.5)
-    group = query.shape[3]
-    on_prompt = query.reshape(problems, heads, samples * group, width) @ prompt_keys.transpose(-1, -2)
-    scores = torch.cat([on_prompt.view(problems, heads, samples, group, prompt), query @ key.transpose(-1, -2)], -1)
+    query = query.reshape(rows, heads, -1, width) * (scaling or width**-0.5)
+    on_prompt = shared.by_prompt(query) @ prompt_keys.transpose(-1, -2)
+    scores = torch.cat([shared.by_row(on_prompt), query @ key.transpose(-1, -2)], -1)
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     bias = shared.bias(sliding_window, length)
     if bias is not None:
-        scores = scores + bias[:, None, None, None]
+        scores += bias[:, None, None]
     weights = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
     out = weights[..., prompt:] @ value
-    flat = weights[..., :prompt].reshape(problems, heads, samples * group, prompt)
-    out += (flat @ prompt_values).view_as(out)
-    return out.transpose(1, 2).reshape(problems * samples, 1, heads * group, value.shape[-1]), None
+    out += shared.by_row(shared.by_prompt(weights[..., :prompt]) @ prompt_values)
+    return out.reshape(rows, 1, -1, value.shape[-1]), None
 
 
 AttentionInterface.register("shared_prefix", attend)
@@ -200,17 +220,17 @@ def _why_not(model: PreTrainedModel) -> str | None:
     wanted = model(input_ids=ids, attention_mask=mask, position_ids=place, use_cache=False).logits[:, 4:]
     prompts = DynamicCache()
     model(input_ids=ids[:2, :4], attention_mask=mask[:2, :4], position_ids=place[:2, :4], past_key_values=prompts, use_cache=True)  # fmt: skip
-    rows = torch.tensor([0, 2, 1, 1], device=device)  # the grid: two problems, two samples each
     try:
-        cache = SampleCache([prompts], mask[:2, :4], samples=2, room=2, shared=True)
+        cache = SampleCache([prompts], mask[:2, :4], capacity=3, room=2, shared=True)
+        cache.copy(np.array([0]), np.array([2]), np.array([0, 1, 0]))
         with shared_attention(model):
             steps = [
-                model(input_ids=ids[rows, i : i + 1], position_ids=place[rows, i : i + 1], past_key_values=cache, use_cache=True, shared=cache).logits
+                model(input_ids=ids[:, i : i + 1], position_ids=place[:, i : i + 1], past_key_values=cache, use_cache=True, shared=cache).logits
                 for i in (4, 5)
             ]  # fmt: skip
     except Exception as error:
         return f"cannot ({type(error).__name__}: {error})"
-    got, wanted = torch.cat(steps, 1).float(), wanted[rows].float()
+    got, wanted = torch.cat(steps, 1).float(), wanted.float()
     near = 1e-4 if next(model.parameters()).dtype == torch.float32 else 5e-2  # 16-bit weights round
     off = (got - wanted).norm() / wanted.norm()
     return None if off < near else f"computes other logits then (off by {off:.1e} of their size)"

@@ -19,9 +19,10 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from .prefix import SampleCache, shared_attention, shares_prompts
+from .scoring import causal_model
 
 PREFILL_TOKENS = 1 << 15  # prompt tokens that are run at once
-COMPACT_AT = 0.75  # rows are copied together when fewer than this share of them is still going
+COMPACT_AT = 0.75  # rows are put together anew when fewer than this share of them goes on, or many more
 
 
 @dataclass(frozen=True)
@@ -39,19 +40,32 @@ def uniforms(seed: int, problem_id: str, n: int, steps: int) -> np.ndarray:
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little"))).random((n, steps))
 
 
-def pick(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """Next tokens [rows] from `logits` [rows, vocabulary], and their log-probabilities at temperature 1.
+def pick(logits: Tensor, temperature: float, rows: np.ndarray, uniform: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Next tokens [samples] of samples that go on from `rows` [samples] of `logits` [rows, vocabulary].
 
-    Temperature 0 is greedy. Otherwise the inverse distribution function of softmax(logits / T) at `uniform` [rows].
+    Temperature 0 is greedy. Otherwise the inverse distribution function of softmax(logits / T) at `uniform` [samples],
+    where a row's distribution function is computed once for all its samples.
+
+    Returns:
+        the tokens, and their log-probabilities at temperature 1.
     """
     logits = logits.float()
+    # Samples in a grid [rows, samples of one row]
+    order = np.argsort(rows, kind="stable")
+    starts = np.r_[0, np.cumsum(np.bincount(rows, minlength=len(logits)))]
+    number = np.empty_like(rows)
+    number[order] = np.arange(len(rows)) - starts[rows[order]]
     if temperature == 0:
-        tokens = logits.argmax(-1)
+        tokens = logits.argmax(-1, keepdim=True)
+        number[:] = 0
     else:
-        cumulative = (logits / temperature).softmax(-1).double().cumsum(-1)
-        point = uniform.unsqueeze(-1) * cumulative[:, -1:]
-        tokens = torch.searchsorted(cumulative, point, right=True).squeeze(-1).clamp_(max=logits.shape[-1] - 1)
-    return tokens, logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
+        points = np.zeros((len(logits), int(np.diff(starts).max())))
+        points[rows, number] = uniform
+        cumulative = (logits / temperature).softmax(-1).double().cumsum_(-1)
+        points = torch.from_numpy(points).to(logits.device) * cumulative[:, -1:]
+        tokens = torch.searchsorted(cumulative, points, right=True).clamp_(max=logits.shape[-1] - 1)
+    logps = logits.gather(-1, tokens) - logits.logsumexp(-1, keepdim=True)
+    return tokens.cpu().numpy()[rows, number], logps.double().cpu().numpy()[rows, number]
 
 
 @torch.inference_mode()
@@ -62,10 +76,18 @@ def sample_batch(
     temperature: float,
     eos_id: Sequence[int],
     max_new_tokens: int,
-) -> list[list[Completion]]:
-    """Sample every prompt of one batch. `noise` is [problems, n, max_new_tokens]; returns [problems][n]."""
+    capacity: int,
+) -> tuple[list[list[Completion]], int]:
+    """Sample the prompts of one batch with `noise` [problems, n, max_new_tokens], on at most `capacity` rows.
+
+    Samples of a problem that have said the same so far are one row; where they part, the row is copied.
+
+    Returns:
+        the completions [problems][n] of as many problems, from the first on, as went into `capacity` rows; and the most
+        rows that there were.
+    """
     n, device = noise.shape[1], next(model.parameters()).device
-    width = max(map(len, prompts))
+    width, vocabulary = max(map(len, prompts)), causal_model(model).config.get_text_config().vocab_size
     # Left padding puts the last prompt token of every row in one column. The pad id is never seen: it is masked.
     ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
@@ -85,56 +107,70 @@ def sample_batch(
             logits_to_keep=1,
         )
         ends.append(out.logits[:, -1])
-    cache = SampleCache(caches, mask, n, max_new_tokens, shared)
+    cache = SampleCache(caches, mask, min(capacity, len(prompts) * n), max_new_tokens, shared)
     del caches
-    logits = torch.cat(ends).repeat_interleave(n, 0)
-    position = mask.sum(-1).repeat_interleave(n, 0)
-    if not shared:
-        mask = torch.cat([mask.repeat_interleave(n, 0), mask.new_ones(len(position), max_new_tokens)], -1)
-    noise = torch.from_numpy(noise.reshape(-1, max_new_tokens)).to(device)
+    logits, lengths = torch.cat(ends), np.array([len(p) for p in prompts])
 
-    stops = torch.tensor(list(eos_id), device=device)
-    # The rows are a grid [problems, samples], which shrinks as samples end: `rows` says which sample each one is.
-    rows = torch.arange(len(noise), device=device).view((-1, n) if shared else (-1, 1))
-    tokens_out = torch.full((len(noise), max_new_tokens), -1, device=device)
-    logps = torch.zeros(len(noise), dtype=torch.float64, device=device)
-    going = torch.ones_like(rows, dtype=torch.bool)
+    done, most = len(prompts), len(prompts)
+    owner = np.arange(len(prompts))  # the problem of each row
+    who = np.arange(noise.shape[0] * n)  # the samples that go on, and the row of each
+    row = who // n
+    noise = noise.reshape(-1, max_new_tokens)
+    tokens_out, logps_out = np.full(noise.shape, -1), np.zeros(len(noise))
     for step in range(max_new_tokens):
-        tokens, logp = pick(logits, temperature, noise[rows.flatten(), step])
-        on = going.flatten()
-        tokens_out[rows[going], step] = tokens[on]
-        logps[rows[going]] += logp[on].double()
-        going = going & ~torch.isin(tokens, stops).view_as(going)
-        left = going.sum(-1)
-        most, problems = int(left.max()), int((left > 0).sum())
-        if most == 0 or step + 1 == max_new_tokens:
+        tokens, logps = pick(logits, temperature, row, noise[who, step])
+        tokens_out[who, step] = tokens
+        logps_out[who] += logps
+        on = ~np.isin(tokens, eos_id)
+        who, row, tokens = who[on], row[on], tokens[on]
+        if step + 1 == max_new_tokens or not len(who):
             break
-        if problems * most < COMPACT_AT * rows.numel():
-            # A problem with fewer samples left than another keeps ended ones beside them, whose tokens are not looked at.
-            here = (left > 0).nonzero().squeeze(-1)
-            there = (~going[here]).int().argsort(stable=True, dim=-1)[:, :most]
-            kept = (here.unsqueeze(-1) * rows.shape[1] + there).flatten()
-            tokens, position = tokens[kept], position[kept]
-            rows, going = (x.flatten()[kept].view(problems, most) for x in (rows, going))
-            mask = mask if shared else mask[kept]
-            cache.keep(here, there)
+        # The next rows: distinct (row, token). A row's first one stays where it is.
+        nexts, which = np.unique(row * vocabulary + tokens, return_inverse=True)
+        if len(nexts) > capacity:
+            counts = np.bincount(owner[nexts // vocabulary], minlength=done)
+            done = int(np.searchsorted(np.cumsum(counts), capacity, side="right"))
+            on = owner[row] < done
+            who, row, tokens = who[on], row[on], tokens[on]
+            nexts, which = np.unique(row * vocabulary + tokens, return_inverse=True)
+        before, nexts = np.divmod(nexts, vocabulary)
+        stays = np.r_[True, before[1:] != before[:-1]]
+        free = np.setdiff1d(np.arange(len(owner)), before)
+        more = int((~stays).sum())
+        if not COMPACT_AT < len(nexts) / len(owner) < 1 / COMPACT_AT:  # many rows more or fewer: all anew, by problem
+            order = np.argsort(owner[before], kind="stable")
+            owner = owner[before[order]]
+            cache.copy(before[order], slice(0, len(order)), owner)
+            at = np.argsort(order)
+        else:
+            at = before.copy()
+            if more:
+                at[~stays] = np.r_[free, np.arange(len(owner), len(owner) + more)][:more]
+                owner = np.r_[owner, np.zeros(max(0, more - len(free)), dtype=int)]
+                owner[at[~stays]] = owner[before[~stays]]
+                cache.copy(before[~stays], at[~stays], owner)
+        row, most = at[which], max(most, len(nexts))
+        inputs = np.zeros(len(owner), dtype=int)  # ended rows run along until there are many
+        inputs[at] = nexts
+        options = {"shared": cache} if shared else {}
+        if padded and not shared:
+            options["attention_mask"] = torch.cat([mask, mask.new_ones(len(mask), step + 1)], -1)[cache.owner]
         with shared_attention(model, shared):
             out = model(
-                input_ids=tokens.unsqueeze(-1),
-                attention_mask=mask[:, : width + step + 1] if padded and not shared else None,
-                position_ids=(position + step).unsqueeze(-1),
+                input_ids=torch.from_numpy(inputs).to(device).unsqueeze(-1),
+                position_ids=torch.from_numpy(lengths[owner] + step).to(device).unsqueeze(-1),
                 past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=1,
-                **({"shared": cache} if shared else {}),
+                **options,
             )
         logits = out.logits[:, -1]
 
     completions = []
-    for ids_out, logp in zip(tokens_out.tolist(), logps.tolist(), strict=True):
+    for ids_out, logp in zip(tokens_out[: done * n].tolist(), logps_out.tolist(), strict=False):
         ids_out = ids_out[: ids_out.index(-1)] if -1 in ids_out else ids_out
         completions.append(Completion(ids_out, logp, ids_out[-1] in eos_id))
-    return [completions[i : i + n] for i in range(0, len(completions), n)]
+    return [completions[i : i + n] for i in range(0, len(completions), n)], most
 
 
 def sample(
@@ -166,15 +202,21 @@ def sample(
     model.eval()
     stops = [eos_id] if isinstance(eos_id, int) else list(eos_id)
     order = sorted(prompts, key=lambda name: (len(prompts[name]), name))
-    size, started, tokens = max(1, rows // n), time.perf_counter(), 0  # problems of a batch
-    for first in range(0, len(order), size):
-        names = order[first : first + size]
+    started, tokens, done, size = time.perf_counter(), 0, 0, max(1, rows // n)  # problems of a batch
+    while done < len(order):
+        names = order[done : done + size]
         noise = np.stack([uniforms(seed, name, n, max_new_tokens) for name in names])
         batch: list[list[Completion]] = [[] for _ in names]
         for part in np.split(noise, range(rows, n, rows), axis=1):  # one part, unless n exceeds the rows
-            drawn = sample_batch(model, [prompts[name] for name in names], part, temperature, stops, max_new_tokens)
-            batch = [before + new for before, new in zip(batch, drawn, strict=True)]
+            drawn, most = sample_batch(
+                model, [prompts[name] for name in names], part, temperature, stops, max_new_tokens, min(rows, size * n)
+            )
+            batch = [before + new for before, new in zip(batch, drawn, strict=False)]
+        batch = batch[: len(drawn)]
+        done += len(batch)
         tokens += sum(len(c.token_ids) for completions in batch for c in completions)
+        # The more samples say the same, the more problems share the rows; never so many that prompts fill the memory.
+        size = max(1, min(rows // min(n, 4), 4 * size, int(0.8 * rows * len(names) / most)))
         if progress:
-            progress(first + len(names), len(order), tokens / (time.perf_counter() - started))
-        yield dict(zip(names, batch, strict=True))
+            progress(done, len(order), tokens / (time.perf_counter() - started))
+        yield dict(zip(names, batch, strict=False))
