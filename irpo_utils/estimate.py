@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from . import models
 from .config import METHODS, Config
-from .sampling import PREFILL_TOKENS
+from .sampling import PREFILL_TOKENS, most_prompts
 from .scoring import CHUNK
 from .tasks import ROOT
 
@@ -97,12 +97,13 @@ def trained_bytes(shape: Shape, config: Config) -> float:
     return count * ((0 if full else 4) + 4 + (2 if config.train.optimizer == "paged_adamw_8bit" else 8))
 
 
-def drawing_bytes(shape: Shape, config: Config, prompt: int, rows: int, prompts: int) -> dict[str, float]:
-    """What drawing `rows` responses to `prompts` prompts of `prompt` tokens needs beside the model."""
+def drawing_bytes(shape: Shape, config: Config, prompt: int, rows: int, n: int) -> dict[str, float]:
+    """What drawing `rows` responses at once, `n` to a prompt of `prompt` tokens, needs beside the model."""
+    prompts = most_prompts(rows, n)
     width = 4 if config.model.dtype == "float32" else 2
     at_once = min(prompts * prompt, max(prompt, PREFILL_TOKENS))
     return {
-        "cache": 1.15 * rows * (prompt + config.sampling.max_new_tokens) * shape.cache * width,
+        "cache": 1.15 * (prompts * prompt + rows * config.sampling.max_new_tokens) * shape.cache * width,
         "logits": rows * shape.vocabulary * (width + 4 + 4 + 8 + 8),  # float32, softmax, and their float64 sums
         "prefill": at_once * (4 * shape.hidden + 3 * shape.intermediate + shape.cache) * width,
     }
@@ -117,7 +118,7 @@ def sampling_bytes(shape: Shape, config: Config, prompt: int, room: float) -> di
     return {
         "weights": shape.parameters * width if dense else weight_bytes(shape, config),
         "adapter": lora,
-        **drawing_bytes(shape, config, prompt, rows, min(256, rows)),
+        **drawing_bytes(shape, config, prompt, rows, config.sampling.n),
     }
 
 
@@ -125,7 +126,7 @@ def dev_score_bytes(shape: Shape, config: Config, prompt: int) -> dict[str, floa
     """Memory of a dev score, by part: greedy decoding beside all that training keeps."""
     rows = min(256, config.sampling.rows)
     parts = {"weights": weight_bytes(shape, config), "trained": trained_bytes(shape, config)}
-    return parts | drawing_bytes(shape, config, prompt, rows, rows)
+    return parts | drawing_bytes(shape, config, prompt, rows, 1)
 
 
 def training_bytes(shape: Shape, config: Config) -> dict[str, float]:
@@ -183,10 +184,10 @@ def seconds(
     if config.model.quantize == "nf4" and not models.unpacks(shape.parameters, room):
         weights = weight_bytes(shape, config) + 2 * weights  # every step writes the unpacked weights, and reads them
 
-    def sampled(responses: float, rows: int) -> float:
+    def sampled(responses: float, rows: int, n: int = 1) -> float:
         """Time to draw `responses`, `rows` at a time: a token step reads all weights and the rows' cache, or computes."""
         rows = min(rows, max(1, responses))
-        read = weights + rows * (prompt + length) * shape.cache * width
+        read = weights + rows * (prompt / n + length) * shape.cache * width
         step = max(read / bandwidth, 2 * shape.parameters * rows / flops, step_floor)
         return responses / rows * length * 1.5 * step
 
@@ -195,15 +196,17 @@ def seconds(
     again = config.train.retrain_with_dev
     asked = problems["train"] + problems["dev"] * again
     held_out = problems["dev"] + problems["test"]
-    evaluated = sampled(held_out, greedy) + sampled(held_out * config.evaluation.samples, rows)
+    evaluated = sampled(held_out, greedy) + sampled(
+        held_out * config.evaluation.samples, rows, config.evaluation.samples
+    )
     total = {"sample": 0.0, "train": 0.0, "evaluate": evaluated}
     if any(METHODS[method].selection == "pairs" for method in config.methods):
-        total["sample"] += sampled(asked * n, rows)  # from M_0, for all methods
+        total["sample"] += sampled(asked * n, rows, n)  # from M_0, for all methods
     for method in config.methods:
         for t in range(1, config.rounds(method) + 1):
             own = config.for_method(method)
             if METHODS[method].selection == "pairs" and t > 1:
-                total["sample"] += sampled(asked * n, rows)
+                total["sample"] += sampled(asked * n, rows, n)
             steps = own.train.max_steps
             pairs = asked * own.pairs.k * own.train.max_epochs  # at most
             steps = min(steps, max(1, pairs // own.train.batch))

@@ -1,23 +1,28 @@
-"""Sample chains of thought. A prompt is run once and its cache shared by all samples of the problem.
+"""Sample chains of thought. What samples of a problem have in common is run once: the prompt, and how they begin.
 
-What `model.generate(num_return_sequences=N)` does besides: it runs every prompt N times, concatenates the cache at
-every step, and keeps finished rows in the batch until the last one ends. Here the prompt runs once per problem, the
-cache is preallocated, and finished rows leave. Each problem has its own random stream (seed, problem, sample, step),
-so its samples do not depend on the batch they were drawn in (exactly so in float32 up to the rounding of matmuls).
+What `model.generate(num_return_sequences=N)` does besides: it runs every prompt N times, keeps its cache once per sample,
+concatenates the cache at every step, and keeps finished rows in the batch until the last one ends. Here a prompt runs
+once and its cache is shared (`prefix.py`); samples that have said the same so far are one row, which parts where they draw
+different tokens; the cache is preallocated; and finished rows leave. Each problem has its own random stream (seed,
+problem, sample, step), so its samples do not depend on the batch they were drawn in (in float32, but for a draw that
+falls within a rounding error of the border between two tokens).
 """
 
 from __future__ import annotations
 
 import hashlib
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from .models import memory
 from .prefix import SampleCache, shared_attention, shares_prompts
 from .scoring import causal_model
 
@@ -185,13 +190,15 @@ def sample(
     rows: int = 512,
     progress: Callable[[int, int, float], None] | None = None,
 ) -> Iterator[dict[str, list[Completion]]]:
-    """Sample `n` responses for every prompt, a batch of about `rows` responses at a time.
+    """Sample `n` responses for every prompt, a batch at a time.
 
     Args:
         prompts: problem id -> prompt token ids, BOS included where the tokenizer wants one.
         temperature: 0 is greedy (then n must be 1).
         seed: with the problem id, fixes the problem's random stream.
         eos_id: the token, or tokens, that end a response.
+        rows: responses that are run at once, at most; fewer where memory does not hold as many (see `fitting_rows`), and
+            half of them, with a warning, whenever it runs out all the same.
         progress: called after each batch with (problems done, problems in all, tokens per second).
 
     Yields:
@@ -202,21 +209,49 @@ def sample(
     model.eval()
     stops = [eos_id] if isinstance(eos_id, int) else list(eos_id)
     order = sorted(prompts, key=lambda name: (len(prompts[name]), name))
+    rows = min(rows, fitting_rows(model, max(map(len, prompts.values()), default=0), max_new_tokens, n))
     started, tokens, done, size = time.perf_counter(), 0, 0, max(1, rows // n)  # problems of a batch
     while done < len(order):
         names = order[done : done + size]
         noise = np.stack([uniforms(seed, name, n, max_new_tokens) for name in names])
         batch: list[list[Completion]] = [[] for _ in names]
-        for part in np.split(noise, range(rows, n, rows), axis=1):  # one part, unless n exceeds the rows
-            drawn, most = sample_batch(
-                model, [prompts[name] for name in names], part, temperature, stops, max_new_tokens, min(rows, size * n)
-            )
-            batch = [before + new for before, new in zip(batch, drawn, strict=False)]
-        batch = batch[: len(drawn)]
+        ids = [prompts[name] for name in names]
+        try:
+            for part in np.split(noise, range(rows, n, rows), axis=1):  # one part, unless n exceeds the rows
+                room = min(rows, size * n)
+                drawn, most = sample_batch(model, ids, part, temperature, stops, max_new_tokens, room)
+                batch = [before + new for before, new in zip(batch, drawn, strict=False)]
+        except RuntimeError as error:
+            if rows == 1 or not should_reduce_batch_size(error):
+                raise
+            drawn = None
+        if drawn is None:  # not in the handler: its error holds the tensors of the batch that did not fit
+            torch.cuda.empty_cache()
+            warnings.warn(f"memory ran out with {rows} rows at once; going on with {rows // 2}", stacklevel=2)
+            rows //= 2
+            size = max(1, min(size // 2, rows // n))
+            continue
         done += len(batch)
         tokens += sum(len(c.token_ids) for completions in batch for c in completions)
-        # The more samples say the same, the more problems share the rows; never so many that prompts fill the memory.
-        size = max(1, min(rows // min(n, 4), 4 * size, int(0.8 * rows * len(names) / most)))
+        # The more samples say the same, the more problems share the rows.
+        size = max(1, min(most_prompts(rows, n), 4 * size, int(0.8 * rows * len(names) / most)))
         if progress:
             progress(done, len(order), tokens / (time.perf_counter() - started))
         yield dict(zip(names, batch, strict=False))
+
+
+def most_prompts(rows: int, n: int) -> int:
+    """Prompts of one batch: never so many that they fill the memory that is meant for responses."""
+    return max(1, rows // min(n, 4))
+
+
+def fitting_rows(model: PreTrainedModel, prompt: int, new_tokens: int, n: int) -> int:
+    """How many rows of `new_tokens` tokens fit, with prompts of `prompt` tokens, into half of the free memory."""
+    config = causal_model(model).config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    token = 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize
+    per_row = token * (prompt / min(n, 4) + new_tokens) + 24 * config.vocab_size  # and logits, with their sums
+    if not shares_prompts(model):
+        per_row += token * prompt
+    return max(1, int(memory() / 2 / per_row))

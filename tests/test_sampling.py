@@ -5,33 +5,72 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (  # fmt: skip
+    FalconConfig,
+    FalconForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
-from irpo_utils import sampling, stages
+from irpo_utils import prefix, sampling, stages
 from irpo_utils.scoring import collate, response_logps
 
-SMALL = dict(vocab_size=97, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2)  # fmt: skip
+SMALL = dict(vocab_size=97, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False)  # fmt: skip
+STOPS = [2, *range(20, 36)]  # many, so that rows end at different steps
 FAMILIES = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL)),
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SMALL)),
-    # A window longer than any sequence here: the preallocated cache keeps every key.
-    "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**SMALL, head_dim=16, sliding_window=128)),
+    "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**SMALL, head_dim=16, sliding_window=16)),  # shorter than the rows
+    # Its attention cannot be replaced: each row has its own copy of the prompt's cache.
+    "falcon": lambda: FalconForCausalLM(FalconConfig(**SMALL, new_decoder_architecture=True, num_kv_heads=2)),
 }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_is_generate_token_by_token(family):
+@pytest.fixture(scope="module", params=FAMILIES)
+def network(request):
     torch.manual_seed(0)
-    model = FAMILIES[family]().eval()
-    torch.nn.init.normal_(model.get_input_embeddings().weight, std=0.3)  # so that rows end at different steps
+    model = FAMILIES[request.param]().eval()
+    torch.nn.init.normal_(model.get_input_embeddings().weight, std=0.3)
+    return model
+
+
+def test_greedy_is_generate_token_by_token(network):
+    """500 prompts of 2 to 41 tokens; those of one length go through `generate` together, so that it pads nothing."""
     rng = np.random.default_rng(0)
-    prompts = {str(i): [1, *rng.integers(3, 97, rng.integers(2, 30)).tolist()] for i in range(60)}
+    prompts = {str(i): [1, *rng.integers(3, 97, 1 + i % 40).tolist()] for i in range(500)}
     ours = {}
-    for batch in sampling.sample(model, prompts, n=1, temperature=0, seed=0, eos_id=2, max_new_tokens=24, rows=16):
+    for batch in sampling.sample(
+        network, prompts, n=1, temperature=0, seed=0, eos_id=STOPS, max_new_tokens=20, rows=96
+    ):
         ours |= {name: c[0].token_ids for name, c in batch.items()}
-    for name, prompt in prompts.items():
-        wanted = model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long), do_sample=False, max_new_tokens=24)  # fmt: skip
-        assert ours[name] == wanted[0, len(prompt) :].tolist(), name
+    assert len({len(ids) for ids in ours.values()}) > 3
+    for length in range(2, 42):
+        names = [name for name, prompt in prompts.items() if len(prompt) == length]
+        ids = torch.tensor([prompts[name] for name in names])
+        out = network.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=20, eos_token_id=STOPS
+        )
+        for name, row in zip(names, out[:, length:].tolist(), strict=True):
+            assert ours[name] == row[: next((i + 1 for i, token in enumerate(row) if token in STOPS), 20)], name
+
+
+def test_samples_are_the_same_one_problem_at_a_time(network):
+    """Temperature 1 on random weights, where the samples of a problem part at once."""
+    rng = np.random.default_rng(1)
+    prompts = {str(i): [1, *rng.integers(3, 97, 3 + 2 * i).tolist()] for i in range(12)}
+    draw = lambda some, rows: {name: [c.token_ids for c in cs] for batch in sampling.sample(network, some, n=6, temperature=1.0, seed=0, eos_id=2, max_new_tokens=20, rows=rows) for name, cs in batch.items()}  # noqa: E731  # fmt: skip
+    together = draw(prompts, 512)
+    assert together == {k: v for name in prompts for k, v in draw({name: prompts[name]}, 4).items()}
+
+
+def test_a_model_that_cannot_share_prompts_says_so():
+    with pytest.warns(UserWarning, match="since a falcon does not let its attention be replaced"):
+        assert not prefix.shares_prompts(FAMILIES["falcon"]())
+    assert prefix.shares_prompts(FAMILIES["gemma2"]())
 
 
 @settings(max_examples=8, deadline=None)
@@ -93,3 +132,40 @@ def test_the_length_limit_leaves_a_response_unfinished(seed_model, tokenizer, ta
 def test_greedy_with_many_samples_is_refused(seed_model):
     with pytest.raises(ValueError, match="set n=1 or a temperature above 0"):
         next(sampling.sample(seed_model, {"a": [1]}, n=2, temperature=0, seed=0, eos_id=2, max_new_tokens=3))
+
+
+def test_half_the_rows_when_memory_runs_out(drawn, seed_model):
+    """An allocator that gives out at 40 rows: the same samples come, and one line says what happened."""
+    _, draw = drawn
+    wanted, seen = draw(rows=512), []
+
+    def refuse(module, args, kwargs):
+        seen.append(len(kwargs["input_ids"]))
+        if seen[-1] > 40:
+            raise RuntimeError(
+                "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes."
+            )
+
+    handle = seed_model.register_forward_pre_hook(refuse, with_kwargs=True)
+    try:
+        with pytest.warns(UserWarning, match="memory ran out with 512 rows at once; going on with 256"):
+            assert draw(rows=512) == wanted
+    finally:
+        handle.remove()
+    assert max(seen) > 40
+
+
+def test_samples_that_say_the_same_are_one_row(drawn, seed_model, tokenizer):
+    _, draw = drawn
+    fed = []
+    handle = seed_model.register_forward_pre_hook(lambda m, a, k: fed.append(k["input_ids"].shape), with_kwargs=True)
+    try:
+        responses = draw(rows=512)
+    finally:
+        handle.remove()
+    tokens = sum(len(ids) for completions in responses.values() for ids in completions)
+    beginnings = sum(
+        len({tuple(ids[:i]) for ids in completions for i in range(1, len(ids))}) for completions in responses.values()
+    )
+    run = sum(rows for rows, width in fed if width == 1)
+    assert beginnings <= run < 1.4 * beginnings < tokens  # ended rows run along for a while
