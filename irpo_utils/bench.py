@@ -3,8 +3,12 @@
 ./run_all.sh --bench [quick|full]      writes outputs/bench/bench.json and prints the table
 
 Contenders take turns, so that a machine that slows down slows all of them; the figure is the median. Nothing of loading,
-tokenizing or importing is timed. Random weights do not change how much work there is; responses have a fixed length in the
-two random shapes, so that every contender draws the same number of tokens.
+tokenizing or importing is timed. Random weights do not change how much work there is for the others, but they do for this
+project's sampler: samples of random weights part at once, so the random shapes show what sharing prompts is worth, and
+the embedded model, which was trained, also what sharing beginnings is worth. Responses have a fixed length in the random
+shapes, so that every contender draws the same number of tokens.
+
+Peak memory is that of one training in a process of its own, over what the process holds with model and pairs loaded.
 """
 
 from __future__ import annotations
@@ -14,7 +18,9 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -44,25 +50,34 @@ class Shape:
     response: int
     n: int
     k: int
-    problems: int  # how many are sampled, and trained on
+    problems: int  # how many are sampled
     hidden: int = 0  # 0: the embedded model on its own problems
     layers: int = 6
 
 
+EMBEDDED = [Shape("embedded", 0, 64, 16, 8, 64), Shape("embedded, N = 30", 0, 64, 30, 10, 64)]
 SHAPES = {
     "quick": [
-        Shape("embedded", 0, 64, 16, 8, 32),
-        Shape("gsm8k", 120, 130, 30, 10, 2, 256, 4),
-        Shape("math", 700, 220, 20, 15, 1, 192, 4),
+        *EMBEDDED,
+        Shape("gsm8k", 120, 130, 30, 10, 8, 256, 4),
+        Shape("math", 700, 220, 20, 15, 4, 192, 4),
     ],
     "full": [
-        Shape("embedded", 0, 64, 16, 8, 64),
-        Shape("embedded, N = 30", 0, 64, 30, 10, 64),
-        Shape("gsm8k", 120, 130, 30, 10, 4, 384),
-        Shape("math", 700, 220, 20, 15, 2, 384),
+        *EMBEDDED,
+        Shape("gsm8k", 120, 130, 30, 10, 8, 384),
+        Shape("gsm8k, 30 M", 120, 130, 30, 10, 8, 512, 8),
+        Shape("math", 700, 220, 20, 15, 4, 384),
+    ],
+    "gpu": [
+        *EMBEDDED,
+        Shape("gsm8k, 0.5 B", 120, 130, 30, 10, 32, 1024, 32),
+        Shape("math, 0.5 B", 700, 220, 20, 15, 16, 1024, 32),
+        Shape("gsm8k, 7 B", 120, 130, 30, 10, 16, 4096, 32),
     ],
 }
+TRAINED = 2  # problems of a random shape that are trained on
 WORDS = 4000
+ROWS = 256  # responses that this project runs at once
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
@@ -83,7 +98,12 @@ def load(shape: Shape) -> tuple[LlamaForCausalLM, Any, dict[str, list[int]], int
         tokenizer = models.load_tokenizer(config.model)
         task = get_task(config.task)
         prompts = stages.encode_prompts(task, tokenizer, task.problems("train")[: shape.problems])
-        return models.load_policy(config.model), tokenizer, prompts, tokenizer.eos_token_id
+        return (
+            models.load_policy(config.model),
+            tokenizer,
+            prompts,
+            tokenizer.eos_token_id,
+        )  # on the GPU where there is one
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=WORDS, hidden_size=shape.hidden, intermediate_size=3 * shape.hidden, num_hidden_layers=shape.layers,
@@ -94,7 +114,8 @@ def load(shape: Shape) -> tuple[LlamaForCausalLM, Any, dict[str, list[int]], int
         f"p{i}": [rng.randrange(3, WORDS) for _ in range(shape.prompt + rng.randint(-5, 5))]
         for i in range(shape.problems)
     }
-    return LlamaForCausalLM(config).eval(), word_tokenizer(), prompts, -1
+    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    return LlamaForCausalLM(config).to(models.device(), dtype).eval(), word_tokenizer(), prompts, -1
 
 
 def alternate(contenders: dict[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
@@ -108,28 +129,29 @@ def alternate(contenders: dict[str, Callable[[], float]], repeats: int) -> dict[
     return found
 
 
-def bench_sampling(shape: Shape, repeats: int) -> dict[str, list[float]]:
-    """Tokens per second of this project's sampler and of `generate(num_return_sequences=N)` at two batch sizes."""
+def samplers(shape: Shape) -> dict[str, Callable[[], float]]:
+    """What draws N responses to every prompt and returns tokens per second: this project, `generate` at several batch sizes."""
     model, _, prompts, eos = load(shape)
 
     def ours() -> float:
         started, tokens = time.perf_counter(), 0
         drawn = sampling.sample(
-            model, prompts, n=shape.n, temperature=1.0, seed=0, eos_id=eos, max_new_tokens=shape.response
+            model, prompts, n=shape.n, temperature=1.0, seed=0, eos_id=eos, max_new_tokens=shape.response, rows=ROWS
         )
         for batch in drawn:
             tokens += sum(len(c.token_ids) for completions in batch.values() for c in completions)
         return tokens / (time.perf_counter() - started)
 
     def generate(size: int) -> float:
+        """One batch after the other: where nothing differs between batches, two of them have the rate of all."""
         set_seed(0)
         started, tokens = time.perf_counter(), 0
         todo = sorted(prompts.values(), key=len)
-        for i in range(0, len(todo), size):
+        for i in range(0, len(todo) if eos >= 0 else min(len(todo), max(2, size)), size):
             part = todo[i : i + size]
             width = max(map(len, part))
-            ids = torch.tensor([[0] * (width - len(p)) + p for p in part])
-            mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in part])
+            ids = torch.tensor([[0] * (width - len(p)) + p for p in part], device=model.device)
+            mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in part], device=model.device)
             out = model.generate(
                 ids, attention_mask=mask, do_sample=True, top_k=0, num_return_sequences=shape.n,
                 max_new_tokens=shape.response, min_new_tokens=None if eos >= 0 else shape.response, pad_token_id=0,
@@ -138,10 +160,8 @@ def bench_sampling(shape: Shape, repeats: int) -> dict[str, list[float]]:
             tokens += int((ended == 0).sum())
         return tokens / (time.perf_counter() - started)
 
-    sizes = sorted({1, min(shape.problems, max(1, 256 // shape.n))})
-    return alternate(
-        {"ours": ours, **{f"generate, {s} prompts a batch": lambda s=s: generate(s) for s in sizes}}, repeats
-    )
+    sizes = [s for s in ((8, 16) if eos >= 0 else (1, 2)) if s <= shape.problems]  # the best ones of a longer search
+    return {"ours": ours, **{f"generate, {s} prompts a batch": lambda s=s: generate(s) for s in sizes}}
 
 
 def make_pairs(shape: Shape, prompts: dict[str, list[int]]) -> list[scoring.Pair]:
@@ -161,18 +181,30 @@ def make_pairs(shape: Shape, prompts: dict[str, list[int]]) -> list[scoring.Pair
     return pairs
 
 
-def bench_training(shape: Shape, repeats: int) -> dict[str, list[float]]:
-    """Pairs per second, reference pass included, of this project's trainer and of TRL's at two micro-batch sizes.
+def trainers(shape: Shape) -> dict[str, Callable[[], float]]:
+    """What trains on the pairs and returns pairs per second, reference pass included: this project, TRL in several set-ups.
 
-    Both take one optimizer step (AdamW) per K pairs, all weights trained, from the same start.
+    All take one optimizer step (AdamW) per K pairs, all weights trained, from the same start.
     """
     import copy
 
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
+    class TimedTrainer(DPOTrainer):
+        """Notes how long the reference pass takes that TRL makes while it is set up."""
+
+        seconds = 0.0
+
+        def _precompute_ref_logps(self, *args, **kwargs):
+            started = time.perf_counter()
+            found = super()._precompute_ref_logps(*args, **kwargs)
+            self.seconds += time.perf_counter() - started
+            return found
+
     model, _, prompts, _ = load(shape)
     tokenizer = word_tokenizer()
+    prompts = dict(list(prompts.items())[: TRAINED if shape.hidden else 32])
     if not shape.hidden:  # TRL tokenizes text: words stand for the embedded model's ids
         prompts = {name: [max(3, i) for i in ids] for name, ids in prompts.items()}
     pairs = make_pairs(shape, prompts)
@@ -188,7 +220,7 @@ def bench_training(shape: Shape, repeats: int) -> dict[str, list[float]]:
     def ours() -> float:
         policy, started = copy.deepcopy(model), time.perf_counter()
         rows = [dict(p) for p in pairs]
-        for row, (chosen, rejected) in zip(rows, scoring.reference_logps(policy, rows), strict=True):
+        for row, (chosen, rejected) in zip(rows, scoring.reference_logps(policy, rows, 2 * shape.k), strict=True):
             row["reference_chosen"], row["reference_rejected"] = chosen, rejected
         policy.train()
         arguments = TrainingArguments(
@@ -200,24 +232,48 @@ def bench_training(shape: Shape, repeats: int) -> dict[str, list[float]]:
         ).train()
         return len(pairs) / (time.perf_counter() - started)
 
-    def trl(size: int) -> float:
-        policy, reference = copy.deepcopy(model), copy.deepcopy(model)
+    def trl(size: int, precompute: bool) -> float:
+        policy, reference = copy.deepcopy(model), None if precompute else copy.deepcopy(model)
         arguments = DPOConfig(
             tempfile.mkdtemp(), loss_type=["sigmoid", "sft"], loss_weights=[1.0, 1.0], beta=0.1, max_length=None,
-            per_device_train_batch_size=size, gradient_accumulation_steps=shape.k // size, gradient_checkpointing=False, **common,
+            per_device_train_batch_size=size, gradient_accumulation_steps=shape.k // size, gradient_checkpointing=False,
+            precompute_ref_log_probs=precompute, **common,
         )  # fmt: skip
-        trainer = DPOTrainer(policy, reference, arguments, train_dataset=data, processing_class=tokenizer)
+        trainer = TimedTrainer(policy, reference, arguments, train_dataset=data, processing_class=tokenizer)
         trainer.remove_callback(PrinterCallback)
         started = time.perf_counter()
         trainer.train()
-        return len(pairs) / (time.perf_counter() - started)
+        return len(pairs) / (time.perf_counter() - started + trainer.seconds)
 
-    sizes = (1, 3) if shape.k % 2 else (2, shape.k)
-    return alternate({"ours": ours, **{f"TRL, micro-batch {s}": lambda s=s: trl(s) for s in sizes}}, repeats)
+    found = {"ours": ours}
+    for size in (1, 3) if shape.k % 2 else (2, shape.k):
+        for precompute in (False, True):
+            name = f"TRL, micro-batch {size}{', reference before' if precompute else ''}"
+            found[name] = lambda size=size, precompute=precompute: trl(size, precompute)
+    return found
 
 
-def main(size: str = "quick", repeats: int = 5) -> int:
-    """Run the benchmark of that size and write its table."""
+def peak(shape: Shape, name: str) -> int | None:
+    """The most bytes that training by the contender `name` takes over what model and pairs take; None if it cannot be told."""
+    contenders = trainers(shape)
+    small = Shape("small", 12, 8, n=4, k=shape.k, problems=2, hidden=64, layers=1)
+    trainers(small)[name]()  # imports what it imports later
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        contenders[name]()
+        return torch.cuda.max_memory_allocated() - before
+    if not Path("/proc/self/clear_refs").exists():
+        return None
+    held = lambda field: 1024 * int(Path("/proc/self/status").read_text().partition(f"{field}:")[2].split()[0])  # noqa: E731
+    Path("/proc/self/clear_refs").write_text("5")  # sets the mark of the highest memory to what it is now
+    before = held("VmRSS")
+    contenders[name]()
+    return held("VmHWM") - before
+
+
+def quiet() -> None:
+    """Keep the libraries from writing between the lines of the table."""
     import logging
     import warnings
 
@@ -229,27 +285,50 @@ def main(size: str = "quick", repeats: int = 5) -> int:
         logging.getLogger(library).setLevel(logging.ERROR)
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
+
+
+def default_job() -> dict[str, float]:
+    """Seconds of each kind of stage of the last whole run of the default preset, as far as there is one."""
+    file = OUTPUTS / "tiny" / "timing.csv"
+    seconds: dict[str, float] = {}
+    for line in file.read_text().splitlines()[1:] if file.exists() else []:
+        stage, _, value = line.split(",")
+        seconds[stage] = seconds.get(stage, 0.0) + float(value)
+    return seconds
+
+
+def main(size: str = "quick", repeats: int = 5) -> int:
+    """Run the benchmark of that size (its GPU shapes where there is a GPU) and write its table."""
+    quiet()
     rows = []
-    for shape in SHAPES[size]:
-        for kind, unit, bench in (("sampling", "tokens/s", bench_sampling), ("training", "pairs/s", bench_training)):
-            found = {name: statistics.median(values) for name, values in bench(shape, repeats).items()}
-            best = max(value for name, value in found.items() if name != "ours")
-            rows.append(
-                {"shape": shape.name, "kind": kind, "unit": unit, "medians": found, "ratio": found["ours"] / best}
-            )
-            others = ", ".join(f"{name} {value:,.1f}" for name, value in found.items() if name != "ours")
-            print(
-                f"{shape.name}, {kind}: ours {found['ours']:,.1f} {unit}; {others}; {rows[-1]['ratio']:.1f} times the best of them",
-                flush=True,
-            )
-    target = OUTPUTS / "bench" / "bench.json"
+    for shape in SHAPES["gpu" if torch.cuda.is_available() else size]:
+        for kind, unit, contenders in (("sampling", "tokens/s", samplers), ("training", "pairs/s", trainers)):
+            if kind == "training" and (shape.name.endswith("N = 30") or shape.hidden > 2000):
+                continue  # trained on already; and all weights of 7 B do not fit with their optimizer
+            found = {n: statistics.median(values) for n, values in alternate(contenders(shape), repeats).items()}
+            others = sorted((name for name in found if name != "ours"), key=found.get)
+            row = {"shape": shape.name, "kind": kind, "unit": unit, "medians": found, "ratio": found["ours"] / found[others[-1]]}  # fmt: skip
+            line = f"{shape.name}, {kind}: ours {found['ours']:,.1f} {unit}; {others[-1]} {found[others[-1]]:,.1f}: {row['ratio']:.1f} times"
+            if kind == "training":
+                with ProcessPoolExecutor(1, get_context("spawn"), quiet, max_tasks_per_child=1) as pool:
+                    row["peak_bytes"] = {name: pool.submit(peak, shape, name).result() for name in ("ours", others[-1])}
+                if row["peak_bytes"]["ours"] is not None:
+                    line += "; peak memory {:,.0f} and {:,.0f} MiB".format(*(b / 2**20 for b in row["peak_bytes"].values()))  # fmt: skip
+            rows.append(row)
+            print(line, flush=True)
     facts = {
         "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         "repeats": repeats,
         "torch": torch.__version__,
         "size": size,
         "rows": rows,
+        "default_job_seconds": default_job(),
     }
-    write_json(Path(target), facts)
+    if facts["default_job_seconds"]:
+        said = ", ".join(f"{stage} {value:.0f} s" for stage, value in facts["default_job_seconds"].items())
+        print(f"the last default run, by kind of stage: {said}")
+    target = OUTPUTS / "bench" / "bench.json"
+    write_json(target, facts)
     print(f"-> {target.relative_to(OUTPUTS.parent)}")
     return 0

@@ -8,6 +8,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -248,11 +249,14 @@ def train_stage(stage: Stage, show: Callable[[str], None] = print) -> Record:
         "sampled_by_start": stage.choices.start == "M_t" or stage.iteration == 1,
         "show": show,
     }
+    # Who gives the reference log-probabilities; the rate and the like have no part in it.
+    named = {**stage.key(), "parameters": {"model": asdict(config.model), "threads": config.threads}}
     facts = training.train(
         model,
         [row for row in rows if row["problem"] not in held_out],
         stage.partial,
         score=lambda policy: greedy_accuracy(config, policy, tokenizer, task, dev),
+        keep_reference=(stage.path("reference.json"), named),
         **settings,
     )
     kept = stage.partial

@@ -7,6 +7,7 @@ sampler saw), metrics on disk as they happen, and the step that is best on dev k
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import random
@@ -20,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from .losses import pair_losses
-from .runs import write_jsonl
+from .runs import write_json, write_jsonl
 from .scoring import Pair, check_head, pair_batch, reference_logps, response_logps, to_device
 
 LN2 = math.log(2)
@@ -224,6 +225,25 @@ def check_sampled(pairs: list[Pair], tolerance: float, exact: bool = True) -> fl
     return worst
 
 
+def kept_reference_logps(
+    model: PreTrainedModel, pairs: list[Pair], rows: int, keep: tuple[Path, Any] | None
+) -> list[tuple[float, float]]:
+    """`reference_logps`, read from the file in `keep` if it is about these pairs and what `keep` names beside it, else written there.
+
+    So training that goes on after a kill, or again at another rate, does not score the pairs anew.
+    """
+    if keep is None:
+        return reference_logps(model, pairs, rows)
+    file, named = keep
+    about = [named, rows, [[p["problem"], p["prompt_ids"], p["chosen_ids"], p["rejected_ids"]] for p in pairs]]
+    key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+    if file.exists() and (found := json.loads(file.read_text()))["key"] == key:
+        return [tuple(pair) for pair in found["logps"]]
+    logps = reference_logps(model, pairs, rows)
+    write_json(file, {"key": key, "logps": logps})
+    return logps
+
+
 def train(
     model: PreTrainedModel,
     pairs: list[Pair],
@@ -235,6 +255,7 @@ def train(
     sampled_by_start: bool,
     score: Callable[[PreTrainedModel], float] | None = None,
     stop_after: int | None = None,
+    keep_reference: tuple[Path, Any] | None = None,
     show: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Train `model` on `pairs` in place and leave the best policy in `folder`/best; a killed run goes on where it was.
@@ -246,6 +267,7 @@ def train(
         sampled_by_start: the pairs' responses were sampled from `model` as it is now, which is then verified.
         score: dev score of a policy, higher is better, called every `config.eval_every` steps; None keeps the last.
         stop_after: stop after this step, on the schedule of the whole training.
+        keep_reference: a file for the reference log-probabilities, and what (as JSON) names the model that gives them.
 
     Returns:
         step and score of the best policy, the DPO term at the start, and the number of steps.
@@ -255,7 +277,8 @@ def train(
     tolerance = 1e-3 if exact else 5e-2
     pairs = [dict(p) for p in pairs]
     check_head(model.eval())
-    for pair, (chosen, rejected) in zip(pairs, reference_logps(model, pairs, 2 * config.micro_batch), strict=True):
+    reference = kept_reference_logps(model, pairs, 2 * config.micro_batch, keep_reference)
+    for pair, (chosen, rejected) in zip(pairs, reference, strict=True):
         pair["reference_chosen"], pair["reference_rejected"] = chosen, rejected
     model.train()
     with torch.no_grad():  # over 16 pairs or more, since in 16 bits a single pair may be off by more than the tolerance
@@ -272,6 +295,13 @@ def train(
         len(pairs), config.batch, config.max_steps, config.max_epochs, seed, problems, config.pairs_together
     )
     steps = len(order) // config.batch
+    if (
+        config.micro_batch < config.batch
+    ):  # micro-batches of a step by length and by problem: less padding, more sharing
+        size = lambda i: (len(pairs[i]["prompt_ids"]), problems[i], len(pairs[i]["chosen_ids"]))  # noqa: E731
+        order = [
+            i for at in range(0, len(order), config.batch) for i in sorted(order[at : at + config.batch], key=size)
+        ]
     if config.gradient_checkpointing:
         show("train.gradient_checkpointing: responses do not share their prompt, since no cache can be kept")
     recorder = Recorder(folder, config.eval_every, score, show, stop_after)

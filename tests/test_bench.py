@@ -10,16 +10,21 @@ SMALL = bench.Shape("small", 12, 8, n=4, k=2, problems=2, hidden=64, layers=1)
 def test_every_contender_draws_the_same_number_of_tokens(monkeypatch):
     ticks = iter(range(1_000_000))
     monkeypatch.setattr(bench.time, "perf_counter", lambda: float(next(ticks)))  # every work takes one tick
-    found = bench.bench_sampling(SMALL, repeats=1)
+    found = bench.samplers(SMALL)
     assert set(found) == {"ours", "generate, 1 prompts a batch", "generate, 2 prompts a batch"}
-    drawn = {name: values[0] for name, values in found.items() if name != "ours"}  # the sampler itself reads the clock
-    assert set(drawn.values()) == {2 * 4 * 8.0}
+    drawn = {work() for name, work in found.items() if name != "ours"}  # the sampler itself reads the clock
+    assert drawn == {2 * 4 * 8.0}
 
 
 def test_training_contenders_run_to_the_end():
-    found = bench.bench_training(SMALL, repeats=1)
-    assert len(found) >= 2 and "ours" in found
-    assert all(value > 0 for values in found.values() for value in values)
+    found = bench.trainers(SMALL)
+    assert len(found) == 3 and all(work() > 0 for work in found.values())
+
+
+@pytest.mark.skipif(not bench.Path("/proc/self/clear_refs").exists(), reason="no high-water mark to reset")
+def test_peak_memory_is_over_what_was_there(monkeypatch):
+    monkeypatch.setattr(bench, "trainers", lambda shape: {"ours": lambda: float(bench.torch.ones(64 << 20).sum())})
+    assert 240 << 20 < bench.peak(SMALL, "ours") < 300 << 20
 
 
 def test_pairs_have_what_both_trainers_need():

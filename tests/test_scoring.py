@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Qwen2C
 
 from irpo_utils import scoring
 from irpo_utils.losses import LOSSES
-from irpo_utils.training import batch_losses, training_order
+from irpo_utils.training import batch_losses, kept_reference_logps, training_order
 
 KINDS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "gemma2": Gemma2Config}
 
@@ -117,3 +117,18 @@ def test_log_probabilities_are_those_of_the_model_s_own_logits(kind, networks):
         got = scoring.response_logps(model, scoring.collate([(prompt, response)]))
     model.train()
     assert got.item() == pytest.approx(wanted.item(), rel=1e-5)
+
+
+def test_reference_is_scored_once_for_the_same_pairs_and_model(networks, tmp_path):
+    pairs, runs = make_pairs([(9, 5, 7), (9, 5, 3), (4, 12, 7)]), []
+    handle = networks["llama"].base_model.register_forward_hook(lambda *_: runs.append(1))
+    try:
+        kept = lambda pairs, named: kept_reference_logps(networks["llama"], pairs, 8, (tmp_path / "r.json", named))  # noqa: E731
+        first, once = kept(pairs, {"policy": "a"}), len(runs)
+        assert kept(pairs, {"policy": "a"}) == first and len(runs) == once
+        assert kept(pairs[:2], {"policy": "a"}) == first[:2] and len(runs) > once  # other pairs
+        again = len(runs)
+        kept(pairs[:2], {"policy": "b"})
+        assert len(runs) > again  # another model
+    finally:
+        handle.remove()
