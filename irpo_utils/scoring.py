@@ -3,8 +3,9 @@
 The K pairs of a problem share one prompt, and K pairs hold fewer than 2K distinct responses. Here a batch's distinct
 prompts run first, without their last token; their cache, graph and all, is expanded to the distinct responses as rows,
 and a row runs the prompt's last token and the response on it. So all logits belong to response tokens, and none is made
-for a prompt. The result is that of the padded rows prompt + response (`padded_logps`), which is the fall-back for a
-model that can use no cache while it trains (activation checkpointing).
+for a prompt. With activation checkpointing no cache can be kept; there a prompt and its responses are one row with a tree
+mask (`tree_logps`). The result is that of the padded rows prompt + response (`padded_logps`), which is the fall-back for
+a model that takes no such mask, and for batches in which hardly a prompt is shared.
 
 The vocabulary is the widest thing in a batch (Qwen2.5: 151,936). Hidden states of response tokens are projected to it a
 chunk at a time, and the backward pass makes a chunk's logits anew instead of keeping them.
@@ -12,7 +13,9 @@ chunk at a time, and the backward pass makes a chunk's logits anew instead of ke
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -62,7 +65,12 @@ def collate(rows: list[Row]) -> dict[str, Tensor]:
 
 def response_logps(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
     """log p(response | prompt), the sum over response tokens in nats, [rows], for a batch made by `collate`."""
-    if model.training and getattr(model, "is_gradient_checkpointing", False):
+    if model.training and getattr(model, "is_gradient_checkpointing", False):  # no cache outlives a layer then
+        rows, width = batch["fed"].shape
+        problems, prompt = batch["prompts"].shape
+        tree = problems * (prompt + int(torch.bincount(batch["owner"]).max()) * width)
+        if tree < rows * (prompt + width) and takes_trees(model):
+            return tree_logps(model, batch)
         return padded_logps(model, batch)
     mask, owner, fed = batch["prompt_mask"], batch["owner"], batch["fed"]
     backbone = causal_model(model).base_model
@@ -85,6 +93,62 @@ def response_logps(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
         use_cache=True,
     ).last_hidden_state
     return summed_logps(model, hidden, batch["responses"], batch["scored"])
+
+
+def tree_logps(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
+    """The same from one row for each prompt: the prompt, then its responses, each of which sees the prompt and itself only."""
+    heads, mask, owner, fed = batch["prompts"], batch["prompt_mask"], batch["owner"], batch["fed"]
+    problems, prompt = heads.shape
+    rows, width = fed.shape
+    number = torch.stack([(owner[:i] == owner[i]).sum() for i in range(rows)])  # of a response among its prompt's
+    most = int(number.max()) + 1
+    columns = prompt + number.unsqueeze(-1) * width + torch.arange(width, device=fed.device)  # [rows, width]
+    at = (owner.unsqueeze(-1).expand_as(columns), columns)
+
+    length = prompt + most * width
+    ids, place = heads.new_zeros(problems, length), heads.new_zeros(problems, length)
+    ids[:, :prompt], ids[at] = heads, fed
+    place[:, :prompt] = (mask.cumsum(-1) - 1).clamp_(min=0)
+    place[at] = mask.sum(-1)[owner].unsqueeze(-1) + torch.arange(width, device=fed.device)
+    part = torch.arange(length, device=fed.device).sub(prompt).div(width, rounding_mode="floor").clamp_(min=-1)
+    seen = (part.unsqueeze(-1) == part) | (part == -1)  # of the same response, or of the prompt
+    seen = seen.tril() & torch.cat([mask.bool(), mask.new_ones(problems, length - prompt).bool()], -1).unsqueeze(1)
+    seen = seen | torch.eye(length, dtype=torch.bool, device=seen.device)  # padding sees itself, or it would be NaN
+
+    config = causal_model(model).config.get_text_config()
+    bias = lambda seen: torch.zeros(seen.shape, dtype=model.dtype, device=seen.device).masked_fill_(~seen, torch.finfo(model.dtype).min).unsqueeze(1)  # noqa: E731  # fmt: skip
+    masks = {"full_attention": seen}
+    if window := getattr(config, "sliding_window", None):
+        masks["sliding_attention"] = seen & (place.unsqueeze(-1) - place.unsqueeze(1) < window)
+    kinds = set(getattr(config, "layer_types", None) or list(masks)[-1:])
+    if "sliding_attention" in kinds:
+        attention = {kind: bias(masks[kind]) for kind in masks} if getattr(config, "layer_types", None) else bias(masks["sliding_attention"])  # fmt: skip
+    else:
+        attention = bias(seen)
+    hidden = causal_model(model).base_model(input_ids=ids, attention_mask=attention, position_ids=place, use_cache=False).last_hidden_state  # fmt: skip
+    return summed_logps(model, hidden[at], batch["responses"], batch["scored"])
+
+
+_tried: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
+
+
+@torch.no_grad()
+def takes_trees(model: PreTrainedModel) -> bool:
+    """Whether `tree_logps` gives what padded rows give for this model; says so, once, if it does not."""
+    if model not in _tried:
+        ids = [i % causal_model(model).config.get_text_config().vocab_size for i in range(3, 12)]
+        batch = to_device(collate([(ids[:4], ids[4:6]), (ids[:4], ids[5:9]), (ids[:2], ids[6:8])]), model)
+        kind, why = causal_model(model).config.model_type, ""
+        try:
+            tree, padded = tree_logps(model, batch), padded_logps(model, batch)
+            if not torch.allclose(tree, padded, rtol=1e-3 if model.dtype == torch.float32 else 5e-2):
+                why = f"computes other log-probabilities with a tree mask ({tree.tolist()}, not {padded.tolist()})"
+        except Exception as error:
+            why = f"takes no tree mask ({type(error).__name__}: {error})"
+        _tried[model] = not why
+        if why:
+            warnings.warn(f"every response runs its prompt again, since a {kind} {why}", stacklevel=2)
+    return _tried[model]
 
 
 def padded_logps(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:

@@ -302,8 +302,6 @@ def train(
         order = [
             i for at in range(0, len(order), config.batch) for i in sorted(order[at : at + config.batch], key=size)
         ]
-    if config.gradient_checkpointing:
-        show("train.gradient_checkpointing: responses do not share their prompt, since no cache can be kept")
     recorder = Recorder(folder, config.eval_every, score, show, stop_after)
     arguments = TrainingArguments(
         output_dir=str(folder / "checkpoints"),

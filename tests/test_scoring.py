@@ -1,11 +1,12 @@
 """Shared prompts change nothing: log-probabilities and gradients are those of one padded row for each response."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_models import SHAPE
-from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, BloomConfig, Gemma2Config, LlamaConfig, Qwen2Config
 
 from irpo_utils import scoring
 from irpo_utils.losses import LOSSES
@@ -50,13 +51,13 @@ def test_gradients_are_those_of_padded_rows(kind, loss, networks, monkeypatch):
     """Unequal lengths, a response in several pairs, two prompts, a prompt of one token, and one pair without a loser."""
     shape = [(9, 5, 7), (9, 5, 3), (4, 12, 7), (1, 6, 2), (30, 1, 4)]
     pairs = make_pairs(shape if loss != "nll" else [*shape, (9, 8, 0)])
-    found = [
-        gradients(networks[kind], pairs, loss, f, monkeypatch) for f in (scoring.response_logps, scoring.padded_logps)
-    ]
-    assert torch.allclose(found[0][0], found[1][0], rtol=1e-5, atol=1e-4)
-    assert len(found[0][1]) == len(found[1][1]) > 10
-    for shared, padded in zip(found[0][1], found[1][1], strict=True):
-        assert (shared - padded).norm() <= 1e-5 * padded.norm() + 1e-9
+    wanted = gradients(networks[kind], pairs, loss, scoring.padded_logps, monkeypatch)
+    for score in (scoring.response_logps, scoring.tree_logps):
+        found = gradients(networks[kind], pairs, loss, score, monkeypatch)
+        assert torch.allclose(found[0], wanted[0], rtol=1e-5, atol=1e-4)
+        assert len(found[1]) == len(wanted[1]) > 10
+        for shared, padded in zip(found[1], wanted[1], strict=True):
+            assert (shared - padded).norm() <= 1e-5 * padded.norm() + 1e-9
 
 
 @settings(max_examples=30, deadline=None)
@@ -126,9 +127,36 @@ def test_reference_is_scored_once_for_the_same_pairs_and_model(networks, tmp_pat
         kept = lambda pairs, named: kept_reference_logps(networks["llama"], pairs, 8, (tmp_path / "r.json", named))  # noqa: E731
         first, once = kept(pairs, {"policy": "a"}), len(runs)
         assert kept(pairs, {"policy": "a"}) == first and len(runs) == once
-        assert kept(pairs[:2], {"policy": "a"}) == first[:2] and len(runs) > once  # other pairs
+        assert np.allclose(kept(pairs[:2], {"policy": "a"}), first[:2], rtol=1e-5) and len(runs) > once  # other pairs
         again = len(runs)
         kept(pairs[:2], {"policy": "b"})
         assert len(runs) > again  # another model
     finally:
         handle.remove()
+
+
+def test_activation_checkpointing_shares_prompts_too(networks, monkeypatch):
+    """Ten responses to one prompt are one row with a tree mask."""
+    model, widths = networks["gemma2"], []
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    handle = model.base_model.register_forward_pre_hook(lambda m, a, k: widths.append(k["input_ids"].shape), with_kwargs=True)  # fmt: skip
+    try:
+        pairs = make_pairs([(30, c, c + 1) for c in range(2, 12, 2)])
+        found = gradients(model, pairs, "dpo+nll", scoring.response_logps, monkeypatch)
+        assert widths[-1][0] == 1 and widths[-1][1] > 30 + 2 * 11
+    finally:
+        handle.remove()
+        model.gradient_checkpointing_disable()
+    wanted = gradients(model, pairs, "dpo+nll", scoring.padded_logps, monkeypatch)
+    for one, other in zip(found[1], wanted[1], strict=True):
+        assert (one - other).norm() <= 1e-5 * other.norm() + 1e-9
+
+
+def test_a_model_without_tree_masks_says_so():
+    """Bloom's attention biases come from a two-dimensional mask."""
+    bloom = AutoModelForCausalLM.from_config(BloomConfig(vocab_size=40, hidden_size=32, n_layer=1, n_head=2)).train()
+    with pytest.warns(UserWarning, match="every response runs its prompt again, since a bloom"):
+        assert not scoring.takes_trees(bloom)
+    assert all(
+        scoring.takes_trees(AutoModelForCausalLM.from_config(kind(vocab_size=40, **SHAPE))) for kind in KINDS.values()
+    )
