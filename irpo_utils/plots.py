@@ -159,3 +159,15 @@ def watched_logps(table: pd.DataFrame) -> Figure:
     ax.set(xlabel="step", ylabel="log-probability of a response (nats)", title="The same pairs under three losses")
     ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return fig
+
+
+def bench_ratios(times: dict[str, pd.Series]) -> Figure:
+    """How many times faster than the best other one, a bar for each shape (index), a panel for each kind of work (key)."""
+    fig, axes = plt.subplots(1, len(times), figsize=(9, 2.6), layout="constrained")
+    for ax, (kind, series) in zip(axes, times.items(), strict=True):
+        bars = ax.barh(series.index, series, color="#1b6ca8")
+        ax.bar_label(bars, fmt="%.1f", padding=3)
+        ax.axvline(1, color="black", linewidth=1)
+        ax.set(title=f"{kind}: times the speed of the best other", xlim=(0, 1.15 * series.max()))
+        ax.invert_yaxis()
+    return fig
