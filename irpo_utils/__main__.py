@@ -258,6 +258,7 @@ def main(arguments: list[str]) -> int:
     elif arguments in (["--bench"], ["--bench", "quick"], ["--bench", "full"]):
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        os.environ.setdefault("TQDM_DISABLE", "1")  # progress bars between the lines of the table
         from .bench import main as bench
 
         work = lambda: bench(*arguments[1:])  # noqa: E731
