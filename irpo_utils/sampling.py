@@ -66,10 +66,14 @@ def pick(logits: Tensor, temperature: float, rows: np.ndarray, uniform: np.ndarr
     else:
         points = np.zeros((len(logits), int(np.diff(starts).max())))
         points[rows, number] = uniform
-        cumulative = (logits / temperature).softmax(-1).double().cumsum_(-1)
+        likely = (logits if temperature == 1 else logits / temperature).softmax(-1)
+        cumulative = likely.double().cumsum_(-1)
         points = torch.from_numpy(points).to(logits.device) * cumulative[:, -1:]
         tokens = torch.searchsorted(cumulative, points, right=True).clamp_(max=logits.shape[-1] - 1)
-    logps = logits.gather(-1, tokens) - logits.logsumexp(-1, keepdim=True)
+    if temperature == 1:
+        logps = likely.gather(-1, tokens).log()
+    else:
+        logps = logits.gather(-1, tokens) - logits.logsumexp(-1, keepdim=True)
     return tokens.cpu().numpy()[rows, number], logps.double().cpu().numpy()[rows, number]
 
 
