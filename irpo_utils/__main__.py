@@ -125,6 +125,10 @@ def check_inputs(config: configs.Config, jobs: int = 1) -> list[str]:
 
     Returns what to say of them: problems left out, the estimate. Raises ConfigError.
     """
+    if config.sampling.engine == "vllm":
+        from . import vllm_engine
+
+        vllm_engine.check(config, jobs)
     if config.task.name == "word_problems" and config.model.path == "seed":
         return []
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

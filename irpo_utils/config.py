@@ -66,8 +66,15 @@ class ModelConfig:
     lora_alpha: int = 64
 
 
+ENGINES = ("transformers", "vllm")
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM has room for
+
+
 @dataclass
 class SamplingConfig:
+    # What samples and evaluates: "transformers" in this process, or "vllm" in one of its own, for which IRPO_VLLM_PYTHON
+    # may name a Python that has it (pyproject.toml: how to make one). Dev scores while training: always the former.
+    engine: str = "transformers"
     n: int = 16
     temperature: list[float] = field(default_factory=lambda: [0.8])  # per iteration; the last one goes on
     max_new_tokens: int = 64
@@ -220,6 +227,15 @@ def check(config: Config) -> Config:
     """Raise a ConfigError for values that no run could use."""
     c = config
     rules = [
+        (c.sampling.engine in ENGINES, f"sampling.engine: one of {', '.join(ENGINES)}"),
+        (
+            not (c.sampling.engine == "vllm" and c.model.quantize == "nf4"),
+            "sampling.engine: vLLM would not run the 4-bit weights that are trained; set model.quantize=none or sampling.engine=transformers",
+        ),
+        (
+            not (c.sampling.engine == "vllm" and c.model.tuning == "lora" and c.model.lora_r > LORA_RANKS[-1]),
+            f"sampling.engine: vLLM takes a model.lora_r of up to {LORA_RANKS[-1]}; lower it or set sampling.engine=transformers",
+        ),
         (c.model.tuning in ("lora", "full"), "model.tuning: one of lora, full"),
         (c.model.quantize in ("none", "nf4", "auto"), "model.quantize: one of none, nf4, auto"),
         (c.model.dtype in ("float32", "bfloat16", "auto"), "model.dtype: one of float32, bfloat16, auto"),

@@ -255,11 +255,15 @@ def check_fits(shape: Shape, config: Config, prompts: range, room: float) -> lis
             if prompt >= shape.context
             else f"prompts of up to {prompt} tokens and sampling.max_new_tokens={config.sampling.max_new_tokens} exceed the model's context of {shape.context}; lower the latter to {max(0, shape.context - prompt)}, or take a model with a longer one"
         )
-    for stage, parts in (
-        ("sampling", sampling_bytes(shape, config, prompt, room)),
-        ("training", training_bytes(shape, config)),
-        ("dev score", dev_score_bytes(shape, config, prompt)),
-    ):
+    stages = {
+        "sampling": sampling_bytes(shape, config, prompt, room),
+        "training": training_bytes(shape, config),
+        "dev score": dev_score_bytes(shape, config, prompt),
+    }
+    if config.sampling.engine == "vllm":  # it fits its cache to what the weights leave
+        del stages["sampling"]
+        lines.append("sampling: by vLLM, which sizes its own memory and is not counted")
+    for stage, parts in stages.items():
         total = sum(parts.values()) + RESERVE
         said = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items())
         lines.append(f"{stage}: about {total / GIB:.1f} of {room / GIB:.1f} GiB ({said}, reserve {RESERVE / GIB:.1f})")

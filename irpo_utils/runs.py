@@ -300,6 +300,8 @@ class Stage:
             chosen["model"] = {"path": self.config.model.path}  # whose tokenizer writes the ids
         if self.name in ("03_train", "04_evaluate"):
             chosen["decoding"] = {k: getattr(self.config.sampling, k) for k in ("max_new_tokens", "rows")}
+        if self.name == "04_evaluate":
+            chosen["decoding"]["engine"] = self.config.sampling.engine
         retrain = self.config.train.retrain_with_dev
         if self.name in ("01_sample", "02_pairs") and retrain:
             chosen["retrain_with_dev"] = True
@@ -326,12 +328,17 @@ class Stage:
                 inputs[f"problems {source}"] = file_hash(local_path(source))
         if ".py:" in self.config.task.name:
             inputs["task"] = file_hash(local_path(self.config.task.name.rpartition(":")[0]))
+        versions = {name: version(name) for name in VERSIONS + MATH_VERSIONS * (self.config.task.name == "math")}
+        if self.config.sampling.engine == "vllm" and self.name in ("01_sample", "04_evaluate"):
+            from . import vllm_engine  # which may look into another environment
+
+            versions["vllm"] = vllm_engine.version()
         return {
             "stage": self.name,
             "parameters": self.parameters(),
             "inputs": inputs,
             "code": code_hash(NOTEBOOKS / f"{self.name}.ipynb", self.config.task.name),
-            "versions": {name: version(name) for name in VERSIONS + MATH_VERSIONS * (self.config.task.name == "math")},
+            "versions": versions,
             "python": sys.version.split()[0],
         }
 

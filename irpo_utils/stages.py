@@ -8,18 +8,21 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from jinja2 import TemplateError
 
-from . import answers, evaluation, models, pairs, sampling
+from . import answers, evaluation, models, pairs, sampling, vllm_engine
 from .runs import Stage, read_jsonl, shown, write_json, write_jsonl
 from .tasks import Problem, Task, get_task
 
 Record = dict[str, Any]
+Draw = Callable[..., Iterator[dict[str, list[sampling.Completion]]]]  # `sampling.sample` without its model
 
 
 SAMPLE_FIELDS = ("problem", "response", "reward", "finished", "logp", "token_ids")
@@ -83,9 +86,20 @@ def encode_response(tokenizer, text: str, end: int) -> list[int]:
     return [*tokenizer(text, add_special_tokens=False).input_ids, end]
 
 
+@contextmanager
+def drawing(config, policy: Path | None, tokenizer, task: Task, problems: list[Problem]) -> Iterator[Draw]:
+    """The function that draws from M_t (None: the base) by `sampling.engine`, for prompts as long as those of `problems`."""
+    if config.sampling.engine == "vllm":
+        longest = max(len(ids) for ids in encode_prompts(task, tokenizer, problems).values())
+        with vllm_engine.Engine(config, policy, longest) as engine:
+            yield engine.sample
+    else:
+        yield partial(sampling.sample, models.load_policy(config.model, policy, threads=config.threads))
+
+
 def graded_samples(
     config,
-    model,
+    draw: Draw,
     tokenizer,
     task: Task,
     problems: list[Problem],
@@ -97,8 +111,7 @@ def graded_samples(
 ) -> Iterator[list[Record]]:
     """Sample and grade, a batch of records at a time; each record is a line of samples.jsonl."""
     by_id = {p.id: p for p in problems}
-    drawn = sampling.sample(
-        model,
+    drawn = draw(
         encode_prompts(task, tokenizer, problems),
         n=n,
         temperature=temperature,
@@ -139,29 +152,26 @@ def sample_stage(stage: Stage) -> list[Record]:
     config, task = stage.config, get_task(stage.config.task)
     tokenizer = models.load_tokenizer(config.model)
     problems = training_problems(task, config)
-    model = None
-    chunks = sorted(stage.partial.glob("chunk_*.jsonl"))
     # Chunks follow the sampler's own order, so that every batch is the same in a resumed run.
     prompts = encode_prompts(task, tokenizer, problems)
     order = sorted(problems, key=lambda p: (len(prompts[p.id]), p.id))
     size = max(1, config.sampling.rows // config.sampling.n) * 8
-    for start in range(0, len(order), size):
-        path = stage.partial / f"chunk_{start:07d}.jsonl"
-        if path in chunks:
-            continue
-        model = model or models.load_policy(config.model, stage.input("policy"), threads=config.threads)
-        rows = graded_samples(
-            config,
-            model,
-            tokenizer,
-            task,
-            order[start : start + size],
-            n=config.sampling.n,
-            temperature=config.temperature(stage.iteration),
-            seed=stage_seed(stage),
-            label=f"sampling M_{stage.iteration - 1}, problems {start + 1}-{min(start + size, len(order))} of {len(order)}",
-        )
-        write_jsonl(path, [row for batch in rows for row in batch])
+    chunks = {start: stage.partial / f"chunk_{start:07d}.jsonl" for start in range(0, len(order), size)}
+    missing = {start: path for start, path in chunks.items() if not path.exists()}
+    with drawing(config, stage.input("policy"), tokenizer, task, problems) if missing else nullcontext() as draw:
+        for start, path in missing.items():
+            rows = graded_samples(
+                config,
+                draw,
+                tokenizer,
+                task,
+                order[start : start + size],
+                n=config.sampling.n,
+                temperature=config.temperature(stage.iteration),
+                seed=stage_seed(stage),
+                label=f"sampling M_{stage.iteration - 1}, problems {start + 1}-{min(start + size, len(order))} of {len(order)}",
+            )
+            write_jsonl(path, [row for batch in rows for row in batch])
     records = [row for path in sorted(stage.partial.glob("chunk_*.jsonl")) for row in read_jsonl(path, "01_sample")]
     rank = {p.id: i for i, p in enumerate(problems)}
     records.sort(key=lambda r: (rank[r["problem"]], r["sample"]))
@@ -226,7 +236,9 @@ def pairs_stage(stage: Stage) -> tuple[list[Record], Record]:
 
 
 def greedy_accuracy(config, model, tokenizer, task: Task, problems: list[Problem]) -> float:
-    batches = graded_samples(config, model, tokenizer, task, problems, n=1, temperature=0, seed=0, label="dev")
+    """Share of `problems` that `model`, which is in memory (so no other engine draws), solves greedily."""
+    draw = partial(sampling.sample, model)
+    batches = graded_samples(config, draw, tokenizer, task, problems, n=1, temperature=0, seed=0, label="dev")
     return sum(row["reward"] == 1 for batch in batches for row in batch) / len(problems)
 
 
@@ -285,42 +297,43 @@ def evaluate_stage(stage: Stage) -> tuple[Record, list[Record]]:
     """04: greedy, maj@k and pass@k on dev and test, and what is wrong step by step; returns (summary, records)."""
     config, task = stage.config, get_task(stage.config.task)
     tokenizer = models.load_tokenizer(config.model)
-    model = models.load_policy(config.model, stage.input("policy"), threads=config.threads)
     summary, judged = {}, []
-    for split in ("dev", "test"):
-        problems = task.problems(split)
-        records: dict[str, Record] = {
-            p.id: {"split": split, "problem": p.id, "answers": [], "rewards": []} for p in problems
-        }
-        # Evaluation has the seed of its own split and no iteration, so that models are compared on the same draws.
-        for n, temperature in ((1, 0.0), (config.evaluation.samples, config.evaluation.temperature)):
-            batches = graded_samples(
-                config,
-                model,
-                tokenizer,
-                task,
-                problems,
-                n=n,
-                temperature=temperature,
-                seed=stage.seed,
-                label=split,
-            )
-            for row in (row for batch in batches for row in batch):
-                record = records[row["problem"]]
-                if n == 1 and temperature == 0:
-                    record |= {"greedy": row["reward"], "flexible": row["flexible"], "response": row["response"]}
-                else:
-                    answer = row["answer"]
-                    record["answers"].append(task.vote(answer) if answer and hasattr(task, "vote") else answer)
-                    record["rewards"].append(row["reward"])
-        rows = list(records.values())
-        summary[split] = evaluation.summarize(rows)
-        if hasattr(task, "chance"):
-            summary[split]["chance"] = sum(task.chance(p) for p in problems) / len(problems)
-        if hasattr(task, "judge_steps"):
-            steps = [task.judge_steps(p, r["response"]) for p, r in zip(problems, rows, strict=True)]
-            summary[split] |= evaluation.step_summary(steps, [r["greedy"] for r in rows])
-        judged += rows
+    both = [p for split in ("dev", "test") for p in task.problems(split)]
+    with drawing(config, stage.input("policy"), tokenizer, task, both) as draw:
+        for split in ("dev", "test"):
+            problems = task.problems(split)
+            records: dict[str, Record] = {
+                p.id: {"split": split, "problem": p.id, "answers": [], "rewards": []} for p in problems
+            }
+            # Evaluation has the seed of its own split and no iteration, so that models are compared on the same draws.
+            for n, temperature in ((1, 0.0), (config.evaluation.samples, config.evaluation.temperature)):
+                batches = graded_samples(
+                    config,
+                    draw,
+                    tokenizer,
+                    task,
+                    problems,
+                    n=n,
+                    temperature=temperature,
+                    seed=stage.seed,
+                    label=split,
+                )
+                for row in (row for batch in batches for row in batch):
+                    record = records[row["problem"]]
+                    if n == 1 and temperature == 0:
+                        record |= {"greedy": row["reward"], "flexible": row["flexible"], "response": row["response"]}
+                    else:
+                        answer = row["answer"]
+                        record["answers"].append(task.vote(answer) if answer and hasattr(task, "vote") else answer)
+                        record["rewards"].append(row["reward"])
+            rows = list(records.values())
+            summary[split] = evaluation.summarize(rows)
+            if hasattr(task, "chance"):
+                summary[split]["chance"] = sum(task.chance(p) for p in problems) / len(problems)
+            if hasattr(task, "judge_steps"):
+                steps = [task.judge_steps(p, r["response"]) for p, r in zip(problems, rows, strict=True)]
+                summary[split] |= evaluation.step_summary(steps, [r["greedy"] for r in rows])
+            judged += rows
     write_json(stage.path("evaluation.json"), summary)
     write_jsonl(stage.path("judged.jsonl"), judged)
     return summary, judged

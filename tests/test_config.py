@@ -47,6 +47,7 @@ def test_overrides_arrive_and_survive_yaml(lr, n):
         ("dpo.train.eval_every=0", "train.eval_every: at least 1"),
         ("irpo.train.retrain_with_dev=true", "is for all methods"),
         ("model.quantize=int8", "model.quantize: one of none, nf4, auto"),
+        ("sampling.engine=vlm", "sampling.engine: one of transformers, vllm"),
         ("methods=irpo,irpo", "methods: each one once"),
         ("train.warmup=7", "train.warmup: between 0 and 1"),
         ("irpo.sampling.n=3", "only train.\\* can differ between methods"),

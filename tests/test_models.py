@@ -3,11 +3,12 @@
 import hashlib
 import json
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
-from irpo_utils import models, scoring, stages, training
+from irpo_utils import models, sampling, scoring, stages, training
 from irpo_utils.losses import pair_losses
 from irpo_utils.tasks import get_task
 
@@ -27,7 +28,7 @@ def pairs(seed_model, tokenizer, task, config):
 
     problems = task.problems("train")[:24]
     samples: dict = {}
-    for batch in stages.graded_samples(config, seed_model, tokenizer, task, problems, n=16, temperature=1.0, seed=0, label=""):  # fmt: skip
+    for batch in stages.graded_samples(config, partial(sampling.sample, seed_model), tokenizer, task, problems, n=16, temperature=1.0, seed=0, label=""):  # fmt: skip
         for row in batch:
             samples.setdefault(row["problem"], []).append(row)
     ids = stages.encode_prompts(task, tokenizer, problems)
@@ -154,7 +155,7 @@ def test_nf4_with_lora_samples_and_trains_on_a_cpu(config, tokenizer, task, tmp_
     assert sum(isinstance(m, bnb.nn.Linear4bit) for m in base.modules()) == 28  # 7 in each of 4 layers
     problems = task.problems("train")[:24]
     samples: dict = {}
-    for batch in stages.graded_samples(nf4, model, tokenizer, task, problems, n=8, temperature=1.0, seed=0, label=""):  # fmt: skip
+    for batch in stages.graded_samples(nf4, partial(sampling.sample, model), tokenizer, task, problems, n=8, temperature=1.0, seed=0, label=""):  # fmt: skip
         for row in batch:
             samples.setdefault(row["problem"], []).append(row)
     ids = stages.encode_prompts(task, tokenizer, problems)

@@ -195,6 +195,7 @@ def test_keys_name_what_a_stage_depends_on_and_no_more(tmp_path):
     plain = keys()
     expected = {
         "sampling.max_new_tokens=9": {"01_sample", "03_train", "04_evaluate"},
+        "sampling.engine=vllm": {"01_sample", "04_evaluate"},
         "task.test_size=9": {"04_evaluate"},
         "task.train_size=9": {"01_sample", "02_pairs"},
         "model.lora_r=4": {"03_train", "04_evaluate"},

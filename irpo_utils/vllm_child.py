@@ -1,0 +1,63 @@
+"""The process in which vLLM draws: run by `vllm_engine` with an interpreter that has vLLM, which may have nothing else.
+
+    python vllm_child.py REPLIES      (a file descriptor; standard output is vLLM's own)
+
+It reads JSON lines: what to load, then an order at a time. It answers with JSON lines: that it is ready, then a line for
+every problem, as soon as the last of its responses has ended.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import Any, TextIO
+
+
+def say(replies: TextIO, reply: dict[str, Any]) -> None:
+    replies.write(json.dumps(reply) + "\n")
+    replies.flush()
+
+
+def serve(orders: TextIO, replies: TextIO) -> None:
+    """Load the model that the first line names, then draw what each further line orders, until there is none."""
+    from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
+    from vllm.platforms import current_platform
+    from vllm.sampling_params import RequestOutputKind
+
+    settings = json.loads(orders.readline())
+    options = settings["model"]
+    if current_platform.is_cpu():
+        options["enforce_eager"] = True  # torch.compile takes minutes there
+        # A prompt that is read in parts draws a token after each, and takes it back by turning its generator back, which a
+        # CPU generator cannot do (vLLM 0.32 ends with "CPU Generator does not use offset").
+        options["enable_chunked_prefill"] = False
+    engine = LLM(**options).llm_engine
+    adapter = settings["adapter"] and LoRARequest("policy", 1, settings["adapter"])
+    say(replies, {"ready": True})
+    for line in orders:
+        order = json.loads(line)
+        for number, (prompt, seed) in enumerate(zip(order["prompts"], order["seeds"])):  # noqa: B905 - for any Python
+            wanted = SamplingParams(
+                n=order["n"],
+                temperature=order["temperature"],
+                seed=seed,
+                max_tokens=order["max_new_tokens"],
+                stop_token_ids=order["stops"],
+                ignore_eos=True,  # the order's stops are all there are
+                logprobs=0,  # of the drawn token alone
+                detokenize=False,
+                output_kind=RequestOutputKind.FINAL_ONLY,
+            )
+            engine.add_request(str(number), {"prompt_token_ids": prompt}, wanted, lora_request=adapter)
+        while engine.has_unfinished_requests():
+            for drawn in engine.step():
+                if drawn.finished:
+                    samples = [[list(out.token_ids), out.cumulative_logprob] for out in drawn.outputs]
+                    say(replies, {"number": int(drawn.request_id), "samples": samples})
+
+
+if __name__ == "__main__":
+    with os.fdopen(int(sys.argv[1]), "w") as channel:
+        serve(sys.stdin, channel)

@@ -1,0 +1,186 @@
+"""vLLM draws what `sampling.sample` draws, from the same model. Skipped without vLLM; the refusals run anywhere.
+
+IRPO_VLLM_PYTHON=vllm-env/bin/python ./run_all.sh --test tests/test_vllm.py
+"""
+
+import importlib.util
+import os
+import signal
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import ROOT, drive
+
+from irpo_utils import models, runs, sampling, stages, vllm_engine
+from irpo_utils.config import ConfigError
+from irpo_utils.presets import load_preset
+from irpo_utils.scoring import collate, response_logps
+
+HERE = importlib.util.find_spec("vllm") is not None
+needs_vllm = pytest.mark.skipif(not (HERE or os.environ.get("IRPO_VLLM_PYTHON")), reason="no vLLM (IRPO_VLLM_PYTHON)")
+GREEDY = dict(n=1, temperature=0, seed=0, eos_id=2, max_new_tokens=64)
+DRAWN = dict(n=8, temperature=0.8, seed=3, eos_id=2, max_new_tokens=64)
+
+
+def collected(batches):
+    return {name: completions for batch in batches for name, completions in batch.items()}
+
+
+def ids(completions):
+    return {name: [c.token_ids for c in cs] for name, cs in completions.items()}
+
+
+@pytest.fixture(scope="module")
+def prompts(tokenizer, task):
+    return stages.encode_prompts(task, tokenizer, task.problems("train")[:20])
+
+
+@pytest.fixture(scope="module")
+def longest(prompts):
+    return max(map(len, prompts.values()))
+
+
+@pytest.fixture(scope="module")
+def engine(config, longest):
+    with vllm_engine.Engine(config, None, longest) as engine:
+        yield engine
+
+
+@needs_vllm
+def test_greedy_is_the_other_sampler_s(engine, seed_model, prompts):
+    told = []
+    ours = collected(engine.sample(prompts, **GREEDY, progress=lambda *facts: told.append(facts)))
+    assert ids(ours) == ids(collected(sampling.sample(seed_model, prompts, **GREEDY)))
+    assert all(c.finished and c.token_ids[-1] == 2 for (c,) in ours.values())
+    assert told[-1][:2] == (20, 20)
+
+
+@needs_vllm
+def test_samples_do_not_depend_on_the_batch_and_do_on_the_seed(engine, prompts):
+    together = ids(collected(engine.sample(prompts, **DRAWN)))
+    alone = list(prompts)[7]
+    assert ids(collected(engine.sample({alone: prompts[alone]}, **DRAWN))) == {alone: together[alone]}
+    assert ids(collected(engine.sample(prompts, **DRAWN, rows=16))) == together
+    assert ids(collected(engine.sample(prompts, **DRAWN | {"seed": 4}))) != together
+
+
+@needs_vllm
+def test_recorded_logps_are_the_model_s_own_at_temperature_1(engine, seed_model, prompts):
+    drawn = collected(engine.sample(prompts, **DRAWN))
+    assert all(len(cs) == 8 for cs in drawn.values())
+    with torch.no_grad():
+        wanted = response_logps(seed_model, collate([(prompts[k], c.token_ids) for k, cs in drawn.items() for c in cs]))
+    assert torch.allclose(torch.tensor([c.logp for cs in drawn.values() for c in cs]), wanted.float(), atol=1e-3)
+
+
+@needs_vllm
+def test_samples_have_the_other_sampler_s_distribution(engine, seed_model, prompts):
+    """The mean log-probability over 20 x 64 samples; six standard errors of the difference."""
+    means, variances = [], []
+    for draw in (engine.sample, lambda *a, **k: sampling.sample(seed_model, *a, **k)):
+        logps = torch.tensor([[c.logp for c in cs] for cs in collected(draw(prompts, **DRAWN | {"n": 64})).values()])
+        means.append(logps.mean())
+        variances.append(logps.var(1).mean() / logps.numel())
+    assert abs(means[0] - means[1]) < 6 * sum(variances) ** 0.5
+
+
+@needs_vllm
+def test_the_length_limit_leaves_a_response_unfinished(engine, prompts):
+    for (completion,) in collected(engine.sample(prompts, **GREEDY | {"max_new_tokens": 3})).values():
+        assert len(completion.token_ids) == 3 and not completion.finished
+
+
+@needs_vllm
+def test_what_vllm_would_silently_change_is_refused(engine, prompts, longest):
+    for settings, message in (
+        (GREEDY | {"n": 2}, "set n=1 or a temperature above 0"),
+        (DRAWN | {"temperature": 0.001}, "at least 0.01, not 0.001"),
+        (GREEDY | {"max_new_tokens": 65}, f"exceed the {longest + 64} that the engine was started for"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            next(engine.sample(prompts, **settings))
+
+
+@needs_vllm
+def test_an_adapter_by_its_path_and_a_process_that_is_killed(config, prompts, longest, seed_model, tmp_path):
+    policy = models.load_policy(config.model, trainable=True, seed=0)
+    torch.manual_seed(1)
+    for name, weights in policy.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weights, std=0.2)
+    policy.save_pretrained(tmp_path)
+    wanted = ids(collected(sampling.sample(models.load_policy(config.model, tmp_path, threads=1), prompts, **GREEDY)))
+    assert wanted != ids(collected(sampling.sample(seed_model, prompts, **GREEDY)))
+    with vllm_engine.Engine(config, tmp_path, longest) as engine:
+        assert ids(collected(engine.sample(prompts, **GREEDY))) == wanted
+        os.kill(engine._process.pid, signal.SIGKILL)
+        with pytest.raises(vllm_engine.EngineError, match="ended by signal 9"):
+            next(engine.sample(prompts, **GREEDY))
+
+
+@needs_vllm
+def test_a_whole_model_by_its_path(config, prompts, longest, tmp_path):
+    full = replace(config, model=replace(config.model, tuning="full"))
+    policy = models.load_policy(full.model)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for weights in policy.parameters():
+            weights.add_(0.05 * torch.randn_like(weights))
+    policy.save_pretrained(tmp_path)
+    wanted = ids(collected(sampling.sample(policy, prompts, **GREEDY)))
+    with vllm_engine.Engine(full, tmp_path, longest) as engine:
+        assert ids(collected(engine.sample(prompts, **GREEDY))) == wanted
+
+
+@needs_vllm
+def test_a_model_that_vllm_cannot_load_is_told_with_its_log(config, longest, tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "architectures": ["Unheard"]}')
+    with pytest.raises(vllm_engine.EngineError, match="(?s)ended with exit code 1.*Unheard"):
+        vllm_engine.Engine(config, tmp_path, longest)
+
+
+@needs_vllm
+def test_the_stages_sample_and_evaluate_with_it(tmp_path):
+    settings = ["sampling.engine=vllm", "task.train_size=6", "task.dev_size=4", "task.test_size=4", "sampling.n=4"]
+    runs.write_text(tmp_path / "config.yaml", runs.dump(load_preset("micro", [*settings, "evaluation.samples=4"])))
+    stage = runs.Stage("01_sample", tmp_path, iteration=1).begin()
+    records = stages.sample_stage(stage)
+    assert len(records) == 24 and all((r["token_ids"][-1] == 2) == r["finished"] for r in records)
+    assert stage.finish()["key"]["versions"]["vllm"].startswith("vllm")
+    assert stage.is_done()
+    summary, judged = stages.evaluate_stage(runs.Stage("04_evaluate", tmp_path, iteration=0).begin())
+    assert len(judged) == 8 and all(len(r["answers"]) == 4 and "greedy" in r for r in judged)
+    assert set(summary) == {"dev", "test"}
+
+
+def test_a_missing_vllm_is_refused_before_the_run(monkeypatch):
+    monkeypatch.setenv("IRPO_VLLM_PYTHON", "no/such/python")
+    done = drive("micro", "run=test-vllm", "sampling.engine=vllm")
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert f"error: sampling.engine: {ROOT}/no/such/python has no vLLM; make an environment" in done.stderr
+    assert "set IRPO_VLLM_PYTHON to its python, or set sampling.engine=transformers" in done.stderr
+    assert not (ROOT / "outputs" / "test-vllm").exists()
+
+
+def test_an_engine_without_vllm_says_so(config, monkeypatch):
+    monkeypatch.setenv("IRPO_VLLM_PYTHON", "no/such/python")
+    with pytest.raises(vllm_engine.EngineError, match="no/such/python cannot be run .*; see IRPO_VLLM_PYTHON"):
+        vllm_engine.Engine(config, None, 50)
+    monkeypatch.setenv("IRPO_VLLM_PYTHON", sys.executable)
+    if not HERE:
+        with pytest.raises(vllm_engine.EngineError, match="ended with exit code 1. Is it installed there"):
+            vllm_engine.Engine(config, None, 50)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.quantize=nf4", "set model.quantize=none or sampling.engine=transformers"),
+        ("model.lora_r=513", "vLLM takes a model.lora_r of up to 512"),
+    ],
+)
+def test_what_vllm_cannot_run_is_refused(override, message):
+    with pytest.raises(ConfigError, match=message):
+        load_preset("micro", ["sampling.engine=vllm", override])
