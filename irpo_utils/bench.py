@@ -1,6 +1,7 @@
 """How fast this project samples and trains beside what a user would run otherwise: same model, same work, one run.
 
 ./run_all.sh --bench [quick|full]      writes outputs/bench/bench.json and prints the table
+IRPO_VLLM_PYTHON=vllm-env/bin/python ./run_all.sh --bench       with vLLM beside it (pyproject.toml: how to install it)
 
 Contenders take turns, so that a machine that slows down slows all of them; the figure is the median. Nothing of loading,
 tokenizing or importing is timed. Random weights do not change how much work there is for the others, but they do for this
@@ -34,7 +35,7 @@ from transformers import (
     set_seed,
 )
 
-from . import models, sampling, scoring, stages
+from . import models, sampling, scoring, stages, vllm_engine
 from .presets import load_preset
 from .runs import OUTPUTS, write_json
 from .tasks import get_task
@@ -130,8 +131,8 @@ def alternate(contenders: dict[str, Callable[[], float]], repeats: int) -> dict[
 
 
 def samplers(shape: Shape) -> dict[str, Callable[[], float]]:
-    """What draws N responses to every prompt and returns tokens per second: this project, `generate` at several batch sizes."""
-    model, _, prompts, eos = load(shape)
+    """What draws N responses to every prompt and returns tokens per second: this project, `generate`, vLLM where it is installed."""
+    model, tokenizer, prompts, eos = load(shape)
 
     def ours() -> float:
         started, tokens = time.perf_counter(), 0
@@ -161,7 +162,30 @@ def samplers(shape: Shape) -> dict[str, Callable[[], float]]:
         return tokens / (time.perf_counter() - started)
 
     sizes = [s for s in ((8, 16) if eos >= 0 else (1, 2)) if s <= shape.problems]  # the best ones of a longer search
-    return {"ours": ours, **{f"generate, {s} prompts a batch": lambda s=s: generate(s) for s in sizes}}
+    found = {"ours": ours, **{f"generate, {s} prompts a batch": lambda s=s: generate(s) for s in sizes}}
+    if vllm_engine.version():
+        engine = start_vllm(shape, model, tokenizer, prompts)
+
+        def vllm() -> float:
+            started, tokens = time.perf_counter(), 0
+            stops = [eos] if eos >= 0 else []
+            for batch in engine.sample(prompts, n=shape.n, temperature=1.0, seed=0, eos_id=stops, max_new_tokens=shape.response):  # fmt: skip
+                tokens += sum(len(c.token_ids) for completions in batch.values() for c in completions)
+            return tokens / (time.perf_counter() - started)
+
+        found["vLLM"] = vllm
+    return found
+
+
+def start_vllm(shape: Shape, model: Any, tokenizer: Any, prompts: dict[str, list[int]]) -> vllm_engine.Engine:
+    """vLLM in its process with this model, with the same number of rows and threads as this project has."""
+    folder = tempfile.mkdtemp()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    dtype = "float32" if model.dtype == torch.float32 else "bfloat16"
+    settings = [f"model.path={folder}", f"model.dtype={dtype}", f"sampling.rows={ROWS}", f"sampling.max_new_tokens={shape.response}"]  # fmt: skip
+    config = load_preset("tiny", [*settings, f"threads={torch.get_num_threads()}"])
+    return vllm_engine.Engine(config, None, max(map(len, prompts.values())))
 
 
 def make_pairs(shape: Shape, prompts: dict[str, list[int]]) -> list[scoring.Pair]:
@@ -308,7 +332,10 @@ def main(size: str = "quick", repeats: int = 5) -> int:
             found = {n: statistics.median(values) for n, values in alternate(contenders(shape), repeats).items()}
             others = sorted((name for name in found if name != "ours"), key=found.get)
             row = {"shape": shape.name, "kind": kind, "unit": unit, "medians": found, "ratio": found["ours"] / found[others[-1]]}  # fmt: skip
-            line = f"{shape.name}, {kind}: ours {found['ours']:,.1f} {unit}; {others[-1]} {found[others[-1]]:,.1f}: {row['ratio']:.1f} times"
+            said = "; ".join(
+                f"{name} {found[name]:,.1f} ({found['ours'] / found[name]:.1f} times)" for name in others[::-1]
+            )
+            line = f"{shape.name}, {kind}: ours {found['ours']:,.1f} {unit}; {said}"
             if kind == "training":
                 with ProcessPoolExecutor(1, get_context("spawn"), quiet, max_tasks_per_child=1) as pool:
                     row["peak_bytes"] = {name: pool.submit(peak, shape, name).result() for name in ("ours", others[-1])}
