@@ -1,4 +1,4 @@
-"""Load the base model, its tokenizer and one iteration's policy.
+"""Load the base model and one iteration's policy.
 
 A policy is one directory: a LoRA adapter on the frozen base (`adapter_config.json`), or, with `model.tuning: full`, a
 whole small model. M_0 is the base itself. Nothing is ever merged back into quantized weights: they would be quantized
@@ -9,7 +9,6 @@ anew, and the model that is sampled would not be the one that was trained. Adapt
 from __future__ import annotations
 
 import os
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,64 +16,18 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     BitsAndBytesConfig,
-    GenerationConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 
-SEED_MODEL = Path(__file__).parent / "assets" / "seed_model"
+from .tokens import SEED_MODEL, base_path, load, load_tokenizer  # noqa: F401 - SEED_MODEL is asked for here, too
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-def base_path(config) -> str:
-    """The hub name or folder of the base model; "seed" is the model in the package."""
-    if config.path == "seed":
-        return str(SEED_MODEL)
-    here = SEED_MODEL.parent.parent.parent / config.path  # a relative folder is relative to the project
-    return str(here) if here.is_dir() else config.path
-
-
-def load_tokenizer(config) -> PreTrainedTokenizerBase:
-    """The base model's tokenizer.
-
-    Raises:
-        ValueError: it has no EOS, so that a model could never learn to stop.
-    """
-    tokenizer = _load(AutoTokenizer, config)
-    if tokenizer.eos_token_id is None:
-        raise ValueError(
-            f"model.path: the tokenizer of {config.path} has no EOS token; set one in its tokenizer_config.json"
-        )
-    return tokenizer
 
 
 def load_shape(config) -> Any:
     """The base model's configuration: its architecture and sizes, without its weights."""
-    return _load(AutoConfig, config)
-
-
-def _load(kind: Any, config, **options: Any) -> Any:
-    """`kind.from_pretrained` of the base. Raises a ValueError that names the model and the mend."""
-    name, path = config.path, Path(base_path(config)).expanduser()
-    local = path.is_absolute() or name.startswith(".") or path.exists() or name.count("/") > 1
-    tokenizers = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
-    if local and not ((path / "config.json").is_file() and any((path / file).is_file() for file in tokenizers)):
-        raise ValueError(f"model.path: {name} is no folder with config.json and a tokenizer ({', '.join(tokenizers)})")
-    try:
-        return kind.from_pretrained(str(path) if local else name, trust_remote_code=config.trust_remote_code, **options)
-    except (Exception, SystemExit) as error:  # code that comes with a model may raise anything
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        mend = (
-            "model.trust_remote_code=true lets code that comes with the model run, if you trust it"
-            if "trust_remote_code" in str(error)
-            else "see that the folder is whole"
-            if local
-            else "see that the name is right, that there is a network, and that you may use it (some models want their licence "
-            "accepted and `hf auth login`); or give a folder, as in model.path=/models/my-model"
-        )
-        raise ValueError(f"model.path: {name!r} could not be loaded ({reason}); {mend}") from None
+    return load(AutoConfig, config)
 
 
 def check_weights(config) -> None:
@@ -102,20 +55,6 @@ def check_weights(config) -> None:
             raise ValueError(f"model.path: {file} is damaged or cut off ({error}); copy it again") from None
 
 
-def generation_stops(config) -> list[int]:
-    """The ids that end a generation according to the model's own generation_config.json, if it has one."""
-    return _generation_stops(str(Path(base_path(config)).expanduser()))
-
-
-@cache
-def _generation_stops(path: str) -> list[int]:
-    try:
-        stops = GenerationConfig.from_pretrained(path).eos_token_id
-    except (OSError, ValueError):  # it has none
-        return []
-    return [] if stops is None else [stops] if isinstance(stops, int) else list(stops)
-
-
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -131,7 +70,7 @@ def load_base(config) -> PreTrainedModel:
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
         )
-    model = _load(
+    model = load(
         AutoModelForCausalLM,
         config,
         dtype=dtype,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib.pyplot as plt
-import pandas as pd
 from matplotlib.figure import Figure
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 COLORS = {"irpo": "#1b6ca8", "dpo": "#c44e52", "sft_chosen": "#55a868", "sft_gold": "#8172b3"}
 Steps = list[dict[str, float]]
@@ -55,6 +57,8 @@ def loss_curves(steps: Steps, best_step: int) -> Figure:
 
 def logp_curves(curves: dict[str, Steps]) -> Figure:
     """The paper's figure: mean log-probability of chosen (solid) and rejected (dashed) responses against steps."""
+    import pandas as pd
+
     fig, ax = plt.subplots(figsize=(7, 3.6), layout="constrained")
     for method, steps in curves.items():
         frame = pd.DataFrame(steps)

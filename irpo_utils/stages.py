@@ -1,4 +1,7 @@
-"""What the stage notebooks call on the real data, each function one arrow of the loop."""
+"""What the stage notebooks call on the real data, each function one arrow of the loop.
+
+torch and what needs it are imported where a model is: the pairs need none, and the import takes longer than they do.
+"""
 
 from __future__ import annotations
 
@@ -12,17 +15,19 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from jinja2 import TemplateError
 
-from . import answers, evaluation, models, pairs, sampling, vllm_engine
+from . import answers, evaluation, pairs, tokens, vllm_engine
 from .runs import Stage, read_jsonl, shown, write_json, write_jsonl
 from .tasks import Problem, Task, get_task
 
+if TYPE_CHECKING:
+    from . import sampling
+
 Record = dict[str, Any]
-Draw = Callable[..., Iterator[dict[str, list[sampling.Completion]]]]  # `sampling.sample` without its model
+Draw = Callable[..., Iterator[dict[str, list["sampling.Completion"]]]]  # `sampling.sample` without its model
 
 
 SAMPLE_FIELDS = ("problem", "response", "reward", "finished", "logp", "token_ids")
@@ -70,7 +75,7 @@ def stop_ids(config, tokenizer) -> list[int]:
     A chat model ends its turn with the token that its template puts behind an answer, which need not be the
     tokenizer's EOS (Gemma: `<end_of_turn>`).
     """
-    known = list(dict.fromkeys([tokenizer.eos_token_id, *models.generation_stops(config)]))
+    known = list(dict.fromkeys([tokenizer.eos_token_id, *tokens.generation_stops(config)]))
     if not tokenizer.chat_template:
         return known
     turns = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "@@"}]
@@ -94,6 +99,8 @@ def drawing(config, policy: Path | None, tokenizer, task: Task, problems: list[P
         with vllm_engine.Engine(config, policy, longest) as engine:
             yield engine.sample
     else:
+        from . import models, sampling
+
         yield partial(sampling.sample, models.load_policy(config.model, policy, threads=config.threads))
 
 
@@ -150,7 +157,7 @@ def graded_samples(
 def sample_stage(stage: Stage) -> list[Record]:
     """01: N graded samples of M_{t-1} for every training problem, a chunk at a time so that a kill loses one chunk."""
     config, task = stage.config, get_task(stage.config.task)
-    tokenizer = models.load_tokenizer(config.model)
+    tokenizer = tokens.load_tokenizer(config.model)
     problems = training_problems(task, config)
     # Chunks follow the sampler's own order, so that every batch is the same in a resumed run.
     prompts = encode_prompts(task, tokenizer, problems)
@@ -209,7 +216,7 @@ def gold_samples(tokenizer, problems: list[Problem], end: int) -> dict[str, Reco
 def pairs_stage(stage: Stage) -> tuple[list[Record], Record]:
     """02: pairs of the iteration, or the gold solutions for a method that trains on those; returns (pairs, audit)."""
     config, task = stage.config, get_task(stage.config.task)
-    tokenizer = models.load_tokenizer(config.model)
+    tokenizer = tokens.load_tokenizer(config.model)
     problems = training_problems(task, config)
     end = stop_ids(config.model, tokenizer)[0]
     ids = encode_prompts(task, tokenizer, problems)
@@ -237,6 +244,8 @@ def pairs_stage(stage: Stage) -> tuple[list[Record], Record]:
 
 def greedy_accuracy(config, model, tokenizer, task: Task, problems: list[Problem]) -> float:
     """Share of `problems` that `model`, which is in memory (so no other engine draws), solves greedily."""
+    from . import sampling
+
     draw = partial(sampling.sample, model)
     batches = graded_samples(config, draw, tokenizer, task, problems, n=1, temperature=0, seed=0, label="dev")
     return sum(row["reward"] == 1 for batch in batches for row in batch) / len(problems)
@@ -244,10 +253,12 @@ def greedy_accuracy(config, model, tokenizer, task: Task, problems: list[Problem
 
 def train_stage(stage: Stage, show: Callable[[str], None] = print) -> Record:
     """03: train M_t on the pairs, keep the step that is best on dev; returns the facts in training.json."""
-    from . import training  # imports the Trainer and all that it may use, which takes longer than some stages
+    import torch
+
+    from . import models, training
 
     config, task = stage.config, get_task(stage.config.task)
-    tokenizer = models.load_tokenizer(config.model)
+    tokenizer = tokens.load_tokenizer(config.model)
     rows = read_jsonl(stage.input("pairs"), "02_pairs.ipynb")
     model = models.load_policy(
         config.model, stage.input("policy"), trainable=True, seed=stage.seed, threads=config.threads
@@ -296,7 +307,7 @@ def train_stage(stage: Stage, show: Callable[[str], None] = print) -> Record:
 def evaluate_stage(stage: Stage) -> tuple[Record, list[Record]]:
     """04: greedy, maj@k and pass@k on dev and test, and what is wrong step by step; returns (summary, records)."""
     config, task = stage.config, get_task(stage.config.task)
-    tokenizer = models.load_tokenizer(config.model)
+    tokenizer = tokens.load_tokenizer(config.model)
     summary, judged = {}, []
     both = [p for split in ("dev", "test") for p in task.problems(split)]
     with drawing(config, stage.input("policy"), tokenizer, task, both) as draw:

@@ -6,14 +6,16 @@ very tokens that were sampled, and that the function that samples is the functio
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
 from conftest import DATA, drive
 from small_models import FAMILIES, build
+from transformers import AutoTokenizer
 
 from irpo_utils import models, sampling, scoring, stages, training
-from irpo_utils.config import dump
+from irpo_utils.config import ModelConfig, dump
 from irpo_utils.presets import load_preset
 from irpo_utils.runs import Stage, read_jsonl
 from irpo_utils.tasks import get_task
@@ -48,6 +50,19 @@ def write_run(folder, config):
     folder.mkdir(exist_ok=True)
     (folder / "config.yaml").write_text(dump(config))
     return folder
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("declared", ["PreTrainedTokenizerFast", "Qwen2TokenizerFast", "Qwen2Tokenizer", "GemmaTokenizer"])  # fmt: skip
+def test_the_tokenizer_is_the_one_that_auto_tokenizer_loads(family, declared, folders, tmp_path):
+    """Its class is guessed from the files, so that torch need not be imported to load it."""
+    folder = shutil.copytree(folders[family], tmp_path / "model")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"tokenizer_class": declared}))
+    mine, theirs = models.load_tokenizer(ModelConfig(str(folder))), AutoTokenizer.from_pretrained(folder)
+    assert type(mine) is type(theirs)
+    assert mine.backend_tokenizer.to_str() == theirs.backend_tokenizer.to_str()
+    assert (mine.chat_template, mine.special_tokens_map) == (theirs.chat_template, theirs.special_tokens_map)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -91,6 +92,40 @@ def test_the_key_of_a_stage_holds_its_task_and_what_grades_it(monkeypatch):
         seen = {str(p.relative_to(runs.PACKAGE)) for p in runs.PACKAGE.rglob("*.py") if p.read_text() in sources}
         assert wanted | {"tasks/records.py", "sampling.py"} <= seen
         assert not {"plots.py", "tasks/arc.py", "report.py"} & seen
+
+
+RUN_NOTEBOOKS = """
+import json, sys
+run, method = sys.argv[1], "irpo"
+from irpo_utils.__main__ import main
+assert main(["--list"]) == 0
+for name in ("02_pairs", "05_report"):
+    scope = {}
+    for cell in json.load(open(f"notebooks/{name}.ipynb"))["cells"]:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), scope)
+        if "parameters" in cell["metadata"].get("tags", []):
+            scope["run"] = run
+print("torch" in sys.modules)
+"""
+
+
+def test_a_stage_without_a_model_imports_no_torch(micro_run, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(micro_run[0], run)
+    made = run / "irpo" / "seed_0" / "iteration_1" / "pairs.jsonl"
+    before = made.read_bytes()
+    made.unlink()
+    done = subprocess.run(
+        [sys.executable, "-c", RUN_NOTEBOOKS, str(run)],
+        cwd=ROOT,
+        env={**os.environ, "MPLBACKEND": "agg"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "False"
+    assert made.read_bytes() == before
 
 
 def test_a_damaged_artefact_is_made_again(micro_run):
