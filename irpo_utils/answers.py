@@ -8,13 +8,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from fractions import Fraction
+from functools import partial
 from itertools import pairwise
+from multiprocessing import get_context
 from typing import NamedTuple
 
 from .tasks import Problem, Task
 
 LONGEST = 1000  # characters of an answer; what is longer is cut, and equals nothing
+# From how many distinct responses on processes pay, and how many one of them takes at a time. Starting two costs 0.15 s,
+# grading 1,000 responses to GSM8K 0.02 s: on two cores 5,000 take twice as long so, 20,000 three quarters, 200,000 half.
+MANY = 20_000
+SHARE = 5_000
 
 MARK = re.compile(r"Final answer:[ \t]*(.*)", re.IGNORECASE)
 # The marks of a final answer, the surest first. What follows one, on its line or on the next that says something, is the
@@ -260,10 +267,31 @@ class Verdict(NamedTuple):
         return None if self.correct is None else float(self.correct)
 
 
-def grade(task: Task, responses: Sequence[str], problems: Sequence[Problem], flexible: bool = False) -> list[Verdict]:
-    """Grade `responses` [n], each on the problem beside it. `flexible` also accepts an answer that is not marked."""
-    extracted = [task.extract(r, p, flexible=flexible) for r, p in zip(responses, problems, strict=True)]
-    asked = [(answer, p) for answer, p in zip(extracted, problems, strict=True) if answer is not None]
+def grade(
+    task: Task, responses: Sequence[str], problems: Sequence[Problem], flexible: bool = False, processes: int = 1
+) -> list[Verdict]:
+    """Grade `responses` [n], each on the problem beside it. `flexible` also accepts an answer that is not marked.
+
+    A response that is there several times on one problem (the very same object) is graded once. With `processes`, which
+    need a task that pickles, `MANY` and more are spread over as many; the verdicts are the same.
+    """
+    keys = [(response, id(problem)) for response, problem in zip(responses, problems, strict=True)]
+    asked = dict(zip(keys, problems, strict=True))
+    rows = [(response, problem) for (response, _), problem in asked.items()]
+    if processes > 1 and len(rows) >= MANY and not hasattr(task, "equal_all"):  # whose check has processes of its own
+        parts = [rows[i : i + SHARE] for i in range(0, len(rows), SHARE)]
+        # Spawned: a fork of a process in which torch has threads may hang.
+        with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+            graded = [verdict for part in pool.map(partial(_grade, task, flexible), parts) for verdict in part]
+    else:
+        graded = _grade(task, flexible, rows)
+    verdicts = dict(zip(asked, graded, strict=True))
+    return [verdicts[key] for key in keys]
+
+
+def _grade(task: Task, flexible: bool, rows: list[tuple[str, Problem]]) -> list[Verdict]:
+    extracted = [task.extract(response, problem, flexible=flexible) for response, problem in rows]
+    asked = [(answer, p) for answer, (_, p) in zip(extracted, rows, strict=True) if answer is not None]
     if hasattr(task, "equal_all"):  # a task whose check is slow takes them all at once
         right = iter(task.equal_all([a for a, _ in asked], [p for _, p in asked]))
     else:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -23,8 +24,11 @@ class Malformed(ValueError):
 
 
 def read_records(path: Path, task) -> tuple[list[str], list[Problem]]:
-    """The responses of a file and, for each, a problem that holds its gold answer. Raises Malformed, OSError."""
-    responses, problems = [], []
+    """The responses of a file and, for each, a problem that holds its gold answer. Raises Malformed, OSError.
+
+    Lines with the same gold answer and choices share one problem.
+    """
+    responses, problems, posed = [], [], {}
     lines = path.read_bytes().split(b"\n")
     while lines and not lines[-1].strip():
         lines.pop()
@@ -32,12 +36,15 @@ def read_records(path: Path, task) -> tuple[list[str], list[Problem]]:
         try:
             record = json.loads(line)
             response, gold = record["response"], record["gold"]
+            key = (str(gold), json.dumps(record.get("choices")))
         except (ValueError, KeyError, TypeError, RecursionError):
             response = gold = None
         if not isinstance(response, str) or isinstance(gold, bool) or not isinstance(gold, str | int | float):
             raise Malformed(f'{path}, line {number}: expected {{"response": "text", "gold": "answer"}}')
         try:
-            problems.append(task.posed(str(number), str(gold), record))
+            if key not in posed:
+                posed[key] = task.posed(str(number), str(gold), record)
+            problems.append(posed[key])
         except ValueError as error:
             raise Malformed(f"{path}, line {number}: {error}") from None
         responses.append(response)
@@ -71,11 +78,12 @@ def main(arguments: list[str]) -> int:
     except Malformed as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    verdicts = grade(task, responses, problems, flexible=options.flexible)
+    processes = min(8, os.cpu_count() or 1)
+    verdicts = grade(task, responses, problems, flexible=options.flexible, processes=processes)
     out = "".join(json.dumps({"extracted": v.extracted, "correct": v.correct}) + "\n" for v in verdicts)
     sys.stdout.write(out)
     if options.flexible:
-        print(f"strict:   {summary(grade(task, responses, problems))}", file=sys.stderr)
+        print(f"strict:   {summary(grade(task, responses, problems, processes=processes))}", file=sys.stderr)
     if undecided := getattr(task, "undecided", 0):
         print(f"{undecided} answers took the symbolic check too long and count as wrong", file=sys.stderr)
     print(

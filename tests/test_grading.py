@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from irpo_utils import latex
-from irpo_utils.answers import grade, number, plain
+from irpo_utils.answers import MANY, grade, number, plain
 from irpo_utils.config import TaskConfig
 from irpo_utils.tasks import Problem, get_task
 
@@ -104,6 +104,22 @@ def test_no_text_makes_extraction_fail(text, name):
     for response in (text, f"Final answer: {text}", f"\\boxed{{{text}}}"):
         strict, flexible = (task.extract(response, problem, flexible=f) for f in (False, True))
         assert strict is None or flexible == strict  # the fall-back never overrules a marked answer
+
+
+@pytest.mark.parametrize(("name", "gold"), [("gsm8k", ["2", "1/3", "1080"]), ("arc_challenge", ["A", "B", "C"])])
+@pytest.mark.parametrize("flexible", [False, True])
+def test_duplicates_and_processes_change_no_verdict(name, gold, flexible, tasks):
+    rng, task = random.Random(0), tasks[name]
+    problems = [Problem(str(i), "", g, "", {"options": ["rain", "snow", "fog"]}) for i, g in enumerate(gold)]
+    forms = ["Final answer: {}", "so {}", "\\boxed{{{}}}", "#### {}", "nothing"]
+    said = [rng.choice(forms).format(rng.choice(gold)) + f"\n{i}" * (i % 5 == 0) for i in range(35_000)]
+    rows = [row for row in zip(said, rng.choices(problems, k=len(said)), strict=True) for _ in range(rng.randint(1, 2))]
+    rows += [(f"{i}: {said[i]}", problems[i % 3]) for i in range(MANY)]  # all distinct, so that processes start
+    responses, asked = [r for r, _ in rows], [p for _, p in rows]
+    alone = [grade(task, [r], [p], flexible)[0] for r, p in rows]
+    assert {v.correct for v in alone} == {True, False, None}
+    for processes in (1, 2, 3):
+        assert grade(task, responses, asked, flexible, processes) == alone
 
 
 PIECES = [
