@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -130,8 +131,11 @@ def alternate(contenders: dict[str, Callable[[], float]], repeats: int) -> dict[
     return found
 
 
-def samplers(shape: Shape) -> dict[str, Callable[[], float]]:
-    """What draws N responses to every prompt and returns tokens per second: this project, `generate`, vLLM where it is installed."""
+def samplers(shape: Shape, stack: ExitStack) -> dict[str, Callable[[], float]]:
+    """What draws N responses to every prompt and returns tokens per second: this project, `generate`, vLLM where it is installed.
+
+    What `stack` holds is needed until they have run.
+    """
     model, tokenizer, prompts, eos = load(shape)
 
     def ours() -> float:
@@ -148,7 +152,7 @@ def samplers(shape: Shape) -> dict[str, Callable[[], float]]:
         set_seed(0)
         started, tokens = time.perf_counter(), 0
         todo = sorted(prompts.values(), key=len)
-        for i in range(0, len(todo) if eos >= 0 else min(len(todo), max(2, size)), size):
+        for i in range(0, len(todo) if eos >= 0 else min(len(todo), 2 * size), size):
             part = todo[i : i + size]
             width = max(map(len, part))
             ids = torch.tensor([[0] * (width - len(p)) + p for p in part], device=model.device)
@@ -163,8 +167,8 @@ def samplers(shape: Shape) -> dict[str, Callable[[], float]]:
 
     sizes = [s for s in ((8, 16) if eos >= 0 else (1, 2)) if s <= shape.problems]  # the best ones of a longer search
     found = {"ours": ours, **{f"generate, {s} prompts a batch": lambda s=s: generate(s) for s in sizes}}
-    if vllm_engine.version():
-        engine = start_vllm(shape, model, tokenizer, prompts)
+    if vllm_engine.version() and not torch.cuda.is_available():  # on a GPU it wants the memory that this process holds
+        engine = stack.enter_context(start_vllm(shape, model, tokenizer, prompts, stack))
 
         def vllm() -> float:
             started, tokens = time.perf_counter(), 0
@@ -177,9 +181,11 @@ def samplers(shape: Shape) -> dict[str, Callable[[], float]]:
     return found
 
 
-def start_vllm(shape: Shape, model: Any, tokenizer: Any, prompts: dict[str, list[int]]) -> vllm_engine.Engine:
+def start_vllm(
+    shape: Shape, model: Any, tokenizer: Any, prompts: dict[str, list[int]], stack: ExitStack
+) -> vllm_engine.Engine:
     """vLLM in its process with this model, with the same number of rows and threads as this project has."""
-    folder = tempfile.mkdtemp()
+    folder = stack.enter_context(tempfile.TemporaryDirectory())
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     dtype = "float32" if model.dtype == torch.float32 else "bfloat16"
@@ -324,12 +330,15 @@ def default_job() -> dict[str, float]:
 def main(size: str = "quick", repeats: int = 5) -> int:
     """Run the benchmark of that size (its GPU shapes where there is a GPU) and write its table."""
     quiet()
-    rows = []
-    for shape in SHAPES["gpu" if torch.cuda.is_available() else size]:
-        for kind, unit, contenders in (("sampling", "tokens/s", samplers), ("training", "pairs/s", trainers)):
+    rows, size = [], "gpu" if torch.cuda.is_available() else size
+    for shape in SHAPES[size]:
+        for kind, unit in (("sampling", "tokens/s"), ("training", "pairs/s")):
             if kind == "training" and (shape.name.endswith("N = 30") or shape.hidden > 2000):
                 continue  # trained on already; and all weights of 7 B do not fit with their optimizer
-            found = {n: statistics.median(values) for n, values in alternate(contenders(shape), repeats).items()}
+            with ExitStack() as stack:
+                contenders = samplers(shape, stack) if kind == "sampling" else trainers(shape)
+                found = {n: statistics.median(values) for n, values in alternate(contenders, repeats).items()}
+                del contenders
             others = sorted((name for name in found if name != "ours"), key=found.get)
             row = {"shape": shape.name, "kind": kind, "unit": unit, "medians": found, "ratio": found["ours"] / found[others[-1]]}  # fmt: skip
             said = "; ".join(

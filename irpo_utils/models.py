@@ -99,7 +99,8 @@ def unpacks(parameters: int, room: float) -> bool:
 def memory() -> float:
     """Free bytes of the GPU, or the bytes of the machine where there is none."""
     if torch.cuda.is_available():
-        return torch.cuda.mem_get_info()[0]
+        # What PyTorch has set aside for tensors to come is free, too.
+        return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 

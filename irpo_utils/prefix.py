@@ -18,6 +18,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
@@ -77,7 +78,7 @@ class SampleCache(DynamicCache):
 
     def __init__(self, prompts: list[DynamicCache], mask: Tensor, capacity: int, room: int, shared: bool):
         super().__init__()
-        self.mask, self.biases = mask, {}
+        self.mask, self.biases, self.windows = mask, {}, set()
         self.place(np.arange(len(mask)))
         for parts in zip(*(prompt.layers for prompt in prompts), strict=True):
             whole = tuple(torch.cat([getattr(part, side) for part in parts]) for side in ("keys", "values"))
@@ -164,6 +165,7 @@ def attend(
     scores = torch.cat([shared.by_row(on_prompt), query @ key.transpose(-1, -2)], -1)
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
+    shared.windows.add(sliding_window)
     bias = shared.bias(sliding_window, length)
     if bias is not None:
         scores += bias[:, None, None]
@@ -229,7 +231,13 @@ def _why_not(model: PreTrainedModel) -> str | None:
                 for i in (4, 5)
             ]  # fmt: skip
     except Exception as error:
+        if should_reduce_batch_size(error):  # that says nothing of the model
+            raise
         return f"cannot ({type(error).__name__}: {error})"
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
+    slides = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    if slides and "sliding_attention" in kinds and cache.windows == {None}:
+        return "does not tell its attention its window"
     got, wanted = torch.cat(steps, 1).float(), wanted.float()
     near = 1e-4 if next(model.parameters()).dtype == torch.float32 else 5e-2  # 16-bit weights round
     off = (got - wanted).norm() / wanted.norm()

@@ -332,7 +332,9 @@ class Stage:
         if self.config.sampling.engine == "vllm" and self.name in ("01_sample", "04_evaluate"):
             from . import vllm_engine  # which may look into another environment
 
-            versions["vllm"] = vllm_engine.version()
+            # Without it at hand, a stage is judged by the one it was made with; to sample, it must be there.
+            made_with = ((self.manifest() or {}).get("key") or {}).get("versions") or {}
+            versions["vllm"] = vllm_engine.version() or made_with.get("vllm")
         return {
             "stage": self.name,
             "parameters": self.parameters(),

@@ -96,7 +96,7 @@ def sample_batch(
         rows that there were.
     """
     n, device = noise.shape[1], next(model.parameters()).device
-    width, vocabulary = max(map(len, prompts)), causal_model(model).config.get_text_config().vocab_size
+    width = max(map(len, prompts))
     # Left padding puts the last prompt token of every row in one column. The pad id is never seen: it is masked.
     ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
@@ -119,6 +119,7 @@ def sample_batch(
     cache = SampleCache(caches, mask, min(capacity, len(prompts) * n), max_new_tokens, shared)
     del caches
     logits, lengths = torch.cat(ends), np.array([len(p) for p in prompts])
+    vocabulary = logits.shape[-1]
 
     done, most = len(prompts), len(prompts)
     owner = np.arange(len(prompts))  # the problem of each row
@@ -126,45 +127,47 @@ def sample_batch(
     row = who // n
     noise = noise.reshape(-1, max_new_tokens)
     tokens_out, logps_out = np.full(noise.shape, -1), np.zeros(len(noise))
-    for step in range(max_new_tokens):
-        tokens, logps = pick(logits, temperature, row, noise[who, step])
-        tokens_out[who, step] = tokens
-        logps_out[who] += logps
-        on = ~np.isin(tokens, eos_id)
-        who, row, tokens = who[on], row[on], tokens[on]
-        if step + 1 == max_new_tokens or not len(who):
-            break
-        # The next rows: distinct (row, token). A row's first one stays where it is.
-        nexts, which = np.unique(row * vocabulary + tokens, return_inverse=True)
-        if len(nexts) > capacity:
-            counts = np.bincount(owner[nexts // vocabulary], minlength=done)
-            done = int(np.searchsorted(np.cumsum(counts), capacity, side="right"))
-            on = owner[row] < done
+    with shared_attention(model, shared):
+        for step in range(max_new_tokens):
+            tokens, logps = pick(logits, temperature, row, noise[who, step])
+            tokens_out[who, step] = tokens
+            logps_out[who] += logps
+            on = ~np.isin(tokens, eos_id)
             who, row, tokens = who[on], row[on], tokens[on]
+            if step + 1 == max_new_tokens or not len(who):
+                break
+            # The next rows: distinct (row, token). A row's first one stays where it is.
             nexts, which = np.unique(row * vocabulary + tokens, return_inverse=True)
-        before, nexts = np.divmod(nexts, vocabulary)
-        stays = np.r_[True, before[1:] != before[:-1]]
-        free = np.setdiff1d(np.arange(len(owner)), before)
-        more = int((~stays).sum())
-        if not COMPACT_AT < len(nexts) / len(owner) < 1 / COMPACT_AT:  # many rows more or fewer: all anew, by problem
-            order = np.argsort(owner[before], kind="stable")
-            owner = owner[before[order]]
-            cache.copy(before[order], slice(0, len(order)), owner)
-            at = np.argsort(order)
-        else:
-            at = before.copy()
-            if more:
-                at[~stays] = np.r_[free, np.arange(len(owner), len(owner) + more)][:more]
-                owner = np.r_[owner, np.zeros(max(0, more - len(free)), dtype=int)]
-                owner[at[~stays]] = owner[before[~stays]]
-                cache.copy(before[~stays], at[~stays], owner)
-        row, most = at[which], max(most, len(nexts))
-        inputs = np.zeros(len(owner), dtype=int)  # ended rows run along until there are many
-        inputs[at] = nexts
-        options = {"shared": cache} if shared else {}
-        if padded and not shared:
-            options["attention_mask"] = torch.cat([mask, mask.new_ones(len(mask), step + 1)], -1)[cache.owner]
-        with shared_attention(model, shared):
+            if len(nexts) > capacity:
+                counts = np.bincount(owner[nexts // vocabulary], minlength=done)
+                done = int(np.searchsorted(np.cumsum(counts), capacity, side="right"))
+                on = owner[row] < done
+                who, row, tokens = who[on], row[on], tokens[on]
+                nexts, which = np.unique(row * vocabulary + tokens, return_inverse=True)
+            before, nexts = np.divmod(nexts, vocabulary)
+            stays = np.r_[True, before[1:] != before[:-1]]
+            free = np.setdiff1d(np.arange(len(owner)), before)
+            more = int((~stays).sum())
+            if (
+                not COMPACT_AT < len(nexts) / len(owner) < 1 / COMPACT_AT
+            ):  # many rows more or fewer: all anew, by problem
+                order = np.argsort(owner[before], kind="stable")
+                owner = owner[before[order]]
+                cache.copy(before[order], slice(0, len(order)), owner)
+                at = np.argsort(order)
+            else:
+                at = before.copy()
+                if more:
+                    at[~stays] = np.r_[free, np.arange(len(owner), len(owner) + more)][:more]
+                    owner = np.r_[owner, np.zeros(max(0, more - len(free)), dtype=int)]
+                    owner[at[~stays]] = owner[before[~stays]]
+                    cache.copy(before[~stays], at[~stays], owner)
+            row, most = at[which], max(most, len(nexts))
+            inputs = np.zeros(len(owner), dtype=int)  # ended rows run along until there are many
+            inputs[at] = nexts
+            options = {"shared": cache} if shared else {}
+            if padded and not shared:
+                options["attention_mask"] = torch.cat([mask, mask.new_ones(len(mask), step + 1)], -1)[cache.owner]
             out = model(
                 input_ids=torch.from_numpy(inputs).to(device).unsqueeze(-1),
                 position_ids=torch.from_numpy(lengths[owner] + step).to(device).unsqueeze(-1),
@@ -173,7 +176,7 @@ def sample_batch(
                 logits_to_keep=1,
                 **options,
             )
-        logits = out.logits[:, -1]
+            logits = out.logits[:, -1]
 
     completions = []
     for ids_out, logp in zip(tokens_out[: done * n].tolist(), logps_out.tolist(), strict=False):
@@ -223,7 +226,9 @@ def sample(
         try:
             for part in np.split(noise, range(rows, n, rows), axis=1):  # one part, unless n exceeds the rows
                 room = min(rows, size * n)
-                drawn, most = sample_batch(model, ids, part, temperature, stops, max_new_tokens, room)
+                drawn, most = sample_batch(
+                    model, ids[: len(batch)], part[: len(batch)], temperature, stops, max_new_tokens, room
+                )
                 batch = [before + new for before, new in zip(batch, drawn, strict=False)]
         except RuntimeError as error:
             if rows == 1 or not should_reduce_batch_size(error):
@@ -238,10 +243,25 @@ def sample(
         done += len(batch)
         tokens += sum(len(c.token_ids) for completions in batch for c in completions)
         # The more samples say the same, the more problems share the rows.
-        size = max(1, min(most_prompts(rows, n), 4 * size, int(0.8 * rows * len(names) / most)))
+        size = max(1, rows // n, min(most_prompts(rows, n), 4 * size, int(0.8 * rows * len(batch) / most)))
         if progress:
             progress(done, len(order), tokens / (time.perf_counter() - started))
         yield dict(zip(names, batch, strict=False))
+
+
+def beginnings(responses: list[list[int]]) -> int:
+    """How many rows responses to one prompt need: their different proper beginnings, the empty one among them."""
+    count, last = 0, None
+    for ids in sorted(responses):
+        if last is None:
+            count += len(ids)
+        else:
+            same = next(
+                (i for i, (a, b) in enumerate(zip(last, ids, strict=False)) if a != b), min(len(last), len(ids))
+            )
+            count += max(0, len(ids) - 1 - min(same, len(last) - 1))
+        last = ids
+    return count
 
 
 def most_prompts(rows: int, n: int) -> int:

@@ -18,6 +18,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, PreTrainedModel
@@ -68,8 +69,13 @@ def response_logps(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
     if model.training and getattr(model, "is_gradient_checkpointing", False):  # no cache outlives a layer then
         rows, width = batch["fed"].shape
         problems, prompt = batch["prompts"].shape
-        tree = problems * (prompt + int(torch.bincount(batch["owner"]).max()) * width)
-        if tree < rows * (prompt + width) and takes_trees(model):
+        most, hidden = (
+            int(torch.bincount(batch["owner"]).max()),
+            causal_model(model).config.get_text_config().hidden_size,
+        )
+        # Weights cost 24 h^2 operations per token and layer, attention 4 h for each token that it looks at.
+        cost = lambda count, length: count * length * (6 * hidden + length)  # noqa: E731
+        if cost(problems, prompt + most * width) < cost(rows, prompt + width) and takes_trees(model):
             return tree_logps(model, batch)
         return padded_logps(model, batch)
     mask, owner, fed = batch["prompt_mask"], batch["owner"], batch["fed"]
@@ -144,6 +150,8 @@ def takes_trees(model: PreTrainedModel) -> bool:
             if not torch.allclose(tree, padded, rtol=1e-3 if model.dtype == torch.float32 else 5e-2):
                 why = f"computes other log-probabilities with a tree mask ({tree.tolist()}, not {padded.tolist()})"
         except Exception as error:
+            if should_reduce_batch_size(error):  # that says nothing of the model
+                raise
             why = f"takes no tree mask ({type(error).__name__}: {error})"
         _tried[model] = not why
         if why:

@@ -55,7 +55,7 @@ def serve(orders: TextIO, replies: TextIO) -> None:
             for drawn in engine.step():
                 if drawn.finished:
                     samples = [[list(out.token_ids), out.cumulative_logprob] for out in drawn.outputs]
-                    say(replies, {"number": int(drawn.request_id), "samples": samples})
+                    say(replies, {"order": order["order"], "number": int(drawn.request_id), "samples": samples})
 
 
 if __name__ == "__main__":

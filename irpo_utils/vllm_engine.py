@@ -131,6 +131,7 @@ class Engine:
     def __init__(self, config, policy: Path | None, longest: int):
         from . import models
 
+        self._orders = 0
         self.context = longest + config.sampling.max_new_tokens
         adapter = policy if policy is not None and models.is_adapter(policy) else None
         path = Path(models.base_path(config.model) if policy is None or adapter else policy).expanduser()
@@ -200,7 +201,11 @@ class Engine:
         return json.loads(line) if line.endswith("\n") else self._fail()
 
     def _fail(self) -> Any:
-        code = self._process.wait()
+        try:
+            code = self._process.wait(timeout=30)
+        except subprocess.TimeoutExpired:  # it hangs while it ends
+            self._process.kill()
+            code = self._process.wait()
         self._log.seek(0)
         log = self._log.read().decode(errors="replace").splitlines()
         how = f"by signal {-code}" + " (out of memory?)" * (code == -9) if code < 0 else f"with exit code {code}"
@@ -244,14 +249,22 @@ class Engine:
                 "that the engine was started for"
             )
         stops = [eos_id] if isinstance(eos_id, int) else list(eos_id)
-        order = {"n": n, "temperature": temperature, "stops": stops, "max_new_tokens": max_new_tokens}
+        self._orders += 1
+        order = {
+            "order": self._orders,
+            "n": n,
+            "temperature": temperature,
+            "stops": stops,
+            "max_new_tokens": max_new_tokens,
+        }
         order["prompts"] = [prompts[name] for name in names]
         order["seeds"] = [problem_seed(seed, name) for name in names]
         self._order(order)
         batch: dict[str, list[Completion]] = {}
         started, tokens = time.perf_counter(), 0
         for done in range(1, len(names) + 1):
-            reply = self._reply()
+            while (reply := self._reply())["order"] != self._orders:
+                pass  # of a call that was left before its end
             completions = [Completion(ids, logp, ids[-1] in stops) for ids, logp in reply["samples"]]
             batch[names[reply["number"]]] = completions
             tokens += sum(len(c.token_ids) for c in completions)

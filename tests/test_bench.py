@@ -1,5 +1,7 @@
 """The benchmark runs and counts the work of every contender; how fast is not a test's business."""
 
+from contextlib import ExitStack
+
 import pytest
 
 from irpo_utils import bench
@@ -10,7 +12,7 @@ SMALL = bench.Shape("small", 12, 8, n=4, k=2, problems=2, hidden=64, layers=1)
 def test_every_contender_draws_the_same_number_of_tokens(monkeypatch):
     ticks = iter(range(1_000_000))
     monkeypatch.setattr(bench.time, "perf_counter", lambda: float(next(ticks)))  # every work takes one tick
-    found = bench.samplers(SMALL)
+    found = bench.samplers(SMALL, ExitStack())
     assert set(found) == {"ours", "generate, 1 prompts a batch", "generate, 2 prompts a batch"}
     drawn = {work() for name, work in found.items() if name != "ours"}  # the sampler itself reads the clock
     assert drawn == {2 * 4 * 8.0}

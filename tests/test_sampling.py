@@ -12,6 +12,8 @@ from transformers import (  # fmt: skip
     Gemma2ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    PhimoeConfig,
+    PhimoeForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
 )
@@ -65,6 +67,29 @@ def test_samples_are_the_same_one_problem_at_a_time(network):
     draw = lambda some, rows: {name: [c.token_ids for c in cs] for batch in sampling.sample(network, some, n=6, temperature=1.0, seed=0, eos_id=2, max_new_tokens=20, rows=rows) for name, cs in batch.items()}  # noqa: E731  # fmt: skip
     together = draw(prompts, 512)
     assert together == {k: v for name in prompts for k, v in draw({name: prompts[name]}, 4).items()}
+
+
+def test_fewer_problems_when_their_samples_need_more_rows_than_there_are(network):
+    """What goes into few rows is what comes of many, for as many problems as fit."""
+    rng = np.random.default_rng(2)
+    prompts = [[1, *rng.integers(3, 97, 3 + i).tolist()] for i in range(10)]
+    noise = rng.random((10, 6, 16))
+    ids = lambda drawn: [[c.token_ids for c in completions] for completions in drawn]  # noqa: E731
+    whole, _ = sampling.sample_batch(network, prompts, noise, 1.0, STOPS, 16, 60)
+    for capacity in (10, 17, 30):
+        part, most = sampling.sample_batch(network, prompts, noise, 1.0, STOPS, 16, capacity)
+        assert 0 < len(part) < 10 and most <= capacity and ids(part) == ids(whole)[: len(part)]
+
+
+@given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=5), min_size=1, max_size=8))
+def test_beginnings_are_counted_once(responses):
+    assert sampling.beginnings(responses) == len({tuple(ids[:i]) for ids in responses for i in range(len(ids))})
+
+
+def test_a_window_that_attention_is_not_told_is_found_out():
+    shape = dict(SMALL, num_local_experts=2, sliding_window=6)
+    with pytest.warns(UserWarning, match="since a phimoe does not tell its attention its window"):
+        assert not prefix.shares_prompts(PhimoeForCausalLM(PhimoeConfig(**shape)).eval())
 
 
 def test_a_model_that_cannot_share_prompts_says_so():
