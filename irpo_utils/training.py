@@ -7,6 +7,7 @@ sampler saw), metrics on disk as they happen, and the step that is best on dev k
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -237,8 +238,10 @@ def kept_reference_logps(
     file, named = keep
     about = [named, rows, [[p["problem"], p["prompt_ids"], p["chosen_ids"], p["rejected_ids"]] for p in pairs]]
     key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
-    if file.exists() and (found := json.loads(file.read_text()))["key"] == key:
-        return [tuple(pair) for pair in found["logps"]]
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # none, or damaged: scored anew
+        found = json.loads(file.read_text())
+        if found["key"] == key:
+            return [tuple(pair) for pair in found["logps"]]
     logps = reference_logps(model, pairs, rows)
     write_json(file, {"key": key, "logps": logps})
     return logps

@@ -128,6 +128,8 @@ def test_reference_is_scored_once_for_the_same_pairs_and_model(networks, tmp_pat
         first, once = kept(pairs, {"policy": "a"}), len(runs)
         assert kept(pairs, {"policy": "a"}) == first and len(runs) == once
         assert np.allclose(kept(pairs[:2], {"policy": "a"}), first[:2], rtol=1e-5) and len(runs) > once  # other pairs
+        (tmp_path / "r.json").write_text('{"key": ')  # damaged
+        assert np.allclose(kept(pairs[:2], {"policy": "a"}), first[:2], rtol=1e-5)
         again = len(runs)
         kept(pairs[:2], {"policy": "b"})
         assert len(runs) > again  # another model
