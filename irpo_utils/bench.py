@@ -22,6 +22,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -100,12 +101,7 @@ def load(shape: Shape) -> tuple[LlamaForCausalLM, Any, dict[str, list[int]], int
         tokenizer = models.load_tokenizer(config.model)
         task = get_task(config.task)
         prompts = stages.encode_prompts(task, tokenizer, task.problems("train")[: shape.problems])
-        return (
-            models.load_policy(config.model),
-            tokenizer,
-            prompts,
-            tokenizer.eos_token_id,
-        )  # on the GPU where there is one
+        return models.load_policy(config.model), tokenizer, prompts, tokenizer.eos_token_id
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=WORDS, hidden_size=shape.hidden, intermediate_size=3 * shape.hidden, num_hidden_layers=shape.layers,
@@ -138,12 +134,10 @@ def samplers(shape: Shape, stack: ExitStack) -> dict[str, Callable[[], float]]:
     """
     model, tokenizer, prompts, eos = load(shape)
 
-    def ours() -> float:
+    def rate(draw: Callable[..., Any]) -> float:
         started, tokens = time.perf_counter(), 0
-        drawn = sampling.sample(
-            model, prompts, n=shape.n, temperature=1.0, seed=0, eos_id=eos, max_new_tokens=shape.response, rows=ROWS
-        )
-        for batch in drawn:
+        stops = [eos] if eos >= 0 else []
+        for batch in draw(prompts, n=shape.n, temperature=1.0, seed=0, eos_id=stops, max_new_tokens=shape.response, rows=ROWS):  # fmt: skip
             tokens += sum(len(c.token_ids) for completions in batch.values() for c in completions)
         return tokens / (time.perf_counter() - started)
 
@@ -166,18 +160,13 @@ def samplers(shape: Shape, stack: ExitStack) -> dict[str, Callable[[], float]]:
         return tokens / (time.perf_counter() - started)
 
     sizes = [s for s in ((8, 16) if eos >= 0 else (1, 2)) if s <= shape.problems]  # the best ones of a longer search
-    found = {"ours": ours, **{f"generate, {s} prompts a batch": lambda s=s: generate(s) for s in sizes}}
+    found = {
+        "ours": lambda: rate(partial(sampling.sample, model)),
+        **{f"generate, {s} prompts a batch": lambda s=s: generate(s) for s in sizes},
+    }
     if vllm_engine.version() and not torch.cuda.is_available():  # on a GPU it wants the memory that this process holds
         engine = stack.enter_context(start_vllm(shape, model, tokenizer, prompts, stack))
-
-        def vllm() -> float:
-            started, tokens = time.perf_counter(), 0
-            stops = [eos] if eos >= 0 else []
-            for batch in engine.sample(prompts, n=shape.n, temperature=1.0, seed=0, eos_id=stops, max_new_tokens=shape.response):  # fmt: skip
-                tokens += sum(len(c.token_ids) for completions in batch.values() for c in completions)
-            return tokens / (time.perf_counter() - started)
-
-        found["vLLM"] = vllm
+        found["vLLM"] = lambda: rate(engine.sample)
     return found
 
 

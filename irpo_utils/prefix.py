@@ -28,6 +28,14 @@ from .scoring import causal_model
 KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 
 
+def numbered(groups: np.ndarray) -> np.ndarray:
+    """The number of each member within its group, from 0 on, for members of `groups` [members]."""
+    order = np.argsort(groups, kind="stable")
+    numbers = np.empty_like(groups)
+    numbers[order] = np.arange(len(groups)) - np.searchsorted(groups[order], groups[order])
+    return numbers
+
+
 class SampleLayer(DynamicLayer):
     """One layer's keys and values, with room for the tokens to come.
 
@@ -87,11 +95,8 @@ class SampleCache(DynamicCache):
     def place(self, owner: np.ndarray) -> None:
         """Say which prompt each row has, `owner` [rows]."""
         self.owner = torch.from_numpy(owner).to(self.mask.device)
-        order = np.argsort(owner, kind="stable")
-        starts = np.r_[0, np.cumsum(np.bincount(owner, minlength=len(self.mask)))]
-        self.width = int(np.diff(starts).max())
-        number = np.empty_like(owner)  # of a row among those of its prompt
-        number[order] = np.arange(len(owner)) - starts[owner[order]]
+        number = numbered(owner)
+        self.width = int(number.max()) + 1
         slots = owner * self.width + number
         dense = len(slots) == len(self.mask) * self.width and bool((np.diff(slots) == 1).all())
         self.slots = None if dense else torch.from_numpy(slots).to(self.mask.device)

@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from .models import memory
-from .prefix import SampleCache, shared_attention, shares_prompts
+from .prefix import SampleCache, numbered, shared_attention, shares_prompts
 from .scoring import causal_model
 
 PREFILL_TOKENS = 1 << 15  # prompt tokens that are run at once
@@ -55,16 +55,12 @@ def pick(logits: Tensor, temperature: float, rows: np.ndarray, uniform: np.ndarr
         the tokens, and their log-probabilities at temperature 1.
     """
     logits = logits.float()
-    # Samples in a grid [rows, samples of one row]
-    order = np.argsort(rows, kind="stable")
-    starts = np.r_[0, np.cumsum(np.bincount(rows, minlength=len(logits)))]
-    number = np.empty_like(rows)
-    number[order] = np.arange(len(rows)) - starts[rows[order]]
+    number = numbered(rows)  # samples are in a grid [rows, samples of one row]
     if temperature == 0:
         tokens = logits.argmax(-1, keepdim=True)
         number[:] = 0
     else:
-        points = np.zeros((len(logits), int(np.diff(starts).max())))
+        points = np.zeros((len(logits), int(number.max()) + 1))
         points[rows, number] = uniform
         likely = (logits if temperature == 1 else logits / temperature).softmax(-1)
         cumulative = likely.double().cumsum_(-1)
@@ -148,9 +144,8 @@ def sample_batch(
             stays = np.r_[True, before[1:] != before[:-1]]
             free = np.setdiff1d(np.arange(len(owner)), before)
             more = int((~stays).sum())
-            if (
-                not COMPACT_AT < len(nexts) / len(owner) < 1 / COMPACT_AT
-            ):  # many rows more or fewer: all anew, by problem
+            # Many rows more or fewer: all are put together anew, by problem.
+            if not COMPACT_AT < len(nexts) / len(owner) < 1 / COMPACT_AT:
                 order = np.argsort(owner[before], kind="stable")
                 owner = owner[before[order]]
                 cache.copy(before[order], slice(0, len(order)), owner)
@@ -185,6 +180,12 @@ def sample_batch(
     return [completions[i : i + n] for i in range(0, len(completions), n)], most
 
 
+def check_greedy(n: int, temperature: float) -> None:
+    """Raises a ValueError for several responses at temperature 0, which would be the same one."""
+    if temperature == 0 and n != 1:
+        raise ValueError(f"greedy decoding gives one response per problem, not n={n}; set n=1 or a temperature above 0")
+
+
 def sample(
     model: PreTrainedModel,
     prompts: dict[str, list[int]],
@@ -211,8 +212,7 @@ def sample(
     Yields:
         problem id -> its n completions, for each batch. Batches go by prompt length, so padding is small.
     """
-    if temperature == 0 and n != 1:
-        raise ValueError(f"greedy decoding gives one response per problem, not n={n}; set n=1 or a temperature above 0")
+    check_greedy(n, temperature)
     model.eval()
     stops = [eos_id] if isinstance(eos_id, int) else list(eos_id)
     order = sorted(prompts, key=lambda name: (len(prompts[name]), name))

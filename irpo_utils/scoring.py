@@ -69,10 +69,8 @@ def response_logps(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
     if model.training and getattr(model, "is_gradient_checkpointing", False):  # no cache outlives a layer then
         rows, width = batch["fed"].shape
         problems, prompt = batch["prompts"].shape
-        most, hidden = (
-            int(torch.bincount(batch["owner"]).max()),
-            causal_model(model).config.get_text_config().hidden_size,
-        )
+        most = int(torch.bincount(batch["owner"]).max())
+        hidden = causal_model(model).config.get_text_config().hidden_size
         # Weights cost 24 h^2 operations per token and layer, attention 4 h for each token that it looks at.
         cost = lambda count, length: count * length * (6 * hidden + length)  # noqa: E731
         if cost(problems, prompt + most * width) < cost(rows, prompt + width) and takes_trees(model):
@@ -123,14 +121,11 @@ def tree_logps(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
 
     config = causal_model(model).config.get_text_config()
     bias = lambda seen: torch.zeros(seen.shape, dtype=model.dtype, device=seen.device).masked_fill_(~seen, torch.finfo(model.dtype).min).unsqueeze(1)  # noqa: E731  # fmt: skip
-    masks = {"full_attention": seen}
-    if window := getattr(config, "sliding_window", None):
-        masks["sliding_attention"] = seen & (place.unsqueeze(-1) - place.unsqueeze(1) < window)
-    kinds = set(getattr(config, "layer_types", None) or list(masks)[-1:])
-    if "sliding_attention" in kinds:
-        attention = {kind: bias(masks[kind]) for kind in masks} if getattr(config, "layer_types", None) else bias(masks["sliding_attention"])  # fmt: skip
-    else:
-        attention = bias(seen)
+    kinds, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
+    attention = bias(seen)
+    if window and (kinds is None or "sliding_attention" in kinds):
+        near = bias(seen & (place.unsqueeze(-1) - place.unsqueeze(1) < window))
+        attention = {"full_attention": attention, "sliding_attention": near} if kinds else near
     hidden = causal_model(model).base_model(input_ids=ids, attention_mask=attention, position_ids=place, use_cache=False).last_hidden_state  # fmt: skip
     return summed_logps(model, hidden[at], batch["responses"], batch["scored"])
 

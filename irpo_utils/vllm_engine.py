@@ -234,12 +234,9 @@ class Engine:
             ValueError: greedy decoding with n > 1, a temperature that vLLM would change, or responses beyond what the engine was started for.
             EngineError: the process ended.
         """
-        from .sampling import Completion
+        from .sampling import Completion, check_greedy
 
-        if temperature == 0 and n != 1:
-            raise ValueError(
-                f"greedy decoding gives one response per problem, not n={n}; set n=1 or a temperature above 0"
-            )
+        check_greedy(n, temperature)
         if 0 < temperature < COLDEST:
             raise ValueError(f"vLLM samples at a temperature of at least {COLDEST}, not {temperature}; 0 is greedy")
         names = sorted(prompts, key=lambda name: (len(prompts[name]), name))
