@@ -84,9 +84,42 @@ class SamplingConfig:
 @dataclass
 class PairsConfig:
     k: int = 8
+    eta: float = 0.2  # least difference of two rewards that makes a pair, where rewards are not just right and wrong
+    at_most: int = 10  # correct samples of a problem that ReST-EM takes
     gold: bool = False  # whether the gold solution joins the winners
     max_tokens: int = 128  # longer prompt + response: dropped and counted, never cut
     max_pairs: int = 0  # random cap on pairs per iteration, 0 for none
+
+
+PATHS = ("mean", "min", "product", "last")
+
+
+@dataclass
+class ProcessConfig:
+    """Process feedback (SIPF): step labels by simulation, and the process reward model that is trained on them."""
+
+    continuations: int = 8  # K: from the end of every step; the paper's code implies 8 for maths, 6 for code
+    delta: int = 0  # a step is right if more than so many of its continuations reach the right answer
+    temperature: float = 1.0
+    simulator: str = ""  # who continues: "" is the policy M_t itself, else a hub name or a folder
+    path: str = "mean"  # a path's reward from its steps' scores: mean (the paper), min, product or last
+    lr: float = 1.0e-3
+    lora_r: int = 16
+    batch: int = 32  # solutions per optimizer step
+    max_steps: int = 150
+    max_epochs: int = 3
+
+
+@dataclass
+class JudgeConfig:
+    """Self-Rewarding: the model as its own judge, on a scale from 0 to 5."""
+
+    samples: int = 3  # judgements that are averaged
+    temperature: float = 0.7
+    # "text": a judgement is written out and its "Score: n" read. "scores": n is drawn from the model's own probabilities
+    # of the six scores behind the prompt, for a model that cannot write a judgement.
+    read: str = "text"
+    max_new_tokens: int = 256
 
 
 @dataclass
@@ -121,6 +154,8 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     pairs: PairsConfig = field(default_factory=PairsConfig)
+    process: ProcessConfig = field(default_factory=ProcessConfig)
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     methods: list[str] = field(default_factory=lambda: ["irpo"])
@@ -269,6 +304,14 @@ def check(config: Config) -> Config:
         (0 <= c.task.guessable_share <= 1, "task.guessable_share: between 0 and 1"),
         (all(t > 0 for t in c.sampling.temperature), "sampling.temperature: above 0"),
         (c.evaluation.temperature > 0, "evaluation.temperature: above 0"),
+        (c.process.path in PATHS, f"process.path: one of {', '.join(PATHS)}"),
+        (
+            0 <= c.process.delta < c.process.continuations,
+            "process.delta: at least 0 and below process.continuations",
+        ),
+        (min(c.process.temperature, c.process.lr) > 0, "process.temperature and process.lr: above 0"),
+        (c.judge.read in ("text", "scores"), "judge.read: one of text, scores"),
+        (c.judge.temperature > 0, "judge.temperature: above 0"),
         (
             c.train.micro_batch < 1 or c.train.batch % c.train.micro_batch == 0,
             "train.batch: a multiple of train.micro_batch",
@@ -295,6 +338,8 @@ def check(config: Config) -> Config:
         "train.max_epochs",
         "train.eval_every",
     ]
+    positive += ["process.continuations", "process.lora_r", "process.batch", "process.max_steps", "process.max_epochs"]
+    positive += ["judge.samples", "judge.max_new_tokens"]
     positive += ["evaluation.samples", "seeds", "iterations", "threads", "model.lora_r"]
     for name in positive:
         value = _get(c, name)
