@@ -1,6 +1,6 @@
 """A run's parameters: typed, from a YAML preset and `key=value` overrides. Anything unknown or mistyped is an error.
 
-A method is a row of `METHODS`: what is selected, which loss, and what training starts from (the reward is the answer's). All methods share one code path; `method_settings` gives each its own hyper-parameters, and
+Methods are in `methods.py`. `method_settings` gives a method its own hyper-parameters, which those that are `like` it take too;
 `irpo.train.lr=1e-3` sets one from the command line.
 """
 
@@ -16,29 +16,12 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 
+from .methods import Round, methods
 from .tasks import TASKS
 
 
 class ConfigError(ValueError):
     """A parameter is unknown, mistyped or out of range; the message names it and the mend."""
-
-
-@dataclass(frozen=True)
-class Method:
-    """One point in the space of self-training methods."""
-
-    selection: str  # "pairs": K cyclic pairs of right with wrong; "gold": the gold solutions
-    loss: str  # one of losses.LOSSES
-    start: str  # "M_t": go on from the sampled model; "M_0": from the base, every round. Also the DPO reference.
-    rounds: int | None = None  # a method that does not sample gains nothing from a second round
-
-
-METHODS = {
-    "irpo": Method("pairs", "dpo+nll", "M_t"),
-    "dpo": Method("pairs", "dpo", "M_t"),
-    "sft_chosen": Method("pairs", "nll", "M_0"),
-    "sft_gold": Method("gold", "nll", "M_0", rounds=1),
-}
 
 
 @dataclass
@@ -66,6 +49,7 @@ class ModelConfig:
     lora_alpha: int = 64
 
 
+OWN = ("pairs", "process", "judge", "train")  # sections that may differ between methods
 ENGINES = ("transformers", "vllm")
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM has room for
 
@@ -127,11 +111,13 @@ class TrainConfig:
     lr: float = 1.0e-3
     beta: float = 0.1
     alpha: float = 1.0
-    batch: int = 16  # pairs per optimizer step
-    micro_batch: int = 16  # pairs per forward pass
+    # Pairs per optimizer step; where nothing is rejected, twice as many responses: as many tokens for every method.
+    batch: int = 16
+    micro_batch: int = 16  # pairs per forward pass (or twice as many responses)
     pairs_together: int = 1  # pairs of one problem that come together: they share its prompt, for a noisier gradient
     max_steps: int = 250
     max_epochs: int = 4
+    extrapolation: float = 0.3  # a of ExPO; the paper: 0.3 to 0.5
     warmup: float = 0.1  # share of the steps
     max_grad_norm: float = 1.0
     eval_every: int = 50  # steps between dev scores; the best step becomes M_{t+1}
@@ -158,7 +144,7 @@ class Config:
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    methods: list[str] = field(default_factory=lambda: ["irpo"])
+    methods: list[str] = field(default_factory=lambda: ["irpo"])  # or all: every one in presets/methods.yaml
     seeds: int = 1
     iterations: int = 3
     threads: int = 2  # CPU threads of a stage; part of what makes a rerun bit-identical
@@ -168,12 +154,22 @@ class Config:
         """The sampling temperature of iteration 1, 2, ...; the last one of the list goes on."""
         return self.sampling.temperature[min(iteration, len(self.sampling.temperature)) - 1]
 
-    def for_method(self, name: str) -> Config:
-        """This configuration with the method's own settings put in."""
-        return apply(self, self.method_settings.get(name, {}).items())
+    def for_round(self, method: str, t: int) -> Config:
+        """This configuration with the settings put in that a method has of its own, or by likeness, in round t."""
+        recipe = methods()[method]
+        like = recipe.round(t).like if t else ""
+        own = self.method_settings.get(like, {}) | self.method_settings.get(method, {})
+        config, share = apply(self, own.items()), recipe.share(self.iterations)
+        config.train.max_steps, config.train.max_epochs = share * config.train.max_steps, share * config.train.max_epochs
+        return config
 
     def rounds(self, method: str) -> int:
-        return min(self.iterations, METHODS[method].rounds or self.iterations)
+        return methods()[method].rounds(self.iterations)
+
+    def kinds(self) -> list[Round]:
+        """The rounds that this run's methods make, each kind once."""
+        found = [methods()[m].round(t) for m in self.methods for t in range(1, self.rounds(m) + 1)]
+        return list(dict.fromkeys(found))
 
 
 def _typed(name: str, value: Any, kind: Any, from_text: bool) -> Any:
@@ -234,27 +230,30 @@ def apply(config: Config, settings: Iterable[tuple[str, Any]], from_text: bool =
     names = parameter_names(config)
     for name, value in settings:
         head, _, rest = name.partition(".")
-        if head in METHODS:
+        if head in methods():
             if rest not in names:
                 raise _unknown(name, [f"{head}.{n}" for n in names])
             owner, leaf = rest.split(".") if "." in rest else (None, rest)
-            if owner != "train":
-                raise ConfigError(f"{name}: only train.* can differ between methods, so that they share their samples")
+            if owner not in OWN:
+                raise ConfigError(
+                    f"{name}: only {', '.join(f'{part}.*' for part in OWN)} can differ between methods, so that they share their samples"
+                )
             if leaf == "retrain_with_dev":
                 raise ConfigError(
                     f"{name}: train.retrain_with_dev is for all methods, since it decides what is sampled"
                 )
-            kind = get_type_hints(TrainConfig)[leaf]
+            kind = get_type_hints(type(getattr(config, owner)))[leaf]
             config.method_settings.setdefault(head, {})[rest] = _typed(name, value, kind, from_text)
             continue
         if name not in names:
             raise _unknown(name, names)
-        if from_text and head == "train":  # asked for on the command line: for every method
+        if from_text and head in OWN:  # asked for on the command line: for every method
             for own in config.method_settings.values():
                 own.pop(name, None)
         target = getattr(config, head) if rest else config
         leaf = rest or head
-        setattr(target, leaf, _typed(name, value, get_type_hints(type(target))[leaf], from_text))
+        value = _typed(name, value, get_type_hints(type(target))[leaf], from_text)
+        setattr(target, leaf, list(methods()) if name == "methods" and value == ["all"] else value)
     return config
 
 
@@ -349,10 +348,10 @@ def check(config: Config) -> Config:
             raise ConfigError(message)
     for method, own in c.method_settings.items():
         if own:
-            check(dataclasses.replace(c.for_method(method), method_settings={}))
+            check(dataclasses.replace(apply(c, own.items()), method_settings={}))
     for method in c.methods:
-        if method not in METHODS:
-            raise ConfigError(f"methods: no method is called {method!r}; there is: {', '.join(METHODS)}")
+        if method not in methods():
+            raise ConfigError(f"methods: no method is called {method!r}; there is: all, {', '.join(methods())}")
     return config
 
 

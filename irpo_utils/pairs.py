@@ -1,16 +1,22 @@
-"""Build preference pairs as the paper does: walk winners and losers together, each starting over when it runs out.
+"""What a method trains on: which of a problem's samples, alone or in pairs.
 
-arXiv 2404.19733 v3, section 2: K pairs per problem; a problem without a winner or without a loser gives none.
+Each selection takes one problem's samples and gives (chosen, rejected) pairs, or (chosen, None) for a loss that imitates.
+IRPO's walks winners and losers together, each starting over when it runs out (arXiv 2404.19733 v3, section 2).
 """
 
 from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Callable
+from itertools import product
 from statistics import mean
 from typing import Any
 
 Sample = dict[str, Any]  # a record of samples.jsonl
+Chosen = list[tuple[Sample, Sample | None]]
+# (samples that may be used, the gold solution or None, the `pairs` section, a generator of the problem's own) -> pairs
+Selection = Callable[[list[Sample], Sample | None, Any, random.Random], Chosen]
 
 
 def cyclic_pairs(winners: list[Any], losers: list[Any], k: int) -> list[tuple[Any, Any]]:
@@ -37,73 +43,159 @@ def distinct(samples: list[Sample]) -> list[Sample]:
     return list(first.values())
 
 
-def build_pairs(
+def right(samples: list[Sample]) -> list[Sample]:
+    return [s for s in samples if s["reward"] == 1]
+
+
+def pairs_of(samples: list[Sample], gold: Sample | None, config: Any, rng: random.Random) -> Chosen:
+    """K cyclic pairs of right with wrong; gold may join the winners (IRPO)."""
+    unique = distinct(samples)
+    winners = right(unique)
+    if gold is not None and config.gold:
+        winners = distinct([gold, *winners])
+    return cyclic_pairs(winners, [s for s in unique if s["reward"] != 1], config.k)
+
+
+def chosen_of(samples: list[Sample], gold: Sample | None, config: Any, rng: random.Random) -> Chosen:
+    """The winners of IRPO's pairs, as often as they are in them (the paper's SFT on chosen)."""
+    return [(winner, None) for winner, _ in pairs_of(samples, gold, config, rng)]
+
+
+def gold_of(samples: list[Sample], gold: Sample | None, config: Any, rng: random.Random) -> Chosen:
+    """The gold solution."""
+    return [] if gold is None else [(gold, None)]
+
+
+def correct_of(samples: list[Sample], gold: Sample | None, config: Any, rng: random.Random) -> Chosen:
+    """Every right sample, as often as it was drawn (STaR, arXiv 2203.14465, which draws one)."""
+    return [(s, None) for s in right(samples)]
+
+
+def distinct_of(samples: list[Sample], gold: Sample | None, config: Any, rng: random.Random) -> Chosen:
+    """Every distinct right sample (RFT, arXiv 2308.01825, which tells solutions apart by their equations)."""
+    return [(s, None) for s in distinct(right(samples))]
+
+
+def capped_of(samples: list[Sample], gold: Sample | None, config: Any, rng: random.Random) -> Chosen:
+    """The first `at_most` right samples, so that easy problems do not take over (ReST-EM, arXiv 2312.06585, section 5: 10)."""
+    return [(s, None) for s in right(samples)[: config.at_most]]
+
+
+def pseudo_of(samples: list[Sample], gold: Sample | None, config: Any, rng: random.Random) -> Chosen:
+    """The gold solution, and up to K right samples that are not too much alike (DPO-ST, arXiv 2407.18248)."""
+    labels = dissimilar(distinct(right(samples)))[: config.k]
+    return gold_of(samples, gold, config, rng) + [(s, None) for s in labels]
+
+
+def gold_against_own_of(samples: list[Sample], gold: Sample | None, config: Any, rng: random.Random) -> Chosen:
+    """Gold against up to K distinct samples of the model, right or wrong (SPIN, arXiv 2401.01335, which draws one)."""
+    own = [s for s in distinct(samples) if gold is not None and s["token_ids"] != gold["token_ids"]]
+    return [(gold, s) for s in own[: config.k]]
+
+
+def best_against_worst_of(samples: list[Sample], gold: Sample | None, config: Any, rng: random.Random) -> Chosen:
+    """The sample with the highest reward against the one with the lowest; none for a tie (Self-Rewarding, arXiv 2401.10020)."""
+    scored = [s for s in distinct(samples) if s["reward"] is not None]
+    best, worst = (pick(scored, key=lambda s: s["reward"], default=None) for pick in (max, min))
+    return [(best, worst)] if scored and best["reward"] > worst["reward"] else []
+
+
+def margin_of(samples: list[Sample], gold: Sample | None, config: Any, rng: random.Random) -> Chosen:
+    """K random ones of the pairs whose rewards differ by at least eta (SIPF, arXiv 2412.08393); unparsed counts as 0."""
+    worth = [(s["reward"] or 0.0, s) for s in distinct(samples)]
+    apart = [(w, loser) for (a, w), (b, loser) in product(worth, worth) if a - b >= config.eta]
+    return rng.sample(apart, min(config.k, len(apart)))
+
+
+SELECTIONS: dict[str, Selection] = {
+    "pairs": pairs_of,
+    "chosen": chosen_of,
+    "gold": gold_of,
+    "correct": correct_of,
+    "distinct": distinct_of,
+    "capped": capped_of,
+    "pseudo": pseudo_of,
+    "gold_against_own": gold_against_own_of,
+    "best_against_worst": best_against_worst_of,
+    "margin": margin_of,
+}
+
+
+def select(
+    selection: str,
     samples: dict[str, list[Sample]],
     prompts: dict[str, tuple[str, list[int]]],
-    gold: dict[str, Sample] | None,
-    k: int,
-    max_tokens: int,
-    max_pairs: int = 0,
+    gold: dict[str, Sample],
+    config: Any,
     seed: int = 0,
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Pairs of an iteration and the audit of how they came about.
+    """What an iteration trains on, and the audit of how it came about.
 
     Args:
-        samples: problem id -> its graded samples (`response`, `token_ids`, `logp`, `finished`, `reward`).
+        selection: one of `SELECTIONS`.
+        samples: problem id -> its samples (`response`, `token_ids`, `logp`, `finished`, `reward`, and `answer_reward` where
+            the reward is not the answer's); empty for a method that needs none.
         prompts: problem id -> (prompt text, prompt token ids).
-        gold: problem id -> gold solution as a sample, to join the winners, or None.
-        k: pairs per problem. max_tokens: prompt + response; longer responses are dropped and counted.
-        max_pairs: random cap on all pairs, 0 for none, drawn with `seed`.
+        gold: problem id -> gold solution as a sample, for problems that have one.
+        config: the `pairs` section. `max_tokens` bounds prompt + response, longer ones are dropped and counted;
+            `max_pairs` is a random cap on all pairs, 0 for none.
+        seed: of the cap, and of selections that draw.
 
     Returns:
-        pairs with `prompt`, `chosen`, `rejected` and the sampled token ids, and the audit as a flat dict.
+        records with `prompt`, `chosen`, `rejected` ("" where there is none) and the sampled token ids, and the audit as
+        a flat dict.
 
     Raises:
-        ValueError: not one pair can be made.
+        ValueError: not one record can be made.
     """
     audit: Counter[str] = Counter()
-    pairs: list[dict[str, Any]] = []
-    for name, drawn in samples.items():
+    rows: list[dict[str, Any]] = []
+    for name in samples or gold:
         text, prompt_ids = prompts[name]
-        right = sum(s["reward"] == 1 for s in drawn)
+        drawn = samples.get(name, [])
+        answers = [s.get("answer_reward", s["reward"]) for s in drawn]
+        count = answers.count(1)
         audit["problems"] += 1
         audit["samples"] += len(drawn)
-        audit["right"] += right
-        audit["unparsed"] += sum(s["reward"] is None for s in drawn)
-        audit["none_right" if right == 0 else "all_right" if right == len(drawn) else "some_right"] += 1
+        audit["right"] += count
+        audit["unparsed"] += answers.count(None)
+        audit["none_right" if count == 0 else "all_right" if count == len(drawn) else "some_right"] += 1
         audit["unfinished"] += sum(not s["finished"] for s in drawn)
-        unique = distinct(drawn)
-        audit["duplicates"] += len(drawn) - len(unique)
+        audit["duplicates"] += len(drawn) - len(distinct(drawn))
+        fits = lambda s: len(prompt_ids) + len(s["token_ids"]) <= config.max_tokens  # noqa: B023, E731 - used here only
         # An unfinished response never ended in EOS: as a winner it would teach the model not to stop.
-        usable = [s for s in unique if s["finished"]]
-        fitting = [s for s in usable if len(prompt_ids) + len(s["token_ids"]) <= max_tokens]
-        audit["over_long"] += len(usable) - len(fitting)
-        winners = [s for s in fitting if s["reward"] == 1]
-        if gold is not None and name in gold:
-            short = len(prompt_ids) + len(gold[name]["token_ids"]) <= max_tokens
-            audit["over_long"] += not short
-            winners = distinct([gold[name], *winners]) if short else winners
-        losers = [s for s in fitting if s["reward"] != 1]
-        made = cyclic_pairs(winners, losers, k)
+        ended = [s for s in drawn if s["finished"]]
+        usable = [s for s in ended if fits(s)]
+        audit["over_long"] += len(distinct(ended)) - len(distinct(usable))
+        best = gold.get(name)
+        if best is not None and not fits(best):
+            audit["gold_over_long"] += 1
+            best = None
+        made = SELECTIONS[selection](usable, best, config, random.Random(f"{seed}/{name}"))
         audit["problems_with_pairs"] += bool(made)
-        pairs += [_pair(name, text, prompt_ids, w, loser) for w, loser in made]
-    if not pairs:
-        raise ValueError(
-            f"no pair can be made of {audit['samples']} samples: {audit['none_right']} problems have no right answer, "
-            f"{audit['all_right']} no wrong one; {audit['unfinished']} samples are unfinished (sampling.max_new_tokens), "
-            f"{audit['over_long']} too long (pairs.max_tokens); raise sampling.n or sampling.temperature, or take other problems"
-        )
-    audit["capped"] = max(0, len(pairs) - max_pairs) if max_pairs else 0
+        rows += [record(name, text, prompt_ids, w, loser) for w, loser in made]
+    if not rows:
+        raise ValueError(_nothing(selection, audit, len(gold)))
+    audit["capped"] = max(0, len(rows) - config.max_pairs) if config.max_pairs else 0
     if audit["capped"]:
-        pairs = random.Random(seed).sample(pairs, max_pairs)
-    audit["pairs"] = len(pairs)
-    lengths = {side: mean(len(p[f"{side}_ids"]) for p in pairs) for side in ("chosen", "rejected")}
-    return pairs, {
-        **{key: audit[key] for key in AUDIT_KEYS},
-        "chosen_tokens": lengths["chosen"],
-        "rejected_tokens": lengths["rejected"],
-        "length_gap": lengths["chosen"] - lengths["rejected"],
-    }
+        rows = random.Random(seed).sample(rows, config.max_pairs)
+    audit["pairs"] = len(rows)
+    lengths = {side: mean(len(r[f"{side}_ids"]) for r in rows) for side in ("chosen", "rejected")}
+    facts: dict[str, Any] = {key: audit[key] for key in AUDIT_KEYS if samples or key in GOLD_KEYS}
+    facts["chosen_tokens"] = lengths["chosen"]
+    if lengths["rejected"]:
+        facts |= {"rejected_tokens": lengths["rejected"], "length_gap": lengths["chosen"] - lengths["rejected"]}
+    return rows, facts
+
+
+def _nothing(selection: str, audit: Counter[str], golds: int) -> str:
+    if not audit["samples"]:
+        return f"no gold solution to train on: the task has {golds}, and {audit['gold_over_long']} exceed pairs.max_tokens"
+    return (
+        f"no pair can be made of {audit['samples']} samples (selection {selection!r}): {audit['none_right']} problems have no right answer, "
+        f"{audit['all_right']} no wrong one; {audit['unfinished']} samples are unfinished (sampling.max_new_tokens), "
+        f"{audit['over_long']} and {audit['gold_over_long']} gold solutions are too long (pairs.max_tokens); raise sampling.n or sampling.temperature, or take other problems"
+    )
 
 
 AUDIT_KEYS = [
@@ -117,13 +209,17 @@ AUDIT_KEYS = [
     "unfinished",
     "duplicates",
     "over_long",
+    "gold_over_long",
     "problems_with_pairs",
     "capped",
     "pairs",
 ]
+GOLD_KEYS = ("problems", "gold_over_long", "problems_with_pairs", "capped", "pairs")  # what there is to say without samples
 
 
-def _pair(name: str, prompt: str, prompt_ids: list[int], chosen: Sample, rejected: Sample) -> dict[str, Any]:
+def record(name: str, prompt: str, prompt_ids: list[int], chosen: Sample, rejected: Sample | None) -> dict[str, Any]:
+    """A line of pairs.jsonl. Without a rejected response its text and ids are empty."""
+    rejected = rejected or {"response": "", "token_ids": [], "logp": None}
     return {
         "problem": name,
         "prompt": prompt,
@@ -134,34 +230,4 @@ def _pair(name: str, prompt: str, prompt_ids: list[int], chosen: Sample, rejecte
         "rejected_ids": rejected["token_ids"],
         "chosen_logp": chosen["logp"],
         "rejected_logp": rejected["logp"],
-    }
-
-
-def gold_only(
-    gold: dict[str, Sample], prompts: dict[str, tuple[str, list[int]]], max_tokens: int
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """One record per problem with the gold solution as chosen and nothing rejected, for SFT on gold."""
-    rows = [
-        {
-            "problem": name,
-            "prompt": prompts[name][0],
-            "chosen": s["response"],
-            "rejected": "",
-            "prompt_ids": prompts[name][1],
-            "chosen_ids": s["token_ids"],
-            "rejected_ids": [],
-            "chosen_logp": None,
-            "rejected_logp": None,
-        }
-        for name, s in gold.items()
-        if len(prompts[name][1]) + len(s["token_ids"]) <= max_tokens
-    ]
-    if not rows:
-        raise ValueError("no gold solution to train on: the task has none, or all exceed pairs.max_tokens")
-    lengths = mean(len(r["chosen_ids"]) for r in rows)
-    return rows, {
-        "problems": len(gold),
-        "over_long": len(gold) - len(rows),
-        "pairs": len(rows),
-        "chosen_tokens": lengths,
     }

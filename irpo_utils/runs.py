@@ -27,7 +27,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from .config import METHODS, Config, ConfigError, dump, read_config
+from .config import Config, ConfigError, dump, read_config
+from .methods import methods
 from .presets import load_preset
 from .tasks import TASKS, local_path
 from .tasks.records import is_file
@@ -217,10 +218,14 @@ class Spec:
     writes: tuple[str, ...]
 
 
+# What a stage writes besides, for a kind of reward.
+REWARD_WRITES = {"process": ("labels.jsonl", "reward_model")}
 STAGES = {
     "01_sample": Spec(("task", "model", "sampling"), ("samples.jsonl",)),
+    "01b_reward": Spec(("task", "model", "sampling"), ("rewarded.jsonl", "reward.json")),
     "02_pairs": Spec(("task", "pairs"), ("pairs.jsonl", "audit.json")),
     "03_train": Spec(("task", "model", "train"), ("adapter", "steps.jsonl", "training.json")),
+    "03b_extrapolate": Spec(("model",), ("adapter", "training.json")),
     "04_evaluate": Spec(("task", "model", "evaluation"), ("evaluation.json", "judged.jsonl")),
 }
 
@@ -228,8 +233,10 @@ STAGES = {
 # Split sizes that a stage does not look at.
 UNUSED_SIZES = {
     "01_sample": ("dev_size", "test_size"),
+    "01b_reward": ("dev_size", "test_size"),
     "02_pairs": ("dev_size", "test_size"),
     "03_train": ("train_size", "test_size"),
+    "03b_extrapolate": (),
     "04_evaluate": ("train_size",),
 }
 _held: dict[Path, Any] = {}  # locks of this process, so that "Run All" twice in one kernel does not wait for itself
@@ -239,19 +246,24 @@ class Stage:
     """One stage of one arm (method, seed, iteration) of a run; `iteration` 0 is M_0 itself.
 
     Args:
-        name: one of `STAGES`. run: the run's folder. method: one of `config.METHODS`.
+        name: one of `STAGES`. run: the run's folder. method: one of `methods.methods()`.
     """
 
     def __init__(self, name: str, run: str | Path, method: str = "irpo", seed: int = 0, iteration: int = 1):
-        if method not in METHODS:
-            raise ConfigError(f"method: no method is called {method!r}; there is: {', '.join(METHODS)}")
+        if method not in methods():
+            raise ConfigError(f"method: no method is called {method!r}; there is: {', '.join(methods())}")
         self.name, self.spec, self.run = name, STAGES[name], resolve(run)
         for key, value in (("seed", seed), ("iteration", iteration)):
             if not isinstance(value, int) or value < 0:
                 raise ConfigError(f"{key}: expected a whole number from 0 on, got {value!r}")
         self.method, self.seed, self.iteration = method, seed, iteration
-        self.config = open_run(self.run).for_method(method)
-        self.choices = METHODS[method]
+        self.config = open_run(self.run).for_round(method, iteration)
+        self.recipe = methods()[method]
+        self.choices = self.recipe.round(max(1, iteration))
+        if name == "01b_reward":
+            writes = (*self.spec.writes, *REWARD_WRITES.get(self.choices.reward, ()))
+            sections = (*self.spec.sections, *({self.choices.reward} & {"process", "judge"}))
+            self.spec = Spec(sections, writes)
         shared = iteration == 0 or (iteration == 1 and name == "01_sample")
         self.folder = self.m0_folder() if shared else self.folder_of(iteration)
 
@@ -268,18 +280,28 @@ class Stage:
     def inputs(self) -> dict[str, tuple[Path, str]]:
         """Input name -> (path, the notebook that makes it)."""
         t, found = self.iteration, {}
-        if self.name == "01_sample" and t > 1:
-            found["policy"] = (self.policy(t - 1), f"03_train.ipynb with iteration = {t - 1}")
-        if self.name == "02_pairs" and self.choices.selection == "pairs":
-            folder = self.m0_folder() if t == 1 else self.folder_of(t)
-            found["samples"] = (folder / "samples.jsonl", "01_sample.ipynb")
+        drawn = (self.m0_folder() if t == 1 else self.folder_of(t)) / "samples.jsonl"
+        if self.name == "01b_reward" or (self.name == "02_pairs" and self.choices.samples):
+            found["samples"] = (drawn, "01_sample.ipynb")
+        if self.name == "02_pairs" and self.choices.scored:
+            found["samples"] = (self.folder / "rewarded.jsonl", "01b_reward.ipynb")
+        if self.name == "02_pairs" and self.choices.accumulate and t > 1 and self.recipe.round(t - 1).accumulate:
+            found["earlier"] = (self.folder_of(t - 1) / "pairs.jsonl", f"02_pairs.ipynb with iteration = {t - 1}")
         if self.name == "03_train":
             found["pairs"] = (self.folder / "pairs.jsonl", "02_pairs.ipynb")
-            if t > 1 and self.choices.start == "M_t":
-                found["policy"] = (self.policy(t - 1), f"03_train.ipynb with iteration = {t - 1}")
+        if t > 1 and (
+            self.name in ("01_sample", "01b_reward", "03b_extrapolate")
+            or (self.name == "03_train" and self.choices.start == "M_t")
+        ):
+            found["policy"] = (self.policy(t - 1), f"{self._trained_by(t - 1)} with iteration = {t - 1}")
+        if self.name == "03b_extrapolate" and t > 2:
+            found["before"] = (self.policy(t - 2), f"{self._trained_by(t - 2)} with iteration = {t - 2}")
         if self.name == "04_evaluate" and t > 0:
-            found["policy"] = (self.policy(t), "03_train.ipynb")
+            found["policy"] = (self.policy(t), self._trained_by(t))
         return found
+
+    def _trained_by(self, t: int) -> str:
+        return "03b_extrapolate.ipynb" if self.recipe.round(t).loss == "extrapolate" else "03_train.ipynb"
 
     def input(self, name: str) -> Path | None:
         """The path of an input; None for the policy M_0. Raises MissingArtefact."""
@@ -293,17 +315,18 @@ class Stage:
         chosen = {section: asdict(getattr(self.config, section)) for section in self.spec.sections}
         chosen["threads"] = self.config.threads
         chosen["seed"], chosen["iteration"] = self.seed, self.iteration
-        if self.name == "01_sample":
+        if self.name in ("01_sample", "01b_reward"):
             chosen["sampling"]["temperature"] = self.config.temperature(self.iteration)
         if self.name == "02_pairs":
             chosen["selection"] = self.choices.selection
+            chosen["accumulate"] = self.choices.accumulate
             chosen["model"] = {"path": self.config.model.path}  # whose tokenizer writes the ids
         if self.name in ("03_train", "04_evaluate"):
             chosen["decoding"] = {k: getattr(self.config.sampling, k) for k in ("max_new_tokens", "rows")}
         if self.name == "04_evaluate":
             chosen["decoding"]["engine"] = self.config.sampling.engine
         retrain = self.config.train.retrain_with_dev
-        if self.name in ("01_sample", "02_pairs") and retrain:
+        if self.name in ("01_sample", "01b_reward", "02_pairs") and retrain:
             chosen["retrain_with_dev"] = True
         for name in UNUSED_SIZES[self.name]:
             # Where dev is held out of training, its size decides which problems are trained on.
@@ -312,8 +335,12 @@ class Stage:
         if self.name in ("01_sample", "04_evaluate") and "policy" not in self.inputs():  # M_0 has no adapter
             for name in ("tuning", "lora_r", "lora_alpha"):
                 del chosen["model"][name]
+        if self.name == "01b_reward":
+            chosen["reward"] = self.choices.reward
         if self.name == "03_train":
             chosen["loss"], chosen["start"] = self.choices.loss, self.choices.start
+        if self.name == "03b_extrapolate":
+            chosen["extrapolation"] = self.config.train.extrapolation
         return chosen
 
     def key(self) -> dict[str, Any]:
@@ -329,7 +356,7 @@ class Stage:
         if ".py:" in self.config.task.name:
             inputs["task"] = file_hash(local_path(self.config.task.name.rpartition(":")[0]))
         versions = {name: version(name) for name in VERSIONS + MATH_VERSIONS * (self.config.task.name == "math")}
-        if self.config.sampling.engine == "vllm" and self.name in ("01_sample", "04_evaluate"):
+        if self.config.sampling.engine == "vllm" and self.name in ("01_sample", "01b_reward", "04_evaluate"):
             from . import vllm_engine  # which may look into another environment
 
             # Without it at hand, a stage is judged by the one it was made with; to sample, it must be there.
@@ -425,9 +452,12 @@ def plan(config: Config, run: Path, method: str, seed: int) -> list[Stage]:
     """The stages of one arm, in order."""
     stages = [Stage("04_evaluate", run, method, seed, 0)]
     for t in range(1, config.rounds(method) + 1):
+        choices = methods()[method].round(t)
         names = ["02_pairs", "03_train", "04_evaluate"]
-        if METHODS[method].selection == "pairs":
-            names = ["01_sample", *names]
+        if choices.loss == "extrapolate":
+            names = ["03b_extrapolate", "04_evaluate"]
+        elif choices.samples:
+            names = ["01_sample", *(["01b_reward"] if choices.scored else []), *names]
         stages += [Stage(name, run, method, seed, t) for name in names]
     return stages
 

@@ -213,30 +213,59 @@ def gold_samples(tokenizer, problems: list[Problem], end: int) -> dict[str, Reco
     }
 
 
+def read_samples(stage: Stage) -> dict[str, list[Record]]:
+    """Problem id -> its samples, with the rewards that the method gives them."""
+    samples: dict[str, list[Record]] = {}
+    for record in read_jsonl(stage.input("samples"), "01_sample.ipynb", SAMPLE_FIELDS):
+        samples.setdefault(record["problem"], []).append(record)
+    return samples
+
+
+def reward_stage(stage: Stage) -> tuple[list[Record], Record]:
+    """01b: the samples with rewards beyond their answers', and the facts in reward.json; see rewards.py."""
+    from .rewards import REWARDS
+
+    task = get_task(stage.config.task)
+    tokenizer = tokens.load_tokenizer(stage.config.model)
+    problems = training_problems(task, stage.config)
+    records, facts = REWARDS[stage.choices.reward](stage, task, tokenizer, problems, read_samples(stage))
+    write_jsonl(stage.path("rewarded.jsonl"), records)
+    write_json(stage.path("reward.json"), facts)
+    return records, facts
+
+
+def extrapolate_stage(stage: Stage) -> Record:
+    """03b: theta = M_{t-1} + a (M_{t-1} - M_{t-2}), no training; returns the facts in training.json."""
+    from .extrapolate import extrapolate
+    from .models import load_line
+
+    config, a = stage.config, stage.config.train.extrapolation
+    before = stage.input("before") if "before" in stage.inputs() else None
+    extrapolate(config.model, stage.input("policy"), before, a, stage.partial / "adapter")
+    facts = {"a": a, "trained_tokens": 0, "best_step": 0, "load": load_line(config.model, Path(shown(stage.path("adapter"))))}
+    write_json(stage.path("training.json"), facts)
+    (stage.partial / "adapter").rename(stage.path("adapter"))
+    return facts
+
+
 def pairs_stage(stage: Stage) -> tuple[list[Record], Record]:
-    """02: pairs of the iteration, or the gold solutions for a method that trains on those; returns (pairs, audit)."""
+    """02: what the iteration trains on, pairs or single responses; returns (pairs, audit)."""
     config, task = stage.config, get_task(stage.config.task)
     tokenizer = tokens.load_tokenizer(config.model)
     problems = training_problems(task, config)
     end = stop_ids(config.model, tokenizer)[0]
     ids = encode_prompts(task, tokenizer, problems)
     prompts = {p.id: (task.prompt(p), ids[p.id]) for p in problems}
-    if stage.choices.selection == "gold":
-        rows, audit = pairs.gold_only(gold_samples(tokenizer, problems, end), prompts, config.pairs.max_tokens)
-    else:
-        samples: dict[str, list[Record]] = {}
-        for record in read_jsonl(stage.input("samples"), "01_sample.ipynb", SAMPLE_FIELDS):
-            samples.setdefault(record["problem"], []).append(record)
-        gold = gold_samples(tokenizer, problems, end) if config.pairs.gold else None
-        rows, audit = pairs.build_pairs(
-            samples,
-            prompts,
-            gold,
-            config.pairs.k,
-            config.pairs.max_tokens,
-            config.pairs.max_pairs,
-            stage_seed(stage, 1),
-        )
+    gold = gold_samples(tokenizer, problems, end)
+    samples = read_samples(stage) if stage.choices.samples else {}
+    rows, audit = pairs.select(stage.choices.selection, samples, prompts, gold, config.pairs, stage_seed(stage, 1))
+    if samples:
+        audit["drawn_tokens"] = sum(len(s["token_ids"]) for drawn in samples.values() for s in drawn if not s.get("extra"))
+    if "earlier" in stage.inputs():
+        # Whoever drew them, it was not the model that is trained now: their log-probabilities are not to be compared.
+        earlier = read_jsonl(stage.input("earlier"), "02_pairs.ipynb")
+        rows = [row | {"chosen_logp": None, "rejected_logp": None} for row in earlier] + rows
+        audit["accumulated"] = len(rows)
     write_jsonl(stage.path("pairs.jsonl"), rows)
     write_json(stage.path("audit.json"), audit)
     return rows, audit

@@ -9,7 +9,8 @@ import difflib
 from collections.abc import Iterable
 from pathlib import Path
 
-from ..config import METHODS, Config, ConfigError, apply, check, flatten, read_config, read_yaml, settle
+from ..config import Config, ConfigError, apply, check, flatten, read_config, read_yaml, settle
+from ..methods import methods
 
 FOLDER = Path(__file__).parent
 REAL_TASKS = ("gsm8k", "math", "arc_challenge")
@@ -83,5 +84,5 @@ def load_preset(name: str, overrides: Iterable[str] = ()) -> Config:
         if key in dict(pairs):
             raise ConfigError(f"{key} is given twice; keep one")
         pairs.append((key, value))
-    pairs.sort(key=lambda pair: pair[0].partition(".")[0] in METHODS)  # irpo.train.lr wins over train.lr, in any order
+    pairs.sort(key=lambda pair: pair[0].partition(".")[0] in methods())  # irpo.train.lr wins over train.lr, in any order
     return check(settle(apply(read_preset(name), pairs, from_text=True)))

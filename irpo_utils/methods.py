@@ -1,0 +1,126 @@
+"""The recipes: a method as four choices (reward, selection, loss, start), read from `presets/methods.yaml`.
+
+All methods share one code path. A new one is an entry of that file, or an entry and one part.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+class RecipeError(ValueError):
+    """An entry of the methods' file is not well-formed; the message names it and the mend."""
+
+
+FILE = Path(__file__).parent / "presets" / "methods.yaml"
+# What the entries may name. Here, and not where the parts are, because a configuration is checked without loading them.
+PARTS = {
+    "reward": ("none", "answer", "rationalized", "process", "judge"),
+    "selection": ("none", "pairs", "chosen", "gold", "correct", "distinct", "capped", "pseudo", "gold_against_own", "best_against_worst", "margin"),
+    "loss": ("dpo+nll", "dpo", "nll", "orpo", "extrapolate"),
+    "start": ("M_t", "M_0"),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Round:
+    """The four choices of one round, M_{t-1} to M_t."""
+
+    reward: str
+    selection: str
+    loss: str
+    start: str  # also what a loss with a reference is held against
+    accumulate: bool = False  # train on the pairs of earlier rounds as well
+    like: str = ""  # the method whose hyper-parameters it takes
+
+    @property
+    def samples(self) -> bool:
+        """Whether the model is sampled: gold solutions alone need no samples, extrapolation nothing at all."""
+        return self.selection not in ("none", "gold")
+
+    @property
+    def scored(self) -> bool:
+        """Whether samples get a reward beyond their answer's, in a stage of its own."""
+        return self.reward not in ("none", "answer")
+
+
+@dataclass(frozen=True)
+class Method:
+    """One point in the space of self-training methods."""
+
+    label: str
+    source: str
+    kinds: tuple[Round, ...]
+    repeat: int = 1  # how many of the last rounds go on; 0: none does
+
+    def round(self, t: int) -> Round:
+        """The choices of round t = 1, 2, ..."""
+        last = len(self.kinds)
+        return self.kinds[t - 1 if t <= last else last - self.repeat + (t - last - 1) % self.repeat]
+
+    def rounds(self, iterations: int) -> int:
+        """How many rounds it makes of so many iterations."""
+        return iterations if self.repeat else min(iterations, len(self.kinds))
+
+    def share(self, iterations: int) -> int:
+        """Rounds whose budget of steps one round has: all of them where there is only one."""
+        return iterations if not self.repeat and len(self.kinds) == 1 else 1
+
+
+def read(path: Path = FILE) -> dict[str, Method]:
+    """The methods of a file, by name. Raises RecipeError."""
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path}: not YAML: {error}") from None
+    if not isinstance(raw, dict):
+        raise RecipeError(f"{path}: expected methods by name")
+    methods = {str(name): _method(f"{path}, {name}", entry) for name, entry in raw.items()}
+    for name, method in methods.items():
+        if not name.isidentifier():
+            raise RecipeError(f"{path}: {name!r} is no name for a method; letters, digits and _ only")
+        for choices in method.kinds:
+            if choices.like and choices.like not in methods:
+                raise RecipeError(f"{path}, {name}: like: no method is called {choices.like!r}")
+    return methods
+
+
+def _method(where: str, entry: Any) -> Method:
+    if not isinstance(entry, dict) or not {"label", "rounds"} <= set(entry) <= {"label", "source", "rounds", "repeat"}:
+        raise RecipeError(f"{where}: expected label, source, rounds and repeat")
+    rounds, repeat = entry["rounds"], entry.get("repeat", 1)
+    if not isinstance(rounds, list) or not rounds:
+        raise RecipeError(f"{where}: rounds: expected a list with at least one round")
+    if not isinstance(repeat, int) or not 0 <= repeat <= len(rounds):
+        raise RecipeError(f"{where}: repeat: 0 to {len(rounds)}, the number of its last rounds that go on")
+    kinds = tuple(_round(where, kind) for kind in rounds)
+    if kinds[0].loss == "extrapolate":
+        raise RecipeError(f"{where}: the first round cannot extrapolate: there is no model before M_0")
+    return Method(str(entry["label"]), str(entry.get("source", "")), kinds, repeat)
+
+
+def _round(where: str, entry: Any) -> Round:
+    names = [f.name for f in fields(Round)]
+    if not isinstance(entry, dict) or not set(PARTS) <= set(entry) <= set(names):
+        raise RecipeError(f"{where}: a round has {', '.join(PARTS)}, and may have accumulate and like")
+    for part, known in PARTS.items():
+        if entry[part] not in known:
+            raise RecipeError(f"{where}: no {part} is called {entry[part]!r}; there is: {', '.join(known)}")
+    made = Round(**entry)
+    if not isinstance(made.accumulate, bool):
+        raise RecipeError(f"{where}: accumulate: true or false, got {made.accumulate!r}")
+    if (made.loss == "extrapolate") != (made.selection == "none"):
+        raise RecipeError(f"{where}: extrapolation, and nothing else, has no selection (selection: none)")
+    if made.scored and not made.samples:
+        raise RecipeError(f"{where}: the reward {made.reward!r} needs samples, which the selection {made.selection!r} does not take")
+    return made
+
+
+@cache
+def methods() -> dict[str, Method]:
+    """The methods there are, by name."""
+    return read()
