@@ -15,6 +15,7 @@ from pathlib import Path
 from . import config as configs
 from . import presets
 from .handout import export, publish
+from .methods import RecipeError, methods
 from .runs import NOTEBOOKS, Busy, MissingArtefact, Stage, arms, locked, plan, run_folder, shown, write_text
 
 HELP = """usage: ./run_all.sh [preset] [key=value ...]     run the loop, skip what is done, write outputs/<run>/report.html
@@ -142,8 +143,9 @@ def check_inputs(config: configs.Config, jobs: int = 1) -> list[str]:
         lines = [f"{len(p)} {split} problems" for split, p in problems.items()]
         lines = [f"{config.task.name}: {', '.join(lines)}", *getattr(task, "notes", [])]
         solved = any(p.solution for p in problems["train"])
-        if not solved and any(configs.METHODS[method].selection == "gold" for method in config.methods):
-            raise ValueError(f"methods: {config.task.name} has no gold solutions to train on")
+        needy = [m for m in config.methods if any(k.selection.startswith("gold") for k in methods()[m].kinds)]
+        if not solved and needy:
+            raise ValueError(f"methods: {config.task.name} has no gold solutions, which {', '.join(needy)} train on")
         if not solved and config.pairs.gold:
             lines.append(f"pairs.gold: {config.task.name} has no gold solutions, so none joins the winners")
         if config.model.path == "seed":
@@ -250,7 +252,11 @@ def main(arguments: list[str]) -> int:
         print("presets:")
         for name, text in presets.presets().items():
             print(f"  {name:36} {text}")
-        print("\nmethods: " + ", ".join(configs.METHODS) + "\n\nparameters and their defaults (before the preset's):")
+        print("\nmethods (irpo_utils/presets/methods.yaml), each round as reward, selection, loss, start; methods=all takes every one:")
+        for name, recipe in methods().items():
+            rounds = [f"{k.reward}, {k.selection}, {k.loss}, {k.start}" for k in recipe.kinds]
+            print(f"  {name:16} {' | '.join(rounds)}")
+        print("\nparameters and their defaults (before the preset's):")
         print(configs.dump(configs.Config()))
         return 0
     elif arguments[:1] == ["grade"]:
@@ -277,7 +283,7 @@ def main(arguments: list[str]) -> int:
         work = lambda: start(arguments)  # noqa: E731
     try:
         return work() or 0
-    except (configs.ConfigError, MissingArtefact, Busy) as error:
+    except (configs.ConfigError, RecipeError, MissingArtefact, Busy) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # standard output was closed, as by `| head`

@@ -111,6 +111,7 @@ class TrainConfig:
     lr: float = 1.0e-3
     beta: float = 0.1
     alpha: float = 1.0
+    odds_weight: float = 0.1  # lambda of ORPO's odds ratio term; the other losses have none
     # Pairs per optimizer step; where nothing is rejected, twice as many responses: as many tokens for every method.
     batch: int = 16
     micro_batch: int = 16  # pairs per forward pass (or twice as many responses)
@@ -316,8 +317,8 @@ def check(config: Config) -> Config:
             "train.batch: a multiple of train.micro_batch",
         ),
         (
-            c.train.lr > 0 and c.train.beta > 0 and c.train.alpha >= 0,
-            "train: lr and beta above 0, alpha not below",
+            c.train.lr > 0 and c.train.beta > 0 and min(c.train.alpha, c.train.odds_weight) >= 0,
+            "train: lr and beta above 0, alpha and odds_weight not below",
         ),
     ]
     if c.task.name == "word_problems":

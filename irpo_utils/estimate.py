@@ -19,7 +19,8 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from . import models
-from .config import METHODS, Config
+from .config import Config
+from .methods import methods
 from .sampling import PREFILL_TOKENS, most_prompts
 from .scoring import CHUNK
 from .tasks import ROOT
@@ -200,13 +201,19 @@ def seconds(
         held_out * config.evaluation.samples, rows, config.evaluation.samples
     )
     total = {"sample": 0.0, "train": 0.0, "evaluate": evaluated}
-    if any(METHODS[method].selection == "pairs" for method in config.methods):
+    if any(methods()[method].round(1).samples for method in config.methods):
         total["sample"] += sampled(asked * n, rows, n)  # from M_0, for all methods
     for method in config.methods:
         for t in range(1, config.rounds(method) + 1):
-            own = config.for_method(method)
-            if METHODS[method].selection == "pairs" and t > 1:
+            own, choices = config.for_round(method, t), methods()[method].round(t)
+            if choices.loss == "extrapolate":
+                total["evaluate"] += evaluated
+                continue
+            if choices.samples and t > 1:
                 total["sample"] += sampled(asked * n, rows, n)
+            # Continuations are half a response long; five steps a response, and no two responses alike, is a guess.
+            extra = {"process": 5 * n * own.process.continuations / 2, "judge": n * own.judge.samples, "rationalized": n}
+            total["sample"] += sampled(int(asked * extra.get(choices.reward, 0)), rows, n)
             steps = own.train.max_steps
             pairs = asked * own.pairs.k * own.train.max_epochs  # at most
             steps = min(steps, max(1, pairs // own.train.batch))

@@ -42,12 +42,17 @@ def loss_curves(steps: Steps, best_step: int) -> Figure:
     """Loss terms, margin and dev accuracy against steps; the kept step is marked."""
     fig, axes = plt.subplots(1, 3, figsize=(11, 3), layout="constrained")
     x = [s["step"] for s in steps]
-    for name, color in (("loss", "black"), ("dpo", "#1b6ca8"), ("nll", "#55a868")):
-        axes[0].plot(x, [s[name] for s in steps], label=name, color=color)
+    for name, color in (("loss", "black"), ("dpo", "#1b6ca8"), ("odds", "#8172b3"), ("nll", "#55a868")):
+        if name in steps[0]:  # a loss has not every term
+            axes[0].plot(x, [s[name] for s in steps], label=name, color=color)
     axes[0].set(xlabel="step", ylabel="nats", title="loss and its terms")
     axes[0].legend(frameon=False)
-    axes[1].plot(x, [s["margin"] for s in steps], color="#1b6ca8")
-    axes[1].set(xlabel="step", title="margin (chosen minus rejected reward)")
+    if "margin" in steps[0]:
+        axes[1].plot(x, [s["margin"] for s in steps], color="#1b6ca8")
+        axes[1].set(xlabel="step", title="margin (chosen minus rejected reward)")
+    else:  # the NLL compares nothing
+        axes[1].plot(x, [s["chosen_logp"] for s in steps], color="#1b6ca8")
+        axes[1].set(xlabel="step", title="log-probability of the chosen (nats)")
     scored = [s for s in steps if "dev_greedy" in s]
     axes[2].plot([s["step"] for s in scored], [s["dev_greedy"] * 100 for s in scored], "o-", color="#55a868")
     axes[2].axvline(best_step, color="grey", linestyle=":")

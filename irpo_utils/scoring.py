@@ -250,7 +250,8 @@ def pair_batch(pairs: list[Pair]) -> dict[str, Tensor]:
     """A batch of pairs: the distinct responses of `collate`, and where each pair finds its two.
 
     `chosen` and `rejected` [pairs] are row numbers (`rejected` is -1 where there is none), `reference` [pairs, 2] the
-    reference log-probabilities, `lengths` [pairs] the number of tokens of the chosen responses.
+    reference log-probabilities where the pairs have them, `lengths` and `rejected_lengths` [pairs] the numbers of tokens of
+    the chosen and the rejected responses.
     """
     rows: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
 
@@ -259,10 +260,13 @@ def pair_batch(pairs: list[Pair]) -> dict[str, Tensor]:
 
     chosen = [row(p, "chosen") for p in pairs]
     rejected = [row(p, "rejected") if p["rejected_ids"] else -1 for p in pairs]
-    return {
+    batch = {
         **collate([(list(prompt), list(response)) for prompt, response in rows]),
         "chosen": torch.tensor(chosen),
         "rejected": torch.tensor(rejected),
-        "reference": torch.tensor([[p["reference_chosen"], p["reference_rejected"]] for p in pairs]),
         "lengths": torch.tensor([len(p["chosen_ids"]) for p in pairs]),
+        "rejected_lengths": torch.tensor([len(p["rejected_ids"]) for p in pairs]),
     }
+    if "reference_chosen" in pairs[0]:  # a loss without a reference has none scored
+        batch["reference"] = torch.tensor([[p["reference_chosen"], p["reference_rejected"]] for p in pairs])
+    return batch

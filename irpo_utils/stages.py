@@ -298,7 +298,7 @@ def train_stage(stage: Stage, show: Callable[[str], None] = print) -> Record:
         "loss": stage.choices.loss,
         "config": config.train,
         "seed": stage_seed(stage, 2),
-        "sampled_by_start": stage.choices.start == "M_t" or stage.iteration == 1,
+        "sampled_by_start": stage.choices.samples and (stage.choices.start == "M_t" or stage.iteration == 1),
         "show": show,
     }
     # Who gives the reference log-probabilities; the rate and the like have no part in it.
@@ -321,7 +321,8 @@ def train_stage(stage: Stage, show: Callable[[str], None] = print) -> Record:
         torch.cuda.empty_cache()
         model = models.load_policy(config.model, stage.input("policy"), trainable=True, seed=stage.seed)
         kept = stage.partial / "retrained"
-        training.train(model, rows, kept, stop_after=facts["best_step"], **settings)
+        again = training.train(model, rows, kept, stop_after=facts["best_step"], **settings)
+        facts["trained_tokens"] += again["trained_tokens"]
     facts["retrained_with_dev"] = config.train.retrain_with_dev
     facts["load"] = models.load_line(config.model, Path(shown(stage.path("adapter"))))
     facts["trainable_parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from .losses import pair_losses
+from .losses import REFERENCE_FREE, pair_losses
 from .runs import write_json, write_jsonl
 from .scoring import Pair, check_head, pair_batch, reference_logps, response_logps, to_device
 
@@ -59,40 +59,51 @@ def training_order(
     return order[: steps * batch]
 
 
-def batch_losses(model: PreTrainedModel, batch: dict[str, Tensor], loss: str, beta: float, alpha: float):
+def pair_tokens(pair: Pair) -> int:
+    """Tokens of prompt and response, on both sides: what a step costs that shares nothing."""
+    return sum(len(pair["prompt_ids"]) + len(ids) for ids in (pair["chosen_ids"], pair["rejected_ids"]) if ids)
+
+
+def batch_losses(
+    model: PreTrainedModel, batch: dict[str, Tensor], loss: str, beta: float, alpha: float, odds_weight: float = 0.1
+):
     """The `PairLosses` of a batch made by `pair_batch`, and the policy's (chosen, rejected) log-probabilities [pairs]."""
     logps = response_logps(model, batch)
     chosen = logps[batch["chosen"]]
     rejected = torch.where(batch["rejected"] < 0, torch.zeros_like(chosen), logps[batch["rejected"]])
-    reference = batch["reference"].to(logps.dtype)
-    terms = pair_losses(loss, chosen, rejected, reference[:, 0], reference[:, 1], batch["lengths"], beta, alpha)
+    reference = (None, None) if loss in REFERENCE_FREE else batch["reference"].to(logps.dtype).unbind(-1)
+    terms = pair_losses(
+        loss, chosen, rejected, *reference, batch["lengths"], beta, alpha,
+        rejected_lengths=batch["rejected_lengths"], odds_weight=odds_weight,
+    )  # fmt: skip
     return terms, chosen, rejected
 
 
 class PreferenceTrainer(Trainer):
     """The transformers Trainer with the loss of a method; `terms` holds the last step's means for the log."""
 
-    def __init__(self, *args: Any, loss: str, beta: float, alpha: float, **kwargs: Any):
+    def __init__(self, *args: Any, loss: str, beta: float, alpha: float, odds_weight: float = 0.1, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.remove_callback(PrinterCallback)  # prints a line of the Trainer's own bookkeeping
         # Our loss is a mean over pairs, so the Trainer must divide by the accumulation steps itself.
         self.model_accepts_loss_kwargs = False
-        self.loss, self.beta, self.alpha = loss, beta, alpha
+        self.loss, self.weights = loss, (beta, alpha, odds_weight)
         self.terms: list[dict[str, float]] = []
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        terms, chosen, rejected = batch_losses(model, inputs, self.loss, self.beta, self.alpha)
+        terms, chosen, rejected = batch_losses(model, inputs, self.loss, *self.weights)
         loss = terms.total.mean()
         if not torch.isfinite(loss):
             raise FloatingPointError(
                 f"the loss is {loss.item()} at step {self.state.global_step + 1}; lower train.lr (it is {self.args.learning_rate:g})"
             )
-        margin = terms.chosen_reward - terms.rejected_reward
         values = {
-            "loss": loss, "dpo": terms.dpo, "nll": terms.nll, "chosen_logp": chosen, "rejected_logp": rejected,
-            "margin": margin, "accuracy": (margin > 0).float(),
+            "loss": loss, "dpo": terms.dpo, "nll": terms.nll, "odds": terms.odds, "chosen_logp": chosen, "rejected_logp": rejected,
         }  # fmt: skip
-        self.terms.append({name: value.detach().double().mean().item() for name, value in values.items()})
+        if terms.chosen_reward is not None:
+            margin = terms.chosen_reward - terms.rejected_reward
+            values |= {"margin": margin, "accuracy": (margin > 0).float()}
+        self.terms.append({k: v.detach().double().mean().item() for k, v in values.items() if v is not None})
         return loss
 
 
@@ -187,15 +198,15 @@ def last_checkpoint(folder: Path) -> str | None:
     return str(max(found, key=lambda p: int(p.name.split("-")[1]))) if found else None
 
 
-def check_start(terms: Tensor, loss: str, tolerance: float) -> float:
-    """The mean of the DPO terms [pairs] before the first step.
+def check_start(terms: Tensor, tolerance: float) -> float:
+    """The mean of the DPO terms [pairs] before the first step, for a loss that has a reference.
 
     Raises:
         RuntimeError: it is not ln 2, so that policy and reference are not the same model (a wrong reference, dropout
             left on, or another adapter loaded).
     """
     dpo = terms.mean().item()
-    if loss != "nll" and not abs(dpo - LN2) < tolerance:
+    if not abs(dpo - LN2) < tolerance:
         raise RuntimeError(
             f"the DPO term before the first step is {dpo:.6f}, not ln 2 = {LN2:.6f}: the policy is not its reference; "
             "check that both are M_t and that dropout is off"
@@ -264,7 +275,8 @@ def train(
     """Train `model` on `pairs` in place and leave the best policy in `folder`/best; a killed run goes on where it was.
 
     Args:
-        model: M_t (or M_0), trainable. It is the reference too, so its log-probabilities are taken before step 1.
+        model: M_t (or M_0), trainable. It is the reference too, so its log-probabilities are taken before step 1 (not for a
+            loss without a reference, unless they verify who sampled the pairs).
         folder: gets `steps.jsonl` (a line per step), `best/` and, while it runs, checkpoints.
         loss: one of `losses.LOSSES`. config: a `TrainConfig`.
         sampled_by_start: the pairs' responses were sampled from `model` as it is now, which is then verified.
@@ -273,44 +285,50 @@ def train(
         keep_reference: a file for the reference log-probabilities, and what (as JSON) names the model that gives them.
 
     Returns:
-        step and score of the best policy, the DPO term at the start, and the number of steps.
+        step and score of the best policy, the DPO term at the start (None without a reference), the gap of `check_sampled`
+        (None unless `sampled_by_start`), the number of steps, and the tokens of prompts and responses trained on.
     """
     folder.mkdir(parents=True, exist_ok=True)
     exact = next(model.parameters()).dtype == torch.float32
     tolerance = 1e-3 if exact else 5e-2
     pairs = [dict(p) for p in pairs]
+    alone = not any(p["rejected_ids"] for p in pairs)  # a response without a rejected one is half a pair
+    batch, micro_batch = (size * (1 + alone) for size in (config.batch, config.micro_batch))
     check_head(model.eval())
-    reference = kept_reference_logps(model, pairs, 2 * config.micro_batch, keep_reference)
-    for pair, (chosen, rejected) in zip(pairs, reference, strict=True):
-        pair["reference_chosen"], pair["reference_rejected"] = chosen, rejected
+    sampled = any(p[f"{side}_logp"] is not None for p in pairs for side in ("chosen", "rejected"))
+    if loss not in REFERENCE_FREE or (sampled_by_start and sampled):
+        reference = kept_reference_logps(model, pairs, 2 * micro_batch, keep_reference)
+        for pair, (chosen, rejected) in zip(pairs, reference, strict=True):
+            pair["reference_chosen"], pair["reference_rejected"] = chosen, rejected
     model.train()
-    with torch.no_grad():  # over 16 pairs or more, since in 16 bits a single pair may be off by more than the tolerance
-        parts = [pairs[i : i + config.micro_batch] for i in range(0, min(16, len(pairs)), config.micro_batch)]
-        first = [
-            batch_losses(model, to_device(pair_batch(part), model), loss, config.beta, config.alpha)[0]
-            for part in parts
-        ]
-        start = check_start(torch.cat([terms.dpo for terms in first]), loss, tolerance)
+    start = None
+    if loss not in REFERENCE_FREE:
+        with torch.no_grad():  # over 16 pairs or more, since in 16 bits one pair may be off by more than the tolerance
+            parts = [pairs[i : i + micro_batch] for i in range(0, min(16, len(pairs)), micro_batch)]
+            first = [
+                batch_losses(model, to_device(pair_batch(part), model), loss, config.beta, config.alpha)[0].dpo
+                for part in parts
+            ]
+            start = check_start(torch.cat(first), tolerance)
     gap = check_sampled(pairs, tolerance, exact) if sampled_by_start else None
 
     problems = [p["problem"] for p in pairs]
     order = training_order(
-        len(pairs), config.batch, config.max_steps, config.max_epochs, seed, problems, config.pairs_together
+        len(pairs), batch, config.max_steps, config.max_epochs, seed, problems, config.pairs_together
     )
-    steps = len(order) // config.batch
-    if (
-        config.micro_batch < config.batch
-    ):  # micro-batches of a step by length and by problem: less padding, more sharing
+    steps = len(order) // batch
+    trained = sum(pair_tokens(pairs[i]) for i in order[: batch * (stop_after or steps)])
+    if micro_batch < batch:  # micro-batches of a step by length and by problem: less padding, more sharing
         size = lambda i: (len(pairs[i]["prompt_ids"]), problems[i], len(pairs[i]["chosen_ids"]))  # noqa: E731
         order = [
-            i for at in range(0, len(order), config.batch) for i in sorted(order[at : at + config.batch], key=size)
+            i for at in range(0, len(order), batch) for i in sorted(order[at : at + batch], key=size)
         ]
     recorder = Recorder(folder, config.eval_every, score, show, stop_after)
     arguments = TrainingArguments(
         output_dir=str(folder / "checkpoints"),
         max_steps=steps,
-        per_device_train_batch_size=config.micro_batch,
-        gradient_accumulation_steps=config.batch // config.micro_batch,
+        per_device_train_batch_size=micro_batch,
+        gradient_accumulation_steps=batch // micro_batch,
         learning_rate=config.lr,
         lr_scheduler_type="linear",
         warmup_steps=math.ceil(config.warmup * steps),
@@ -339,6 +357,7 @@ def train(
         loss=loss,
         beta=config.beta,
         alpha=config.alpha,
+        odds_weight=config.odds_weight,
     )
     recorder.trainer = trainer
     checkpoint = last_checkpoint(folder / "checkpoints")
@@ -352,6 +371,7 @@ def train(
         "steps": steps,
         "dpo_at_start": start,
         "sampler_gap": gap,
+        "trained_tokens": trained,
     }
 
 

@@ -5,10 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
-from irpo_utils.losses import pair_losses, token_logps
+from irpo_utils.losses import orpo_term, pair_losses, token_logps
 from irpo_utils.scoring import collate, pair_batch, response_logps
 from irpo_utils.training import PreferenceTrainer, batch_losses
 
@@ -50,6 +50,47 @@ def test_at_the_reference_the_dpo_term_is_ln2_and_rewards_are_zero():
 def test_unknown_loss_is_named():
     with pytest.raises(ValueError, match="'rpo'.*dpo\\+nll"):
         pair_losses("rpo", *[torch.zeros(1)] * 4, torch.ones(1))
+
+
+@example([(-1e-11, -1e-9, 1, 3)], 1.0)  # where 1 - P cancels
+@given(
+    st.lists(st.tuples(logp, logp, st.integers(1, 300), st.integers(1, 300)), min_size=1, max_size=8), st.floats(0, 2)
+)
+def test_orpo_is_equations_6_and_7_of_its_paper(rows, weight):
+    """arXiv 2403.07691, written out with probabilities in 50 digits, where nothing cancels."""
+    from decimal import Decimal, localcontext
+
+    pc, pr, lc, lr = (torch.tensor(c, dtype=torch.float64) for c in zip(*rows, strict=True))
+    total = pair_losses("orpo", pc, pr, None, None, lc, rejected_lengths=lr, odds_weight=weight).total
+    for value, row in zip(total.tolist(), rows, strict=True):
+        with localcontext(prec=50):
+            pc, pr, lc, lr = map(Decimal, row)
+            p, q = (pc / lc).exp(), (pr / lr).exp()
+            ratio = (p / (1 - p)) / (q / (1 - q))
+            wanted = -pc / lc - Decimal(weight) * (ratio / (1 + ratio)).ln()
+        assert value == pytest.approx(float(wanted), rel=1e-10, abs=1e-10)
+
+
+@given(st.sampled_from([torch.float32, torch.float64]), *[st.floats(0, 1e4)] * 2, *[st.integers(-18, 0)] * 2)
+def test_orpo_s_gradient_is_finite_for_probabilities_near_0_and_near_1(dtype, chosen, rejected, small, tiny):
+    """Mean log-probabilities from 0 (probability 1) over -1e-18 to -10,000."""
+    logps = torch.tensor([[-chosen * 10.0**small], [-rejected * 10.0**tiny]], dtype=dtype, requires_grad=True)
+    terms = pair_losses("orpo", *logps, None, None, torch.ones(1), rejected_lengths=torch.ones(1))
+    terms.total.sum().backward()
+    assert torch.isfinite(terms.total).all() and torch.isfinite(logps.grad).all()
+    # A likelier chosen response is never worse, a likelier rejected one never better.
+    assert logps.grad[0] <= 0 <= logps.grad[1]
+
+
+def test_equal_odds_cost_ln2_and_orpo_has_no_reference():
+    logps, lengths = torch.tensor([-3.0, -40.0]), torch.tensor([3, 40])
+    assert torch.allclose(orpo_term(logps, 2 * logps, lengths, 2 * lengths)[0], torch.full((2,), math.log(2)))
+    terms = pair_losses("orpo", logps, logps, None, None, lengths, rejected_lengths=lengths)
+    assert terms.dpo is None and torch.allclose(terms.total, 1 + 0.1 * terms.odds)
+    with pytest.raises(ValueError, match="needs a rejected response"):
+        pair_losses("orpo", logps, logps, None, None, lengths, rejected_lengths=torch.tensor([3, 0]))
+    with pytest.raises(ValueError, match="'dpo' needs the reference"):
+        pair_losses("dpo", logps, logps, None, None, lengths)
 
 
 PAIRS = [("half", [5, 6, 7, 2], [5, 9, 2]), ("long", [8, 9, 10, 11, 12, 13, 2], [5, 2])]
@@ -128,9 +169,53 @@ def test_agrees_with_trl_for_a_batch_of_one_and_differs_for_unequal_lengths(seed
     assert trl_loss(texts)[0] - ours.total.mean().item() == pytest.approx(difference.item(), abs=1e-4)
 
 
+def test_orpo_differs_from_trl_s_by_where_the_nll_is_averaged_and_by_nothing_else(seed_model, tokenizer, tmp_path):
+    """TRL takes the NLL over all tokens of prompts and chosen responses of a batch; the paper's is of the responses."""
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM
+    from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+    from irpo_utils.models import SEED_MODEL
+
+    texts = [
+        ("Question: Ann has 12 pens. Ann sells half of them. How many pens does Ann have?\nAnswer:\n", "Half: 12 / 2 = 6\nFinal answer: 6", "Half: 12 - 2 = 10\nFinal answer: 10"),
+        ("Question: Ben has 3 eggs. Ben finds 4 more. How many eggs does Ben have?\nAnswer:\n", "Find: 3 + 4 = 7\nLose: 7 - 2 = 5\nFinal answer: 5", "Final answer: 9"),
+    ]  # fmt: skip
+    args = ORPOConfig(
+        output_dir=str(tmp_path), beta=0.3, report_to=[], per_device_train_batch_size=2, use_cpu=True, bf16=False,
+        gradient_checkpointing=False, disable_tqdm=True,
+    )  # fmt: skip
+    data = Dataset.from_list([dict(zip(("prompt", "chosen", "rejected"), t, strict=True)) for t in texts])
+    policy = AutoModelForCausalLM.from_pretrained(SEED_MODEL)
+    trainer = ORPOTrainer(policy, args, train_dataset=data, processing_class=tokenizer)
+    pairs = [
+        {
+            "prompt_ids": row["prompt_input_ids"],
+            **{f"{side}_ids": row[f"{side}_input_ids"][len(row["prompt_input_ids"]) :] for side in ("chosen", "rejected")},
+        }
+        for row in trainer.train_dataset
+    ]  # fmt: skip
+    end = tokenizer.eos_token_id
+    for pair, (prompt, *answers) in zip(pairs, texts, strict=True):  # the same tokens as ours
+        assert pair["prompt_ids"] == tokenizer(prompt).input_ids
+        for side, answer in zip(("chosen", "rejected"), answers, strict=True):
+            assert pair[f"{side}_ids"] == [*tokenizer(answer, add_special_tokens=False).input_ids, end]
+    policy.eval()
+    with torch.no_grad():
+        theirs, metrics = trainer.get_batch_loss_metrics(policy, trainer.data_collator(list(trainer.train_dataset)))
+        ours = batch_losses(seed_model, pair_batch(pairs), "orpo", 0.1, 1.0, 0.3)[0]
+        whole = [p["prompt_ids"] + p["chosen_ids"] for p in pairs]
+        logps = [token_logps(seed_model(torch.tensor([r])).logits[0, :-1], torch.tensor(r[1:])) for r in whole]
+    assert metrics["log_odds_ratio"] == pytest.approx(-ours.odds.mean().item(), abs=1e-5)
+    assert metrics["logps/chosen"] == pytest.approx(-ours.nll.mean().item(), abs=1e-5)
+    difference = -torch.cat(logps).mean() - ours.nll.mean()
+    assert difference > 0.5  # the prompts are not what the policy was trained to say
+    assert theirs.item() - ours.total.mean().item() == pytest.approx(difference.item(), abs=1e-5)
+
+
 def test_a_nan_loss_stops_training_with_the_step_and_the_mend(seed_model, tokenizer):
     broken = SimpleNamespace(
-        loss="dpo+nll", beta=float("nan"), alpha=1.0, terms=[], state=SimpleNamespace(global_step=6), args=SimpleNamespace(learning_rate=0.5)
+        loss="dpo+nll", weights=(float("nan"), 1.0, 0.1), terms=[], state=SimpleNamespace(global_step=6), args=SimpleNamespace(learning_rate=0.5)
     )  # fmt: skip
     with pytest.raises(FloatingPointError, match=r"nan at step 7; lower train.lr \(it is 0.5\)"):
         PreferenceTrainer.compute_loss(broken, seed_model, pair_batch(make_pairs(tokenizer)))

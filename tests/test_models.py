@@ -108,7 +108,25 @@ def test_wrong_reference_is_refused():
     zero = torch.zeros(2)
     terms = pair_losses("dpo+nll", zero, zero - 1, zero, zero - 3, torch.ones(2))
     with pytest.raises(RuntimeError, match="not ln 2.*check that both are M_t"):
-        training.check_start(terms.dpo, "dpo+nll", 1e-3)
+        training.check_start(terms.dpo, 1e-3)
+
+
+def test_a_loss_without_a_reference_scores_none_unless_it_verifies_who_sampled(config, pairs, tmp_path, monkeypatch):
+    scored: list[int] = []
+    whole = training.reference_logps
+    monkeypatch.setattr(training, "reference_logps", lambda *a: scored.append(1) or whole(*a))
+    config = replace(config, train=replace(config.train, max_steps=8))
+    model = lambda: models.load_policy(config.model, trainable=True, seed=0, threads=1)  # noqa: E731
+    facts = run(model(), pairs, tmp_path / "orpo", config, loss="orpo", sampled_by_start=False)
+    assert not scored and facts["dpo_at_start"] is None and facts["sampler_gap"] is None
+    steps = list(training.read_steps(tmp_path / "orpo" / "steps.jsonl"))
+    assert "dpo" not in steps[0] and steps[-1]["odds"] < steps[0]["odds"] and steps[-1]["margin"] > steps[0]["margin"]
+    assert steps[0]["loss"] == pytest.approx(steps[0]["nll"] + 0.1 * steps[0]["odds"], abs=1e-6)
+    facts = run(model(), pairs, tmp_path / "checked", config, loss="orpo")
+    assert scored and facts["sampler_gap"] < 1e-3
+    gold = [{**p, "chosen_logp": None, "rejected_ids": [], "rejected_logp": None} for p in pairs]
+    scored.clear()
+    assert run(model(), gold, tmp_path / "nll", config, loss="nll")["best_step"] and not scored
 
 
 def test_pairs_of_another_model_are_refused(config, pairs, tmp_path):
