@@ -121,6 +121,11 @@ def report(run: Path, threads: int) -> None:
     write_text(run / "report.html", page)
 
 
+def compare(run: Path, threads: int) -> None:
+    """Run 06_methods on a run of several methods."""
+    run_notebook(NOTEBOOKS / "06_methods.ipynb", run / "06_methods.ipynb", {"run": shown(run)}, threads)
+
+
 def check_inputs(config: configs.Config, jobs: int = 1) -> list[str]:
     """Find bad problems, a model that is not there and a run that cannot fit, before anything is written.
 
@@ -209,6 +214,8 @@ def start(arguments: list[str], only_estimate: bool = False) -> int:
             run_side_by_side(run, work, jobs, lock.fileno())
         print("report ...", flush=True)
         report(run, config.threads)
+        if len(config.methods) > 1:
+            compare(run, config.threads)
         print((run / "table.txt").read_text())
         method, seed = work[-1]
         last = Stage("03_train", run, method, seed, config.rounds(method))
@@ -252,7 +259,9 @@ def main(arguments: list[str]) -> int:
         print("presets:")
         for name, text in presets.presets().items():
             print(f"  {name:36} {text}")
-        print("\nmethods (irpo_utils/presets/methods.yaml), each round as reward, selection, loss, start; methods=all takes every one:")
+        print(
+            "\nmethods (irpo_utils/presets/methods.yaml), each round as reward, selection, loss, start; methods=all takes every one:"
+        )
         for name, recipe in methods().items():
             rounds = [f"{k.reward}, {k.selection}, {k.loss}, {k.start}" for k in recipe.kinds]
             print(f"  {name:16} {' | '.join(rounds)}")

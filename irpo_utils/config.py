@@ -156,12 +156,19 @@ class Config:
         return self.sampling.temperature[min(iteration, len(self.sampling.temperature)) - 1]
 
     def for_round(self, method: str, t: int) -> Config:
-        """This configuration with the settings put in that a method has of its own, or by likeness, in round t."""
+        """This configuration with the hyper-parameters of a method's round t: those of the method that it is `like`, then its own.
+
+        Its own do not count in the rounds that come once before those that repeat (a warm start).
+        """
         recipe = methods()[method]
         like = recipe.round(t).like if t else ""
-        own = self.method_settings.get(like, {}) | self.method_settings.get(method, {})
+        warm = like and recipe.repeat and t <= len(recipe.kinds) - recipe.repeat
+        own = self.method_settings.get(like, {}) | ({} if warm else self.method_settings.get(method, {}))
         config, share = apply(self, own.items()), recipe.share(self.iterations)
-        config.train.max_steps, config.train.max_epochs = share * config.train.max_steps, share * config.train.max_epochs
+        config.train.max_steps, config.train.max_epochs = (
+            share * config.train.max_steps,
+            share * config.train.max_epochs,
+        )
         return config
 
     def rounds(self, method: str) -> int:
@@ -347,7 +354,7 @@ def check(config: Config) -> Config:
     for fits, message in rules:
         if not fits:
             raise ConfigError(message)
-    for method, own in c.method_settings.items():
+    for own in c.method_settings.values():
         if own:
             check(dataclasses.replace(apply(c, own.items()), method_settings={}))
     for method in c.methods:

@@ -212,7 +212,11 @@ def seconds(
             if choices.samples and t > 1:
                 total["sample"] += sampled(asked * n, rows, n)
             # Continuations are half a response long; five steps a response, and no two responses alike, is a guess.
-            extra = {"process": 5 * n * own.process.continuations / 2, "judge": n * own.judge.samples, "rationalized": n}
+            extra = {
+                "process": 5 * n * own.process.continuations / 2,
+                "judge": n * own.judge.samples,
+                "rationalized": n,
+            }
             total["sample"] += sampled(int(asked * extra.get(choices.reward, 0)), rows, n)
             steps = own.train.max_steps
             pairs = asked * own.pairs.k * own.train.max_epochs  # at most

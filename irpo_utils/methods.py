@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+
 class RecipeError(ValueError):
     """An entry of the methods' file is not well-formed; the message names it and the mend."""
 
@@ -116,7 +117,9 @@ def _round(where: str, entry: Any) -> Round:
     if (made.loss == "extrapolate") != (made.selection == "none"):
         raise RecipeError(f"{where}: extrapolation, and nothing else, has no selection (selection: none)")
     if made.scored and not made.samples:
-        raise RecipeError(f"{where}: the reward {made.reward!r} needs samples, which the selection {made.selection!r} does not take")
+        raise RecipeError(
+            f"{where}: the reward {made.reward!r} needs samples, which the selection {made.selection!r} does not take"
+        )
     return made
 
 

@@ -153,15 +153,16 @@ def select(
     for name in samples or gold:
         text, prompt_ids = prompts[name]
         drawn = samples.get(name, [])
-        answers = [s.get("answer_reward", s["reward"]) for s in drawn]
+        own = [s for s in drawn if not s.get("extra")]
+        answers = [s.get("answer_reward", s["reward"]) for s in own]
         count = answers.count(1)
         audit["problems"] += 1
-        audit["samples"] += len(drawn)
+        audit["samples"] += len(own)
         audit["right"] += count
         audit["unparsed"] += answers.count(None)
-        audit["none_right" if count == 0 else "all_right" if count == len(drawn) else "some_right"] += 1
+        audit["none_right" if count == 0 else "all_right" if count == len(own) else "some_right"] += 1
         audit["unfinished"] += sum(not s["finished"] for s in drawn)
-        audit["duplicates"] += len(drawn) - len(distinct(drawn))
+        audit["duplicates"] += len(own) - len(distinct(own))
         fits = lambda s: len(prompt_ids) + len(s["token_ids"]) <= config.max_tokens  # noqa: B023, E731 - used here only
         # An unfinished response never ended in EOS: as a winner it would teach the model not to stop.
         ended = [s for s in drawn if s["finished"]]
@@ -190,7 +191,9 @@ def select(
 
 def _nothing(selection: str, audit: Counter[str], golds: int) -> str:
     if not audit["samples"]:
-        return f"no gold solution to train on: the task has {golds}, and {audit['gold_over_long']} exceed pairs.max_tokens"
+        return (
+            f"no gold solution to train on: the task has {golds}, and {audit['gold_over_long']} exceed pairs.max_tokens"
+        )
     return (
         f"no pair can be made of {audit['samples']} samples (selection {selection!r}): {audit['none_right']} problems have no right answer, "
         f"{audit['all_right']} no wrong one; {audit['unfinished']} samples are unfinished (sampling.max_new_tokens), "
@@ -214,7 +217,13 @@ AUDIT_KEYS = [
     "capped",
     "pairs",
 ]
-GOLD_KEYS = ("problems", "gold_over_long", "problems_with_pairs", "capped", "pairs")  # what there is to say without samples
+GOLD_KEYS = (
+    "problems",
+    "gold_over_long",
+    "problems_with_pairs",
+    "capped",
+    "pairs",
+)  # what there is to say without samples
 
 
 def record(name: str, prompt: str, prompt_ids: list[int], chosen: Sample, rejected: Sample | None) -> dict[str, Any]:

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
+from .methods import methods
+
 if TYPE_CHECKING:
     import pandas as pd
 
-COLORS = {"irpo": "#1b6ca8", "dpo": "#c44e52", "sft_chosen": "#55a868", "sft_gold": "#8172b3"}
+# A colour for each method of presets/methods.yaml, in its order; a method that is added later gets the next one.
+PALETTE = ["#1b6ca8", "#c44e52", "#55a868", "#8172b3", "#2ca02c", "#17becf", "#bcbd22", "#e377c2", "#7f7f7f", "#8c564b", "#ff9f40", "#d62728", "#4c9be8"]  # fmt: skip
+
+
+def color(method: str) -> str:
+    names = list(methods())
+    return PALETTE[names.index(method) % len(PALETTE)]
+
+
 Steps = list[dict[str, float]]
 
 
@@ -69,10 +80,10 @@ def logp_curves(curves: dict[str, Steps]) -> Figure:
         frame = pd.DataFrame(steps)
         smooth = max(1, len(frame) // 15)
         for name, style in (("chosen_logp", "-"), ("rejected_logp", "--")):
-            if name == "rejected_logp" and not frame[name].any():
+            if name == "rejected_logp" and not frame[name].any():  # nothing is rejected
                 continue
             values = frame[name].rolling(smooth, min_periods=1).mean()
-            ax.plot(frame.step, values, style, color=COLORS[method], label=f"{method}, {name.split('_')[0]}")
+            ax.plot(frame.step, values, style, color=color(method), label=f"{method}, {name.split('_')[0]}")
     ax.set(
         xlabel="step",
         ylabel="log-probability of a response (nats)",
@@ -107,9 +118,10 @@ def flips(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def accuracy_curves(metrics: pd.DataFrame, labels: dict[str, str]) -> Figure:
+def accuracy_curves(metrics: pd.DataFrame) -> Figure:
     """Greedy test accuracy against iteration, a line per method."""
-    fig, ax = plt.subplots(figsize=(7, 3.8), layout="constrained")
+    many = metrics.method.nunique() > 4
+    fig, ax = plt.subplots(figsize=(9, 5) if many else (7, 3.8), layout="constrained")
     test = metrics[metrics.split == "test"]
     for i, (method, frame) in enumerate(test.groupby("method", sort=False)):
         by = frame.groupby("iteration")
@@ -123,8 +135,8 @@ def accuracy_curves(metrics: pd.DataFrame, labels: dict[str, str]) -> Figure:
             [(mean - low).clip(lower=0), (high - mean).clip(lower=0)],
             fmt="o-",
             capsize=3,
-            color=COLORS[method],
-            label=labels[method],
+            color=color(method),
+            label=methods()[method].label,
         )
     ax.set(
         xlabel="iteration (0 is M_0)",
@@ -132,16 +144,17 @@ def accuracy_curves(metrics: pd.DataFrame, labels: dict[str, str]) -> Figure:
         xticks=sorted(test.iteration.unique()),
     )
     ax.grid(axis="y", alpha=0.3)
-    ax.legend(frameon=False)
+    ax.legend(frameon=False, **({"loc": "center left", "bbox_to_anchor": (1, 0.5)} if many else {}))
     return fig
 
 
-def error_heatmap(rows: list[dict[str, Any]], methods: list[str]) -> Figure:
+def error_heatmap(rows: list[dict[str, Any]], names: list[str]) -> Figure:
     """Share of wrong steps by kind and iteration, a panel per method (seed 0, test)."""
-    fig, axes = plt.subplots(
-        1, len(methods), figsize=(2 + 2.6 * len(methods), 3.2), squeeze=False, layout="constrained"
-    )
-    for ax, method in zip(axes[0], methods, strict=True):
+    wide, high = min(4, len(names)), -(-len(names) // 4)
+    fig, axes = plt.subplots(high, wide, figsize=(2 + 2.6 * wide, 3.2 * high), squeeze=False, layout="constrained")
+    for ax in axes.flat[len(names) :]:
+        ax.set_axis_off()
+    for ax, method in zip(axes.flat, names, strict=False):
         mine = [r for r in rows if r["method"] == method and r["seed"] == 0 and "errors" in r["test"]]
         if not mine:
             ax.set_axis_off()
@@ -160,7 +173,7 @@ def error_heatmap(rows: list[dict[str, Any]], methods: list[str]) -> Figure:
 
 def watched_logps(table: pd.DataFrame) -> Figure:
     """Mean log-probability of fixed chosen (solid) and rejected (dashed) responses against steps, a colour per loss."""
-    colors = {"dpo": COLORS["dpo"], "dpo+nll": COLORS["irpo"], "nll": COLORS["sft_chosen"]}
+    colors = {"dpo": color("dpo"), "dpo+nll": color("irpo"), "nll": color("sft_chosen")}
     fig, ax = plt.subplots(figsize=(7, 3.6), layout="constrained")
     for loss, rows in table.groupby("loss", sort=False):
         for side, style in (("chosen", "-"), ("rejected", "--")):
@@ -179,4 +192,30 @@ def bench_ratios(times: dict[str, pd.Series]) -> Figure:
         ax.axvline(1, color="black", linewidth=1)
         ax.set(title=f"{kind}: times the speed of the best other", xlim=(0, 1.15 * series.max()))
         ax.invert_yaxis()
+    return fig
+
+
+def accuracy_against_compute(results: pd.DataFrame, passes: Callable[[pd.DataFrame], pd.Series]) -> Figure:
+    """Mean greedy test accuracy against `passes` (millions) used up until then, a line per method from M_0 on; the last model is named."""
+    fig, ax = plt.subplots(figsize=(9, 5), layout="constrained")
+    for method, mine in results.assign(passes=passes(results) / 1e6).groupby("method", sort=False):
+        mean = mine.groupby("iteration")[["passes", "greedy"]].mean()
+        ax.plot(mean.passes, mean.greedy * 100, "o-", color=color(method), label=methods()[method].label, markersize=4)
+        ax.annotate(method, (mean.passes.iloc[-1], mean.greedy.iloc[-1] * 100), xytext=(5, -3), textcoords="offset points", fontsize=8, color=color(method))  # fmt: skip
+    ax.set(
+        xlabel="forward passes of one token (millions): drawn + 3 x trained on", ylabel="greedy accuracy on test (%)"
+    )
+    ax.grid(alpha=0.3)
+    ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    return fig
+
+
+def reward_histogram(records: list[dict[str, Any]], title: str) -> Figure:
+    """How the rewards of samples with a right and with a wrong answer are distributed."""
+    fig, ax = plt.subplots(figsize=(7, 3), layout="constrained")
+    scored = [r for r in records if r["reward"] is not None]
+    sides = [[r["reward"] for r in scored if (r["answer_reward"] == 1) == ok] for ok in (True, False)]
+    ax.hist(sides, bins=24, color=["#1b6ca8", "#c44e52"], label=["right answer", "wrong answer"], density=True)
+    ax.set(xlabel="reward", ylabel="density", title=title)
+    ax.legend(frameon=False)
     return fig

@@ -9,18 +9,13 @@ from typing import Any
 
 import pandas as pd
 
-from .config import METHODS, Config
+from .config import Config
 from .evaluation import wilson
+from .methods import methods
 from .runs import Stage, arms, plan, read_jsonl
 
 KEYS = ["run", "method", "seed", "iteration", "split"]
 MEASURES = ["problems", "greedy", "greedy_low", "greedy_high"]
-LABELS = {
-    "irpo": "IRPO (DPO + NLL)",
-    "dpo": "DPO",
-    "sft_chosen": "SFT on chosen (STaR)",
-    "sft_gold": "SFT on gold",
-}
 
 
 def columns(config: Config) -> list[str]:
@@ -53,7 +48,9 @@ def summary_table(metrics: pd.DataFrame) -> pd.DataFrame:
     base = test[test.iteration == 0].drop_duplicates("seed")
     groups = [("M_0", 0, base)]
     trained = test[test.iteration > 0]
-    groups += [(LABELS[m], t, g) for m in METHODS for (n, t), g in trained.groupby(["method", "iteration"]) if n == m]
+    for name, recipe in methods().items():
+        mine = trained[trained.method == name]
+        groups += [(recipe.label, t, group) for t, group in mine.groupby("iteration")]
     told = {"greedy_flexible": "flexible", "steps_right": "steps", "right_for_wrong_reason": "lucky"}
     told |= {f"{name}{k}": f"{name}@{k}" for name in ("maj", "pass") for k in (1, 2, 4, 8, 16, 32)}
     shown = [c for c in metrics.columns if (c == "greedy" or c in told) and metrics[c].notna().any()]
@@ -69,11 +66,11 @@ def summary_table(metrics: pd.DataFrame) -> pd.DataFrame:
 
 
 def training_curves(run: Path, config: Config) -> dict[str, list[dict[str, float]]]:
-    """Method -> the first iteration's steps (seed 0), for methods that have rejected responses."""
+    """Method -> the first iteration's steps (seed 0), for methods that make pairs of right and wrong, or imitate their winners."""
     curves = {}
     for method in config.methods:
         path = Stage("03_train", run, method, 0, 1).path("steps.jsonl")
-        if METHODS[method].selection == "pairs":
+        if methods()[method].round(1).selection in ("pairs", "chosen") and len(methods()[method].kinds) == 1:
             curves[method] = read_jsonl(path, "03_train.ipynb")
     return curves
 
@@ -83,6 +80,8 @@ def audit_table(run: Path, config: Config) -> pd.DataFrame:
     out = []
     for method, seed in arms(config):
         for t in range(1, config.rounds(method) + 1):
+            if methods()[method].round(t).loss == "extrapolate":
+                continue
             audit = json.loads(Stage("02_pairs", run, method, seed, t).path("audit.json").read_text())
             training = json.loads(Stage("03_train", run, method, seed, t).path("training.json").read_text())
             keys = ("none_right", "all_right", "unparsed", "duplicates", "over_long", "pairs")
@@ -118,7 +117,7 @@ def _in_words(run: Path, config: Config, method: str) -> str:
     p = sign_test(gained, lost)
     verdict = f"no change can be shown with {total} answers" if p >= 0.05 else "a gain" if gained > lost else "a loss"
     told = (
-        f"{LABELS[method]}: {right[0] / total:.1%} of the test answers are right before (M_0), {right[1] / total:.1%} after (M_{last}). "
+        f"{methods()[method].label}: {right[0] / total:.1%} of the test answers are right before (M_0), {right[1] / total:.1%} after (M_{last}). "
         f"{gained} turned right and {lost} wrong: {verdict} (sign test, p = {p:.2g})."
     )
     summary = json.loads(Stage("04_evaluate", run, method, 0, last).path("evaluation.json").read_text())["test"]

@@ -165,7 +165,7 @@ def _module_file(name: str) -> Path | None:
 def code_hash(notebook: Path, task: str = "") -> str:
     """Hash of what a notebook runs: its code cells and the modules of this package that they, and the `task`, reach.
 
-    `runs` and `plots` are left out: they keep and show results, and do not make them.
+    `runs`, `plots` and `family` are left out: they keep and show results, and do not make them.
     """
     cells = [c for c in json.loads(notebook.read_text())["cells"] if c["cell_type"] == "code"]
     # The parameters cell is replaced by the run's own, which are in the key already.
@@ -177,7 +177,7 @@ def code_hash(notebook: Path, task: str = "") -> str:
     while todo:
         name = todo.pop()
         path = _module_file(name)
-        if name in seen or path is None or name in ("runs", "plots"):
+        if name in seen or path is None or name in ("runs", "plots", "family"):
             continue
         seen.add(name)
         module = name + ".__init__" if path.name == "__init__.py" else name

@@ -242,7 +242,12 @@ def extrapolate_stage(stage: Stage) -> Record:
     config, a = stage.config, stage.config.train.extrapolation
     before = stage.input("before") if "before" in stage.inputs() else None
     extrapolate(config.model, stage.input("policy"), before, a, stage.partial / "adapter")
-    facts = {"a": a, "trained_tokens": 0, "best_step": 0, "load": load_line(config.model, Path(shown(stage.path("adapter"))))}
+    facts = {
+        "a": a,
+        "trained_tokens": 0,
+        "best_step": 0,
+        "load": load_line(config.model, Path(shown(stage.path("adapter")))),
+    }
     write_json(stage.path("training.json"), facts)
     (stage.partial / "adapter").rename(stage.path("adapter"))
     return facts
@@ -260,7 +265,9 @@ def pairs_stage(stage: Stage) -> tuple[list[Record], Record]:
     samples = read_samples(stage) if stage.choices.samples else {}
     rows, audit = pairs.select(stage.choices.selection, samples, prompts, gold, config.pairs, stage_seed(stage, 1))
     if samples:
-        audit["drawn_tokens"] = sum(len(s["token_ids"]) for drawn in samples.values() for s in drawn if not s.get("extra"))
+        audit["drawn_tokens"] = sum(
+            len(s["token_ids"]) for drawn in samples.values() for s in drawn if not s.get("extra")
+        )
     if "earlier" in stage.inputs():
         # Whoever drew them, it was not the model that is trained now: their log-probabilities are not to be compared.
         earlier = read_jsonl(stage.input("earlier"), "02_pairs.ipynb")

@@ -320,9 +320,7 @@ def train(
     trained = sum(pair_tokens(pairs[i]) for i in order[: batch * (stop_after or steps)])
     if micro_batch < batch:  # micro-batches of a step by length and by problem: less padding, more sharing
         size = lambda i: (len(pairs[i]["prompt_ids"]), problems[i], len(pairs[i]["chosen_ids"]))  # noqa: E731
-        order = [
-            i for at in range(0, len(order), batch) for i in sorted(order[at : at + batch], key=size)
-        ]
+        order = [i for at in range(0, len(order), batch) for i in sorted(order[at : at + batch], key=size)]
     recorder = Recorder(folder, config.eval_every, score, show, stop_after)
     arguments = TrainingArguments(
         output_dir=str(folder / "checkpoints"),

@@ -84,5 +84,7 @@ def load_preset(name: str, overrides: Iterable[str] = ()) -> Config:
         if key in dict(pairs):
             raise ConfigError(f"{key} is given twice; keep one")
         pairs.append((key, value))
-    pairs.sort(key=lambda pair: pair[0].partition(".")[0] in methods())  # irpo.train.lr wins over train.lr, in any order
+    pairs.sort(
+        key=lambda pair: pair[0].partition(".")[0] in methods()
+    )  # irpo.train.lr wins over train.lr, in any order
     return check(settle(apply(read_preset(name), pairs, from_text=True)))

@@ -1,0 +1,67 @@
+"""What a sample is worth beyond its answer: rationalization, process feedback, the model as judge.
+
+Each of `REWARDS` takes a stage with its samples (problem id -> records) and gives back the records, `reward` replaced
+(the answer's is kept as `answer_reward`) or records added, and facts for reward.json: `drawn_tokens` and
+`trained_tokens` say what it cost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from .tasks import Problem, Task
+
+Record = dict[str, Any]
+Reward = Callable[[Any, Task, Any, list[Problem], dict[str, list[Record]]], tuple[list[Record], Record]]
+
+
+def rationalized(stage, task: Task, tokenizer, problems: list[Problem], samples: dict[str, list[Record]]):
+    """Samples with the gold answer as a hint, for problems that have no right one (STaR, arXiv 2203.14465, section 3.2).
+
+    The hint is a line behind the question, and only in the prompt that is sampled: what is right joins the problem's samples
+    as if it had been drawn without it (`extra`: it was drawn on top of the N).
+    """
+    from . import stages
+
+    failed = [p for p in problems if p.id in samples and not any(s["reward"] == 1 for s in samples[p.id])]
+    hinted = [replace(p, question=f"{p.question}\nFinal answer: {p.answer}") for p in failed]
+    drawn: list[Record] = []
+    if hinted:
+        with stages.drawing(stage.config, stage.input("policy"), tokenizer, task, hinted) as draw:
+            batches = stages.graded_samples(
+                stage.config,
+                draw,
+                tokenizer,
+                task,
+                hinted,
+                n=stage.config.sampling.n,
+                temperature=stage.config.temperature(stage.iteration),
+                seed=stages.stage_seed(stage, 3),
+                label="rationalizing",
+            )
+            drawn = [row for batch in batches for row in batch]
+    right = [row | {"logp": None, "extra": True} for row in drawn if row["reward"] == 1]
+    facts = {
+        "failed_problems": len(failed),
+        "rationalized_problems": len({row["problem"] for row in right}),
+        "samples": len(drawn),
+        "right": len(right),
+        "drawn_tokens": sum(len(row["token_ids"]) for row in drawn),
+        "trained_tokens": 0,
+    }
+    return [row for rows in samples.values() for row in rows] + right, facts
+
+
+def process(stage, task: Task, tokenizer, problems: list[Problem], samples: dict[str, list[Record]]):
+    """Path rewards of a process reward model, trained on simulated step labels of these samples (SIPF, arXiv 2412.08393)."""
+    raise NotImplementedError
+
+
+def judged(stage, task: Task, tokenizer, problems: list[Problem], samples: dict[str, list[Record]]):
+    """The model's own score of each response (Self-Rewarding, arXiv 2401.10020)."""
+    raise NotImplementedError
+
+
+REWARDS: dict[str, Reward] = {"rationalized": rationalized, "process": process, "judge": judged}
