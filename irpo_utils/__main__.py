@@ -24,6 +24,7 @@ HELP = """usage: ./run_all.sh [preset] [key=value ...]     run the loop, skip wh
        ./run_all.sh --bench [quick|full]          sampling and training beside generate and TRL -> outputs/bench/bench.json
        ./run_all.sh --publish RUN                 copy a run's small artefacts to outputs/reference/RUN
        ./run_all.sh export RUN FOLDER [method=irpo seed=0 iteration=3]   write M_t as one whole model in bfloat16
+       ./run_all.sh extrapolate TH1 TH0|base FOLDER [a=0.3]   ExPO: write TH1 + a (TH1 - TH0), both folders of policies
        ./run_all.sh grade --task gsm8k FILE.jsonl       grade any responses (see grade --help)
        ./run_all.sh --test                        run the tests
 
@@ -274,6 +275,10 @@ def main(arguments: list[str]) -> int:
         work = lambda: grade(arguments[1:])  # noqa: E731
     elif arguments[:1] == ["export"]:
         work = lambda: export(arguments[1:])  # noqa: E731
+    elif arguments[:1] == ["extrapolate"]:
+        from .extrapolate import main as extrapolate
+
+        work = lambda: extrapolate(arguments[1:])  # noqa: E731
     elif arguments in (["--bench"], ["--bench", "quick"], ["--bench", "full"]):
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -240,3 +240,22 @@ def record(name: str, prompt: str, prompt_ids: list[int], chosen: Sample, reject
         "chosen_logp": chosen["logp"],
         "rejected_logp": rejected["logp"],
     }
+
+
+def jaccard(a: str, b: str) -> float:
+    """Words that two texts share, as a share of the words of either; 1 for two texts without any. Words are split at blanks."""
+    mine, other = set(a.split()), set(b.split())
+    return len(mine & other) / len(mine | other) if mine | other else 1.0
+
+
+def dissimilar(samples: list[Sample], limit: float = 0.7) -> list[Sample]:
+    """The samples, in order, whose `response` has a Jaccard similarity below `limit` with every one kept before it.
+
+    So DPO-ST dedupes the rationales that it trains on (arXiv 2407.18248), with the words of a response as its set; two that
+    differ in the order of their words only are one. At limit 1 only these go.
+    """
+    kept: list[Sample] = []
+    for s in samples:
+        if all(jaccard(s["response"], k["response"]) < limit for k in kept):
+            kept.append(s)
+    return kept

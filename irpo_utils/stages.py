@@ -241,6 +241,7 @@ def extrapolate_stage(stage: Stage) -> Record:
 
     config, a = stage.config, stage.config.train.extrapolation
     before = stage.input("before") if "before" in stage.inputs() else None
+    shutil.rmtree(stage.partial / "adapter", ignore_errors=True)
     extrapolate(config.model, stage.input("policy"), before, a, stage.partial / "adapter")
     facts = {
         "a": a,

@@ -52,7 +52,7 @@ def test_unknown_loss_is_named():
         pair_losses("rpo", *[torch.zeros(1)] * 4, torch.ones(1))
 
 
-@example([(-1e-11, -1e-9, 1, 3)], 1.0)  # where 1 - P cancels
+@example([(-7e-15, -1e-9, 1, 3), (-1e-9, -3e-14, 1, 1)], 1.0)  # where 1 - P cancels
 @given(
     st.lists(st.tuples(logp, logp, st.integers(1, 300), st.integers(1, 300)), min_size=1, max_size=8), st.floats(0, 2)
 )

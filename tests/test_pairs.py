@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from irpo_utils.pairs import build_pairs, cyclic_pairs, distinct, gold_only
+from irpo_utils.pairs import build_pairs, cyclic_pairs, dissimilar, distinct, gold_only, jaccard
 
 
 def sample(token, reward, finished=True, length=2):
@@ -73,3 +73,13 @@ def test_no_pair_at_all_says_why_and_what_to_do():
 def test_distinct_keeps_the_first():
     rows = [sample(5, 1.0) | {"n": 0}, sample(6, 1.0) | {"n": 1}, sample(5, 1.0) | {"n": 2}]
     assert [r["n"] for r in distinct(rows)] == [0, 1]
+
+
+def test_dissimilar_keeps_what_shares_few_words_with_all_kept_before_it():
+    texts = ["a b c d", "d c b a", "a b c e", "a b c d e", "f g"]  # to the first: 1, 3/5, 4/5, 0; third to fourth: 4/5
+    assert [jaccard(texts[0], t) for t in texts] == [1, 1, 0.6, 0.8, 0]
+    kept = lambda limit: [s["response"] for s in dissimilar([{"response": t} for t in texts], limit)]  # noqa: E731
+    assert kept(0.7) == ["a b c d", "a b c e", "f g"]
+    assert kept(0.6) == ["a b c d", "f g"]  # at the limit is not below it
+    assert kept(1.0) == ["a b c d", "a b c e", "a b c d e", "f g"]
+    assert dissimilar([]) == [] and jaccard("", "") == 1 and jaccard("a a b", "b a") == 1
