@@ -261,7 +261,7 @@ def main(arguments: list[str]) -> int:
         for name, text in presets.presets().items():
             print(f"  {name:36} {text}")
         print(
-            "\nmethods (irpo_utils/presets/methods.yaml), each round as reward, selection, loss, start; methods=all takes every one:"
+            "\nmethods (irpo_utils/methods.yaml), each round as reward, selection, loss, start; methods=all takes every one:"
         )
         for name, recipe in methods().items():
             rounds = [f"{k.reward}, {k.selection}, {k.loss}, {k.start}" for k in recipe.kinds]

@@ -145,7 +145,7 @@ class Config:
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    methods: list[str] = field(default_factory=lambda: ["irpo"])  # or all: every one in presets/methods.yaml
+    methods: list[str] = field(default_factory=lambda: ["irpo"])  # or all: every one in methods.yaml
     seeds: int = 1
     iterations: int = 3
     threads: int = 2  # CPU threads of a stage; part of what makes a rerun bit-identical

@@ -1,4 +1,4 @@
-"""The recipes: a method as four choices (reward, selection, loss, start), read from `presets/methods.yaml`.
+"""The recipes: a method as four choices (reward, selection, loss, start), read from `methods.yaml`.
 
 All methods share one code path. A new one is an entry of that file, or an entry and one part.
 """
@@ -17,7 +17,7 @@ class RecipeError(ValueError):
     """An entry of the methods' file is not well-formed; the message names it and the mend."""
 
 
-FILE = Path(__file__).parent / "presets" / "methods.yaml"
+FILE = Path(__file__).with_suffix(".yaml")
 # What the entries may name. Here, and not where the parts are, because a configuration is checked without loading them.
 PARTS = {
     "reward": ("none", "answer", "rationalized", "process", "judge"),

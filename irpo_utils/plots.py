@@ -14,7 +14,7 @@ from .methods import methods
 if TYPE_CHECKING:
     import pandas as pd
 
-# A colour for each method of presets/methods.yaml, in its order; a method that is added later gets the next one.
+# A colour for each method of methods.yaml, in its order; a method that is added later gets the next one.
 PALETTE = ["#1b6ca8", "#c44e52", "#55a868", "#8172b3", "#2ca02c", "#17becf", "#bcbd22", "#e377c2", "#7f7f7f", "#8c564b", "#ff9f40", "#d62728", "#4c9be8"]  # fmt: skip
 
 

@@ -18,7 +18,7 @@ def test_presets_load_and_read_back_the_same(name, tmp_path):
 @given(st.floats(1e-8, 1.0), st.integers(1, 99))
 def test_overrides_arrive_and_survive_yaml(lr, n):
     config = load_preset("tiny", [f"train.lr={lr!r}", f"sampling.n={n}", f"dpo.train.lr={lr!r}"])
-    assert (config.train.lr, config.sampling.n, config.for_method("dpo").train.lr) == (lr, n, lr)
+    assert (config.train.lr, config.sampling.n, config.for_round("dpo", 1).train.lr) == (lr, n, lr)
 
 
 @pytest.mark.parametrize(
@@ -29,7 +29,7 @@ def test_overrides_arrive_and_survive_yaml(lr, n):
         ("train.lr=fast", "train.lr: expected float, got 'fast'"),
         ("sampling.n=1.5", "sampling.n: expected int, got '1.5'"),
         ("sampling.n=0", "sampling.n: at least 1"),
-        ("methods=irpo,dop", "no method is called 'dop'; there is: irpo"),
+        ("methods=irpo,dop", "no method is called 'dop'; there is: all, irpo"),
         ("pairs.gold=maybe", "pairs.gold: expected bool"),
         ("sampling.temperature=0.8,hot", "sampling.temperature: expected float, got 'hot'"),
         ("sampling.temperature=0", "sampling.temperature: above 0"),
@@ -50,7 +50,7 @@ def test_overrides_arrive_and_survive_yaml(lr, n):
         ("sampling.engine=vlm", "sampling.engine: one of transformers, vllm"),
         ("methods=irpo,irpo", "methods: each one once"),
         ("train.warmup=7", "train.warmup: between 0 and 1"),
-        ("irpo.sampling.n=3", "only train.\\* can differ between methods"),
+        ("irpo.sampling.n=3", "only pairs.\\*, process.\\*, judge.\\*, train.\\* can differ between methods"),
         ("train=3", "no parameter is called 'train'"),
     ],
 )
@@ -61,9 +61,9 @@ def test_bad_override(override, message):
 
 def test_a_general_override_reaches_methods_with_settings_of_their_own():
     config = load_preset("tiny", ["irpo.train.lr=3e-3", "train.lr=5e-4", "train.beta=1"])
-    assert config.for_method("dpo").train.lr == 5e-4
-    assert config.for_method("irpo").train.lr == 3e-3  # the more particular wins, in any order
-    assert config.for_method("irpo").train.beta == config.for_method("dpo").train.beta == 1.0
+    assert config.for_round("dpo", 1).train.lr == 5e-4
+    assert config.for_round("irpo", 1).train.lr == 3e-3  # the more particular wins, in any order
+    assert config.for_round("irpo", 1).train.beta == config.for_round("dpo", 1).train.beta == 1.0
 
 
 def test_an_override_given_twice_is_refused():

@@ -24,7 +24,8 @@ def test_seed_model_has_its_recorded_hash_and_accuracy(tokenizer, seed_model, co
 
 @pytest.fixture(scope="module")
 def pairs(seed_model, tokenizer, task, config):
-    from irpo_utils.pairs import build_pairs
+    from irpo_utils.config import PairsConfig
+    from irpo_utils.pairs import select
 
     problems = task.problems("train")[:24]
     samples: dict = {}
@@ -32,7 +33,7 @@ def pairs(seed_model, tokenizer, task, config):
         for row in batch:
             samples.setdefault(row["problem"], []).append(row)
     ids = stages.encode_prompts(task, tokenizer, problems)
-    return build_pairs(samples, {p.id: (task.prompt(p), ids[p.id]) for p in problems}, None, k=4, max_tokens=128)[0]
+    return select("pairs", samples, {p.id: (task.prompt(p), ids[p.id]) for p in problems}, {}, PairsConfig(k=4))[0]
 
 
 def run(model, pairs, folder, config, **kwargs):
@@ -165,7 +166,8 @@ def test_nf4_with_lora_samples_and_trains_on_a_cpu(config, tokenizer, task, tmp_
     """The base really is in 4 bits, sampling runs the very function that is trained, and the pairs are its samples."""
     import bitsandbytes as bnb
 
-    from irpo_utils.pairs import build_pairs
+    from irpo_utils.config import PairsConfig
+    from irpo_utils.pairs import select
 
     nf4 = replace(config, model=replace(config.model, quantize="nf4"), train=replace(config.train, max_steps=4))
     model = models.load_policy(nf4.model, threads=1)
@@ -177,7 +179,7 @@ def test_nf4_with_lora_samples_and_trains_on_a_cpu(config, tokenizer, task, tmp_
         for row in batch:
             samples.setdefault(row["problem"], []).append(row)
     ids = stages.encode_prompts(task, tokenizer, problems)
-    rows, _ = build_pairs(samples, {p.id: (task.prompt(p), ids[p.id]) for p in problems}, None, k=4, max_tokens=128)
+    rows, _ = select("pairs", samples, {p.id: (task.prompt(p), ids[p.id]) for p in problems}, {}, PairsConfig(k=4))
     policy = models.load_policy(nf4.model, trainable=True)
     facts = run(policy, rows, tmp_path, nf4)
     assert facts["dpo_at_start"] == pytest.approx(training.LN2, abs=1e-3)

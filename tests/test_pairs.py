@@ -1,25 +1,35 @@
-"""The paper's pairing: both lists walked together, each starting over; duplicates, unfinished and over-long counted."""
+"""What each method trains on, by hand: which samples it takes, in which pairs; duplicates, unfinished and over-long counted."""
 
 import math
+import random
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from irpo_utils.pairs import build_pairs, cyclic_pairs, dissimilar, distinct, gold_only, jaccard
+from irpo_utils.config import PairsConfig
+from irpo_utils.methods import PARTS
+from irpo_utils.pairs import SELECTIONS, cyclic_pairs, distinct, select
 
 
-def sample(token, reward, finished=True, length=2):
+def sample(token, reward, finished=True, length=2, **more):
     return {
         "response": f"r{token}",
         "token_ids": [token] * (length - 1) + [2],
         "logp": -1.0,
         "finished": finished,
         "reward": reward,
-    }
+    } | more
 
 
 PROMPTS = {"a": ("p", [1, 1]), "b": ("p", [1]), "c": ("p", [1])}
+
+
+def made(selection, samples, gold=None, **settings):
+    """What a selection makes of the samples of one problem, as the names of the responses."""
+    golds = {} if gold is None else {"a": gold}
+    rows, _ = select(selection, {"a": samples}, PROMPTS, golds, PairsConfig(max_tokens=10, **settings))
+    return [(row["chosen"], row["rejected"]) if row["rejected"] else row["chosen"] for row in rows]
 
 
 @given(st.integers(0, 7), st.integers(0, 7), st.integers(1, 60))
@@ -33,53 +43,115 @@ def test_the_paper_s_example_is_simultaneous_not_a_product():
     assert cyclic_pairs("AB", "xyz", 4) == [("A", "x"), ("B", "y"), ("A", "z"), ("B", "x")]
 
 
+# Right: 5 (twice), 6, 7. Wrong: 8, 9 (unparsed).
+SIX = [sample(5, 1.0), sample(8, 0.0), sample(5, 1.0), sample(6, 1.0), sample(9, None), sample(7, 1.0)]
+GOLD = sample(40, 1.0, logp=None)
+
+
+@pytest.mark.parametrize(
+    ("selection", "settings", "wanted"),
+    [
+        ("pairs", {"k": 4}, [("r5", "r8"), ("r6", "r9"), ("r7", "r8"), ("r5", "r9")]),
+        ("pairs", {"k": 2, "gold": True}, [("r40", "r8"), ("r5", "r9")]),
+        ("chosen", {"k": 4}, ["r5", "r6", "r7", "r5"]),
+        ("gold", {}, ["r40"]),
+        ("correct", {}, ["r5", "r5", "r6", "r7"]),
+        ("distinct", {}, ["r5", "r6", "r7"]),
+        ("capped", {"at_most": 3}, ["r5", "r5", "r6"]),
+        ("pseudo", {"k": 2}, ["r40", "r5", "r6"]),
+        ("gold_against_own", {"k": 3}, [("r40", "r5"), ("r40", "r8"), ("r40", "r6")]),
+    ],
+)
+def test_what_a_selection_makes_of_six_samples(selection, settings, wanted):
+    assert made(selection, SIX, GOLD, **settings) == wanted
+
+
+def test_spin_does_not_hold_gold_against_itself():
+    assert made("gold_against_own", [sample(40, 1.0), sample(5, 1.0)], GOLD) == [("r40", "r5")]
+
+
+def test_self_rewarding_takes_the_best_against_the_worst_and_drops_ties():
+    scored = [sample(5, 2.0), sample(6, 4.5), sample(7, None), sample(8, 1.0), sample(9, 4.5)]
+    assert made("best_against_worst", scored) == [("r6", "r8")]
+    with pytest.raises(ValueError, match="no pair can be made"):
+        made("best_against_worst", [sample(5, 3.0), sample(6, 3.0), sample(7, None)])
+
+
+def test_margin_pairs_differ_by_eta_or_more():
+    scored = [sample(5, 0.9), sample(6, 0.75), sample(7, 0.5), sample(8, 0.45)]
+    close = made("margin", scored, eta=0.25, k=9)
+    assert sorted(close) == [("r5", "r7"), ("r5", "r8"), ("r6", "r7"), ("r6", "r8")]
+    assert made("margin", scored, eta=0.45, k=9) == [("r5", "r8")]
+    outcome = made("margin", SIX, eta=0.5, k=9)  # with rewards of 1 and 0 it is every right one against every wrong one
+    assert sorted(outcome) == [(w, l) for w in ("r5", "r6", "r7") for l in ("r8", "r9")]  # noqa: E741
+
+
+@given(st.lists(st.floats(0, 1), min_size=2, max_size=9), st.floats(0.01, 0.9), st.integers(1, 12))
+def test_margin_never_takes_a_pair_twice_nor_one_that_is_closer(rewards, eta, k):
+    samples = [sample(10 + i, reward) for i, reward in enumerate(rewards)]
+    pairs = SELECTIONS["margin"](samples, None, PairsConfig(eta=eta, k=k), random.Random(0))
+    assert all(w["reward"] - loser["reward"] >= eta for w, loser in pairs)
+    possible = sum(a - b >= eta for a in rewards for b in rewards)
+    assert len({(w["response"], loser["response"]) for w, loser in pairs}) == len(pairs) == min(k, possible)
+
+
+def test_every_selection_that_a_recipe_may_name_is_there():
+    assert {*SELECTIONS, "none"} == set(PARTS["selection"])
+
+
 def test_duplicates_leave_first_and_everything_is_counted():
     samples = {
         "a": [sample(5, 1.0), sample(5, 1.0), sample(6, 0.0), sample(7, None), sample(8, 1.0, finished=False), sample(9, 1.0, length=30)],
         "b": [sample(5, 0.0), sample(6, 0.0)],
         "c": [sample(5, 1.0)],
     }  # fmt: skip
-    pairs, audit = build_pairs(samples, PROMPTS, None, k=8, max_tokens=10)
+    pairs, audit = select("pairs", samples, PROMPTS, {}, PairsConfig(max_tokens=10))
     assert [(p["chosen"], p["rejected"]) for p in pairs] == [("r5", "r6"), ("r5", "r7")]  # unparsed loses
     wanted = {"problems": 3, "none_right": 1, "all_right": 1, "some_right": 1, "samples": 9, "duplicates": 1, "unparsed": 1, "unfinished": 1, "over_long": 1, "pairs": 2, "problems_with_pairs": 1}  # fmt: skip
     assert {k: audit[k] for k in wanted} == wanted
     assert audit["length_gap"] == 0
 
 
+def test_rationalized_samples_are_trained_on_but_not_counted_as_drawn():
+    failed = [sample(5, 0.0), sample(6, 1.0, extra=True, logp=None)]
+    rows, audit = select("correct", {"a": failed}, PROMPTS, {}, PairsConfig(max_tokens=10))
+    assert [row["chosen"] for row in rows] == ["r6"]
+    assert (audit["samples"], audit["right"], audit["none_right"]) == (1, 0, 1)
+
+
+def test_the_audit_counts_answers_where_the_reward_is_another():
+    judged = [sample(5, 4.0, answer_reward=0.0), sample(6, 1.0, answer_reward=1.0)]
+    _, audit = select("best_against_worst", {"a": judged}, PROMPTS, {}, PairsConfig(max_tokens=10))
+    assert (audit["right"], audit["some_right"]) == (1, 1)
+
+
 def test_gold_joins_the_winners_and_saves_a_problem_without_one():
-    samples = {"b": [sample(5, 0.0), sample(6, 0.0)]}
-    gold = {"b": sample(40, 1.0)}
-    pairs, _ = build_pairs(samples, PROMPTS, gold, k=8, max_tokens=10)
-    over = {"b": {**gold["b"], "token_ids": [9] * 10}}
-    with pytest.raises(ValueError, match="1 too long"):
-        build_pairs(samples, PROMPTS, over, k=8, max_tokens=10)
+    samples, config = {"b": [sample(5, 0.0), sample(6, 0.0)]}, PairsConfig(max_tokens=10, gold=True)
+    pairs, _ = select("pairs", samples, PROMPTS, {"b": GOLD}, config)
     assert [(p["chosen"], p["rejected"]) for p in pairs] == [("r40", "r5"), ("r40", "r6")]
+    with pytest.raises(ValueError, match="1 gold solutions are too long"):
+        select("pairs", samples, PROMPTS, {"b": {**GOLD, "token_ids": [9] * 10}}, config)
 
 
 def test_cap_is_random_but_seeded():
-    samples = {"a": [sample(t, float(t % 2)) for t in range(5, 15)]}
-    first, audit = build_pairs(samples, PROMPTS, None, k=9, max_tokens=10, max_pairs=3, seed=1)
+    samples, config = (
+        {"a": [sample(t, float(t % 2)) for t in range(5, 15)]},
+        PairsConfig(k=9, max_tokens=10, max_pairs=3),
+    )
+    first, audit = select("pairs", samples, PROMPTS, {}, config, seed=1)
     assert (len(first), audit["capped"]) == (3, 2)
-    assert first == build_pairs(samples, PROMPTS, None, k=9, max_tokens=10, max_pairs=3, seed=1)[0]
+    assert first == select("pairs", samples, PROMPTS, {}, config, seed=1)[0]
 
 
 def test_no_pair_at_all_says_why_and_what_to_do():
     with pytest.raises(ValueError, match="1 problems have no right answer.*raise sampling.n"):
-        build_pairs({"b": [sample(5, 0.0)]}, PROMPTS, None, k=8, max_tokens=10)
-    with pytest.raises(ValueError, match="no gold solution"):
-        gold_only({}, PROMPTS, 10)
+        made("pairs", [sample(5, 0.0)])
+    with pytest.raises(ValueError, match="no gold solution to train on: the task has 0"):
+        select("gold", {}, PROMPTS, {}, PairsConfig())
+    with pytest.raises(ValueError, match="the task has 1, and 1 exceed pairs.max_tokens"):
+        select("gold", {}, PROMPTS, {"a": GOLD}, PairsConfig(max_tokens=3))
 
 
 def test_distinct_keeps_the_first():
     rows = [sample(5, 1.0) | {"n": 0}, sample(6, 1.0) | {"n": 1}, sample(5, 1.0) | {"n": 2}]
     assert [r["n"] for r in distinct(rows)] == [0, 1]
-
-
-def test_dissimilar_keeps_what_shares_few_words_with_all_kept_before_it():
-    texts = ["a b c d", "d c b a", "a b c e", "a b c d e", "f g"]  # to the first: 1, 3/5, 4/5, 0; third to fourth: 4/5
-    assert [jaccard(texts[0], t) for t in texts] == [1, 1, 0.6, 0.8, 0]
-    kept = lambda limit: [s["response"] for s in dissimilar([{"response": t} for t in texts], limit)]  # noqa: E731
-    assert kept(0.7) == ["a b c d", "a b c e", "f g"]
-    assert kept(0.6) == ["a b c d", "f g"]  # at the limit is not below it
-    assert kept(1.0) == ["a b c d", "a b c e", "a b c d e", "f g"]
-    assert dissimilar([]) == [] and jaccard("", "") == 1 and jaccard("a a b", "b a") == 1

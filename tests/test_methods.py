@@ -1,0 +1,118 @@
+"""The recipes: what each method's rounds take, start from, and are held against; bad entries are named."""
+
+import pytest
+
+from irpo_utils import runs
+from irpo_utils.config import ConfigError
+from irpo_utils.losses import LOSSES
+from irpo_utils.methods import PARTS, RecipeError, methods, read
+from irpo_utils.presets import load_preset
+from irpo_utils.rewards import REWARDS
+
+# PAPERS: method -> (reward, selection, loss, start) of its rounds 1 to 4
+TABLE = {
+    "irpo": ["answer pairs dpo+nll M_t"] * 4,
+    "dpo": ["answer pairs dpo M_t"] * 4,
+    "sft_chosen": ["answer chosen nll M_0"] * 4,
+    "sft_gold": ["none gold nll M_0"],
+    "star": ["rationalized correct nll M_0"] * 4,
+    "rft": ["answer distinct nll M_t"] * 4,
+    "rest_em": ["answer capped nll M_0"] * 4,
+    "spin": ["none gold_against_own dpo M_t"] * 4,
+    "self_rewarding": ["judge best_against_worst dpo M_t"] * 4,
+    "dpo_st": ["none gold nll M_0", "answer pairs dpo M_t", "answer pseudo nll M_0", "answer pairs dpo M_t"],
+    "orpo": ["none gold nll M_0", *["answer margin orpo M_0"] * 3],
+    "sipf": ["none gold nll M_0", *["process margin orpo M_0"] * 3],
+    "expo": ["answer pairs dpo+nll M_t", "none none extrapolate M_t"],
+}
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_a_method_makes_the_rounds_of_its_paper(name):
+    recipe = methods()[name]
+    rounds = [recipe.round(t) for t in range(1, recipe.rounds(4) + 1)]
+    assert [f"{k.reward} {k.selection} {k.loss} {k.start}" for k in rounds] == TABLE[name]
+
+
+def test_the_table_is_whole_and_every_part_exists():
+    assert set(TABLE) == set(methods())
+    assert {*LOSSES, "extrapolate"} == set(PARTS["loss"]) and {*REWARDS, "none", "answer"} == set(PARTS["reward"])
+
+
+@pytest.fixture
+def family(tmp_path, monkeypatch):
+    """A run with every method whose stages are planned, and none run."""
+    monkeypatch.setattr(runs, "resolve", lambda folder: tmp_path)
+    config = load_preset("tiny", ["methods=all"])
+    runs.write_text(tmp_path / "config.yaml", runs.dump(config))
+    return config, tmp_path
+
+
+def test_stages_start_from_and_read_what_the_recipe_says(family):
+    _, run = family
+    stage = lambda name, method, t: {k: p.relative_to(run).as_posix() for k, (p, _) in runs.Stage(name, run, method, 0, t).inputs().items()}  # noqa: E731  # fmt: skip
+    at = "{}/seed_0/iteration_{}/{}".format
+    assert stage("03_train", "irpo", 2) == {"pairs": at("irpo", 2, "pairs.jsonl"), "policy": at("irpo", 1, "adapter")}
+    assert stage("03_train", "rest_em", 2) == {"pairs": at("rest_em", 2, "pairs.jsonl")}  # from M_0, every round
+    assert stage("01_sample", "rest_em", 2) == {"policy": at("rest_em", 1, "adapter")}  # though M_1 is sampled
+    assert stage("02_pairs", "star", 1) == {"samples": at("star", 1, "rewarded.jsonl")}
+    assert stage("01b_reward", "star", 1) == {"samples": "m0/seed_0/samples.jsonl"}
+    assert stage("02_pairs", "sft_gold", 1) == {}
+    assert stage("02_pairs", "sipf", 2) == {"samples": at("sipf", 2, "rewarded.jsonl")}  # the warm start's are not kept
+    assert stage("02_pairs", "sipf", 3)["earlier"] == at("sipf", 2, "pairs.jsonl")
+    assert stage("02_pairs", "irpo", 3) == {"samples": at("irpo", 3, "samples.jsonl")}
+    assert stage("03b_extrapolate", "expo", 2) == {"policy": at("expo", 1, "adapter")}  # away from the base
+    assert stage("04_evaluate", "expo", 2) == {"policy": at("expo", 2, "adapter")}
+
+
+def test_every_round_draws_and_trains_as_much(family):
+    config, run = family
+    for method in config.methods:
+        names = [s.name for s in runs.plan(config, run, method, 0)]
+        kinds = [methods()[method].round(t) for t in range(1, config.rounds(method) + 1)]
+        assert names.count("01_sample") == sum(k.samples for k in kinds)
+        steps = [config.for_round(method, t).train.max_steps for t in range(1, len(kinds) + 1)]
+        assert sum(steps) == config.iterations * config.train.max_steps or method == "expo"
+
+
+def test_hyper_parameters_are_those_of_the_method_it_is_like_then_its_own():
+    config = load_preset(
+        "tiny", ["dpo.train.lr=1e-5", "sft_gold.train.lr=2e-5", "orpo.train.lr=3e-5", "sipf.pairs.eta=0.4"]
+    )
+    assert config.for_round("spin", 2).train.lr == 1e-5
+    assert [config.for_round("sipf", t).train.lr for t in (1, 2, 3)] == [2e-5, 3e-5, 3e-5]
+    assert [config.for_round("sipf", t).pairs.eta for t in (1, 2)] == [config.pairs.eta, 0.4]  # not in the warm start
+    assert config.for_round("orpo", 2).pairs.eta == config.pairs.eta
+
+
+GOOD = "m:\n  label: M\n  rounds: [{reward: answer, selection: pairs, loss: dpo, start: M_t}]\n"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("loss: dpo", "loss: dppo", "m: no loss is called 'dppo'; there is: dpo"),
+        ("selection: pairs, ", "", "a round has reward, selection, loss, start"),
+        ("  label: M\n", "", "expected label, source, rounds and repeat"),
+        ("}]", ", like: n}]", "like: no method is called 'n'"),
+        ("}]", "}]\n  repeat: 2", "repeat: 0 to 1"),
+        ("}]", ", accumulate: 1}]", "accumulate: true or false"),
+        ("[{", "{", "not YAML"),
+        ("reward: answer, selection: pairs", "reward: judge, selection: gold", "needs samples"),
+        ("loss: dpo", "loss: extrapolate", "has no selection"),
+        ("selection: pairs, loss: dpo", "selection: none, loss: extrapolate", "the first round cannot extrapolate"),
+        ("m:", "a b:", "'a b' is no name for a method"),
+    ],
+)
+def test_bad_entry(tmp_path, old, new, message):
+    (tmp_path / "methods.yaml").write_text(GOOD)
+    assert list(read(tmp_path / "methods.yaml")) == ["m"]
+    (tmp_path / "methods.yaml").write_text(GOOD.replace(old, new))
+    with pytest.raises(RecipeError, match=message):
+        read(tmp_path / "methods.yaml")
+
+
+def test_all_takes_every_method_and_stands_alone():
+    assert load_preset("tiny", ["methods=all"]).methods == list(methods())
+    with pytest.raises(ConfigError, match="no method is called 'all'"):
+        load_preset("tiny", ["methods=all,irpo"])
