@@ -81,6 +81,53 @@ def summarize(records: list[Record]) -> dict[str, float]:
     return out
 
 
+def auc(scores: Sequence[float], right: Sequence[bool]) -> float:
+    """The chance that a right response [samples] scores above a wrong one, where a tie counts half.
+
+    Raises:
+        ValueError: none is right, or all are.
+    """
+    agreement = ranking([(scores, right)], draws=0)
+    if agreement["auc"] is None:
+        raise ValueError(f"an AUC needs right and wrong responses; {sum(map(bool, right))} of {len(right)} are right")
+    return agreement["auc"]
+
+
+def ranking(problems: Sequence[tuple[Sequence[float], Sequence[bool]]], draws: int = 1000) -> dict[str, float | None]:
+    """How well scores tell right responses from wrong ones; None where there is nothing to compare.
+
+    Args:
+        problems: for every problem the scores of its responses and whether each is right.
+
+    Returns:
+        `auc` over the responses of all problems together, with the 95 % interval `auc_low` to `auc_high` from `draws` seeded
+        resamplings of the problems; and `ranked`, the share of the pairs (right, wrong) of *one* problem in which the
+        right one scores higher. Ties count half.
+    """
+    import numpy as np
+
+    values, at = np.unique([s for scores, _ in problems for s in scores], return_inverse=True)
+    number = np.repeat(np.arange(len(problems)), [len(scores) for scores, _ in problems])
+    truth = np.array([bool(r) for _, right in problems for r in right])
+    counts = np.zeros((2, len(problems), len(values)))  # wrong and right responses of each problem with each score
+    np.add.at(counts, (truth.astype(int), number, at), 1)
+
+    def compare(wrong: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Pairs that are ranked right, and all pairs, from counts [..., values]."""
+        return (right * (wrong.cumsum(-1) - wrong / 2)).sum(-1), right.sum(-1) * wrong.sum(-1)
+
+    won, pairs = compare(*counts.sum(1))
+    within, own = compare(*counts)
+    out = {"auc": won / pairs if pairs else None, "ranked": within.sum() / own.sum() if own.any() else None}
+    out |= {"auc_low": None, "auc_high": None}
+    if draws and pairs:
+        times = np.random.default_rng(0).multinomial(len(problems), [1 / len(problems)] * len(problems), size=draws)
+        won, pairs = compare(*(times @ counts))
+        low, high = np.quantile(won[pairs > 0] / pairs[pairs > 0], [0.025, 0.975])
+        out |= {"auc_low": low, "auc_high": high}
+    return {name: None if value is None else float(value) for name, value in out.items()}
+
+
 def step_summary(judged: list[list[tuple[str, str]]], rewards: list[float | None]) -> dict[str, Any]:
     """What step-by-step truth says of solutions (only a task with `judge_steps` has it).
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from irpo_utils.evaluation import bootstrap, majority, pass_at_k, step_summary, summarize, wilson
+from irpo_utils.evaluation import auc, bootstrap, majority, pass_at_k, ranking, step_summary, summarize, wilson
 
 
 @given(st.integers(1, 9).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n), st.integers(1, n))))
@@ -57,3 +57,38 @@ def test_summary_and_steps():
     steps = step_summary([[("half", "careless")], [("half", "right"), ("finds", "right")]], [1.0, 1.0])
     assert steps["steps_right"] == 0.5 and steps["right_for_wrong_reason"] == 0.5
     assert steps["errors"]["half"] == {"careless": 0.5, "wrong": 0.5, "count": 2}
+
+
+def test_auc_by_hand():
+    assert auc([5, 4, 3, 1], [True, True, False, False]) == 1
+    assert auc([1, 4, 3, 4], [True, True, False, False]) == (0 + 0 + 1 + 0.5) / 4
+    assert auc([2, 2, 2], [True, False, False]) == 0.5
+    with pytest.raises(ValueError, match="2 of 2 are right"):
+        auc([1, 2], [True, True])
+
+
+scored = st.lists(st.tuples(st.sampled_from([0, 1, 1.5, 4 / 3, 5]), st.booleans()), max_size=7)
+
+
+@given(st.lists(scored, min_size=1, max_size=5))
+def test_ranking_counts_the_pairs(problems):
+    def share(groups):
+        pairs = [(r, w) for g in groups for r, right in g if right for w, other in g if not other]
+        return sum((r > w) + (r == w) / 2 for r, w in pairs) / len(pairs) if pairs else None
+
+    got = ranking([([s for s, _ in g], [r for _, r in g]) for g in problems], draws=20)
+    assert got["auc"] == pytest.approx(share([[x for g in problems for x in g]]))
+    assert got["ranked"] == pytest.approx(share(problems))
+    flipped = ranking([([-s for s, _ in g], [r for _, r in g]) for g in problems], draws=20)
+    if got["auc"] is not None:
+        assert 0 <= got["auc_low"] <= got["auc_high"] <= 1
+        assert flipped["auc"] == pytest.approx(1 - got["auc"])
+
+
+def test_the_interval_of_an_auc_narrows_with_problems_not_with_samples():
+    """Scores that follow the problem, not the response: every sample of a problem adds nothing."""
+    width = lambda problems: ranking(problems)["auc_high"] - ranking(problems)["auc_low"]  # noqa: E731
+    problem = lambda i, n: ([i % 7] * n, [i * 5 % 11 < 5] * n)  # noqa: E731
+    few, more = [problem(i, 1) for i in range(30)], [problem(i, 40) for i in range(30)]
+    assert width(more) == pytest.approx(width(few))
+    assert width([problem(i, 1) for i in range(300)]) < 0.6 * width(few)
