@@ -30,6 +30,19 @@ def bootstrap(values: Sequence[float], draws: int = 1000) -> tuple[float, float]
     return float(low), float(high)
 
 
+def auc(scores: Sequence[float], labels: Sequence[int]) -> float | None:
+    """Probability that a positive scores above a negative (ties count half), [n] each; None where one of them is missing."""
+    import numpy as np
+
+    scores, positive = np.asarray(scores, dtype=float), np.asarray(labels, dtype=bool)
+    if positive.all() or not positive.any():
+        return None
+    values, at, count = np.unique(scores, return_inverse=True, return_counts=True)
+    ranks = (np.cumsum(count) - (count - 1) / 2)[at]  # of tied ones, their mean
+    n = positive.sum()
+    return float((ranks[positive].sum() - n * (n + 1) / 2) / (n * (len(values[at]) - n)))
+
+
 def pass_at_k(correct: int, total: int, k: int) -> float:
     """Unbiased probability that one of k samples is right, given `correct` of `total` (arXiv 2107.03374, Eq. 1)."""
     if not 1 <= k <= total:

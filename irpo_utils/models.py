@@ -8,6 +8,7 @@ anew, and the model that is sampled would not be the one that was trained. Adapt
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -59,8 +60,11 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def load_base(config) -> PreTrainedModel:
-    """The frozen base: in NF4 with double quantization for `quantize: nf4`, else in `dtype`."""
+def load_base(config, kind: Any = AutoModelForCausalLM, whole: tuple[str, ...] = (), **options: Any) -> PreTrainedModel:
+    """The frozen base: in NF4 with double quantization for `quantize: nf4`, else in `dtype`.
+
+    `kind` may be another Auto class, with `options` for it, whose modules named in `whole` are not quantized.
+    """
     dtype = DTYPES[config.dtype]
     quantization = None
     if config.quantize == "nf4":
@@ -69,14 +73,16 @@ def load_base(config) -> PreTrainedModel:
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=list(whole) or None,
         )
     model = load(
-        AutoModelForCausalLM,
+        kind,
         config,
         dtype=dtype,
         quantization_config=quantization,
         device_map={"": device()},
         use_safetensors=True,
+        **options,
     )
     for module in model.modules():
         # Dropout would make of the policy another function than the one that was sampled, and than its own reference.
@@ -158,6 +164,16 @@ def load_policy(
         task_type="CAUSAL_LM",
     )
     return get_peft_model(model, lora)
+
+
+def save(model: PreTrainedModel, folder: Path) -> None:
+    """Write a policy or a reward model; the same model gives the same bytes."""
+    model.save_pretrained(folder)
+    path = folder / "adapter_config.json"
+    if path.exists():  # peft writes a set's own order, which differs from process to process
+        facts = json.loads(path.read_text())
+        facts |= {name: sorted(facts[name]) for name in ("target_modules", "exclude_modules") if facts.get(name)}
+        path.write_text(json.dumps(facts, indent=1, sort_keys=True))
 
 
 def load_line(config, policy: Path) -> str:

@@ -3,9 +3,10 @@
 What `model.generate(num_return_sequences=N)` does besides: it runs every prompt N times, keeps its cache once per sample,
 concatenates the cache at every step, and keeps finished rows in the batch until the last one ends. Here a prompt runs
 once and its cache is shared (`prefix.py`); samples that have said the same so far are one row, which parts where they draw
-different tokens; the cache is preallocated; and finished rows leave. Each problem has its own random stream (seed,
-problem, sample, step), so its samples do not depend on the batch they were drawn in (in float32, but for a draw that
-falls within a rounding error of the border between two tokens).
+different tokens; the cache is preallocated; and finished rows leave. Responses may be given a beginning, which is run once
+for all that share it: continuations from the end of every step of a solution run the solution once. Each problem has its
+own random stream (seed, problem, sample, step), so its samples do not depend on the batch they were drawn in (in float32,
+but for a draw that falls within a rounding error of the border between two tokens).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import numpy as np
 import torch
@@ -77,21 +79,23 @@ def pick(logits: Tensor, temperature: float, rows: np.ndarray, uniform: np.ndarr
 def sample_batch(
     model: PreTrainedModel,
     prompts: list[list[int]],
-    noise: np.ndarray,
+    noise: Sequence[np.ndarray],
     temperature: float,
     eos_id: Sequence[int],
     max_new_tokens: int,
     capacity: int,
+    given: Sequence[np.ndarray] | None = None,
 ) -> tuple[list[list[Completion]], int]:
-    """Sample the prompts of one batch with `noise` [problems, n, max_new_tokens], on at most `capacity` rows.
+    """Sample the prompts of one batch with the `noise` of each, [its samples, max_new_tokens], on at most `capacity` rows.
 
-    Samples of a problem that have said the same so far are one row; where they part, the row is copied.
+    Samples of a problem that have said the same so far are one row; where they part, the row is copied. What a sample
+    begins with is in `given`, of the shape of `noise`: token ids, and -1 where a token is drawn.
 
     Returns:
-        the completions [problems][n] of as many problems, from the first on, as went into `capacity` rows; and the most
-        rows that there were.
+        the completions [problems][samples] of as many problems, from the first on, as went into `capacity` rows; and the
+        most rows that there were.
     """
-    n, device = noise.shape[1], next(model.parameters()).device
+    counts, device = [len(samples) for samples in noise], next(model.parameters()).device
     width = max(map(len, prompts))
     # Left padding puts the last prompt token of every row in one column. The pad id is never seen: it is masked.
     ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
@@ -99,7 +103,7 @@ def sample_batch(
     padded = bool((mask == 0).any())
     positions = (mask.cumsum(-1) - 1).clamp_(min=0)
     shared = shares_prompts(model)
-    caches, ends, size = [], [], max(1, PREFILL_TOKENS // width)
+    caches, last, size = [], [], max(1, PREFILL_TOKENS // width)
     for first in range(0, len(prompts), size):
         part = slice(first, first + size)
         caches.append(DynamicCache())
@@ -111,21 +115,23 @@ def sample_batch(
             use_cache=True,
             logits_to_keep=1,
         )
-        ends.append(out.logits[:, -1])
-    cache = SampleCache(caches, mask, min(capacity, len(prompts) * n), max_new_tokens, shared)
+        last.append(out.logits[:, -1])
+    cache = SampleCache(caches, mask, max(len(prompts), min(capacity, sum(counts))), max_new_tokens, shared)
     del caches
-    logits, lengths = torch.cat(ends), np.array([len(p) for p in prompts])
+    logits, lengths = torch.cat(last), np.array([len(p) for p in prompts])
     vocabulary = logits.shape[-1]
 
     done, most = len(prompts), len(prompts)
     owner = np.arange(len(prompts))  # the problem of each row
-    who = np.arange(noise.shape[0] * n)  # the samples that go on, and the row of each
-    row = who // n
-    noise = noise.reshape(-1, max_new_tokens)
+    who, row = np.arange(sum(counts)), np.repeat(owner, counts)  # the samples that go on, and the row of each
+    noise, given = np.concatenate(noise), None if given is None else np.concatenate(given)
     tokens_out, logps_out = np.full(noise.shape, -1), np.zeros(len(noise))
     with shared_attention(model, shared):
         for step in range(max_new_tokens):
             tokens, logps = pick(logits, temperature, row, noise[who, step])
+            if given is not None:
+                fixed = given[who, step] >= 0
+                tokens, logps = np.where(fixed, given[who, step], tokens), np.where(fixed, 0.0, logps)
             tokens_out[who, step] = tokens
             logps_out[who] += logps
             on = ~np.isin(tokens, eos_id)
@@ -135,8 +141,8 @@ def sample_batch(
             # The next rows: distinct (row, token). A row's first one stays where it is.
             nexts, which = np.unique(row * vocabulary + tokens, return_inverse=True)
             if len(nexts) > capacity:
-                counts = np.bincount(owner[nexts // vocabulary], minlength=done)
-                done = int(np.searchsorted(np.cumsum(counts), capacity, side="right"))
+                wanted = np.bincount(owner[nexts // vocabulary], minlength=done)
+                done = int(np.searchsorted(np.cumsum(wanted), capacity, side="right"))
                 on = owner[row] < done
                 who, row, tokens = who[on], row[on], tokens[on]
                 nexts, which = np.unique(row * vocabulary + tokens, return_inverse=True)
@@ -174,10 +180,11 @@ def sample_batch(
             logits = out.logits[:, -1]
 
     completions = []
-    for ids_out, logp in zip(tokens_out[: done * n].tolist(), logps_out.tolist(), strict=False):
+    for ids_out, logp in zip(tokens_out[: sum(counts[:done])].tolist(), logps_out.tolist(), strict=False):
         ids_out = ids_out[: ids_out.index(-1)] if -1 in ids_out else ids_out
         completions.append(Completion(ids_out, logp, ids_out[-1] in eos_id))
-    return [completions[i : i + n] for i in range(0, len(completions), n)], most
+    ends = list(accumulate(counts[:done], initial=0))
+    return [completions[first:end] for first, end in pairwise(ends)], most
 
 
 def check_greedy(n: int, temperature: float) -> None:
@@ -197,8 +204,9 @@ def sample(
     max_new_tokens: int,
     rows: int = 512,
     progress: Callable[[int, int, float], None] | None = None,
+    starts: dict[str, list[list[int]]] | None = None,
 ) -> Iterator[dict[str, list[Completion]]]:
-    """Sample `n` responses for every prompt, a batch at a time.
+    """Sample `n` responses for every prompt, or from every beginning in `starts`, a batch at a time.
 
     Args:
         prompts: problem id -> prompt token ids, BOS included where the tokenizer wants one.
@@ -208,26 +216,47 @@ def sample(
         rows: responses that are run at once, at most; fewer where memory does not hold as many (see `fitting_rows`), and
             half of them, with a warning, whenever it runs out all the same.
         progress: called after each batch with (problems done, problems in all, tokens per second).
+        starts: problem id -> the token ids that its responses begin with, `n` responses for each; [] is none. They count
+            as new tokens. What several begin with is run once, and what one draws does not depend on which others there are.
 
     Yields:
-        problem id -> its n completions, for each batch. Batches go by prompt length, so padding is small.
+        problem id -> its n completions, for each batch; with `starts` n for each of them, in their order. Token ids are the
+        whole response, its given beginning included; logp is that of what was drawn. Batches go by prompt length, so
+        padding is small.
+
+    Raises:
+        ValueError: several responses at temperature 0, or a beginning that no response can have (see `check_starts`).
     """
     check_greedy(n, temperature)
     model.eval()
     stops = [eos_id] if isinstance(eos_id, int) else list(eos_id)
+    begin = {name: [[]] for name in prompts} if starts is None else starts
+    check_starts(begin, prompts, stops, max_new_tokens)
     order = sorted(prompts, key=lambda name: (len(prompts[name]), name))
+    n, each = n * max(map(len, begin.values()), default=1), n  # of one problem, at most; and from each beginning
     rows = min(rows, fitting_rows(model, max(map(len, prompts.values()), default=0), max_new_tokens, n))
     started, tokens, done, size = time.perf_counter(), 0, 0, max(1, rows // n)  # problems of a batch
     while done < len(order):
         names = order[done : done + size]
-        noise = np.stack([uniforms(seed, name, n, max_new_tokens) for name in names])
+        noise = [
+            np.concatenate([uniforms(seed, stream(name, ids), each, max_new_tokens) for ids in begin[name]])
+            for name in names
+        ]
+        given = None if starts is None else [given_tokens(begin[name], each, max_new_tokens) for name in names]
         batch: list[list[Completion]] = [[] for _ in names]
         ids = [prompts[name] for name in names]
         try:
-            for part in np.split(noise, range(rows, n, rows), axis=1):  # one part, unless n exceeds the rows
-                room = min(rows, size * n)
+            for first in range(0, max(map(len, noise)), rows):  # one part, unless they exceed the rows
+                part = lambda samples: [s[first : first + rows] for s in samples[: len(batch)]]  # noqa: B023, E731
                 drawn, most = sample_batch(
-                    model, ids[: len(batch)], part[: len(batch)], temperature, stops, max_new_tokens, room
+                    model,
+                    ids[: len(batch)],
+                    part(noise),
+                    temperature,
+                    stops,
+                    max_new_tokens,
+                    min(rows, size * n),
+                    given and part(given),
                 )
                 batch = [before + new for before, new in zip(batch, drawn, strict=False)]
         except RuntimeError as error:
@@ -247,6 +276,35 @@ def sample(
         if progress:
             progress(done, len(order), tokens / (time.perf_counter() - started))
         yield dict(zip(names, batch, strict=False))
+
+
+def stream(name: str, start: list[int]) -> str:
+    """What names the random numbers of the samples of a problem that begin with `start`."""
+    return f"{name}/{','.join(map(str, start))}" if start else name
+
+
+def given_tokens(starts: list[list[int]], n: int, length: int) -> np.ndarray:
+    """The beginnings as `sample_batch` takes them, [starts x n, length]: token ids, then -1."""
+    rows = np.full((len(starts), length), -1)
+    for row, start in zip(rows, starts, strict=True):
+        row[: len(start)] = start
+    return rows.repeat(n, axis=0)
+
+
+def check_starts(
+    starts: dict[str, list[list[int]]], prompts: dict[str, list[int]], stops: Sequence[int], max_new_tokens: int
+) -> None:
+    """Raises a ValueError that names the problem, unless every prompt has beginnings that a response can go on from."""
+    for name in prompts:
+        mine = starts.get(name)
+        if not mine:
+            raise ValueError(f"starts: {name} has none; leave its prompt out, or give [] for a response without one")
+        if len({tuple(start) for start in mine}) < len(mine):
+            raise ValueError(f"starts: {name} has the same one twice, which would draw the same responses")
+        if any(len(start) >= max_new_tokens for start in mine):
+            raise ValueError(f"starts: one of {name} leaves nothing of max_new_tokens={max_new_tokens}")
+        if any(token in stops for start in mine for token in start):
+            raise ValueError(f"starts: one of {name} has ended already, it holds a token of eos_id")
 
 
 def beginnings(responses: list[list[int]]) -> int:

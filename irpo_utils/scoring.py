@@ -4,7 +4,7 @@ The K pairs of a problem share one prompt, and K pairs hold fewer than 2K distin
 prompts run first, without their last token; their cache, graph and all, is expanded to the distinct responses as rows,
 and a row runs the prompt's last token and the response on it. So all logits belong to response tokens, and none is made
 for a prompt. With activation checkpointing no cache can be kept; there a prompt and its responses are one row with a tree
-mask (`tree_logps`). The result is that of the padded rows prompt + response (`padded_logps`), which is the fall-back for
+mask (`tree_states`). The result is that of the padded rows prompt + response (`padded_states`), which is the fall-back for
 a model that takes no such mask, and for batches in which hardly a prompt is shared.
 
 The vocabulary is the widest thing in a batch (Qwen2.5: 151,936). Hidden states of response tokens are projected to it a
@@ -66,6 +66,14 @@ def collate(rows: list[Row]) -> dict[str, Tensor]:
 
 def response_logps(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
     """log p(response | prompt), the sum over response tokens in nats, [rows], for a batch made by `collate`."""
+    return summed_logps(model, response_states(model, batch), batch["responses"], batch["scored"])
+
+
+def response_states(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
+    """The last hidden states at the `fed` tokens of a batch made by `collate`, [rows, length, width].
+
+    State number i of a row has read the prompt and the response's tokens before number i, which it predicts.
+    """
     if model.training and getattr(model, "is_gradient_checkpointing", False):  # no cache outlives a layer then
         rows, width = batch["fed"].shape
         problems, prompt = batch["prompts"].shape
@@ -74,8 +82,8 @@ def response_logps(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
         # Weights cost 24 h^2 operations per token and layer, attention 4 h for each token that it looks at.
         cost = lambda count, length: count * length * (6 * hidden + length)  # noqa: E731
         if cost(problems, prompt + most * width) < cost(rows, prompt + width) and takes_trees(model):
-            return tree_logps(model, batch)
-        return padded_logps(model, batch)
+            return tree_states(model, batch)
+        return padded_states(model, batch)
     mask, owner, fed = batch["prompt_mask"], batch["owner"], batch["fed"]
     backbone = causal_model(model).base_model
     cache = DynamicCache()
@@ -89,17 +97,26 @@ def response_logps(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
     for layer in cache.layers:
         layer.keys, layer.values = layer.keys.index_select(0, owner), layer.values.index_select(0, owner)
     start = mask.sum(-1)[owner].unsqueeze(-1)
-    hidden = backbone(
+    return backbone(
         input_ids=fed,
         attention_mask=torch.cat([mask[owner], torch.ones_like(fed)], -1),
         position_ids=start + torch.arange(fed.shape[1], device=fed.device),
         past_key_values=cache,
         use_cache=True,
     ).last_hidden_state
-    return summed_logps(model, hidden, batch["responses"], batch["scored"])
 
 
 def tree_logps(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
+    """`response_logps` from the states of `tree_states`."""
+    return summed_logps(model, tree_states(model, batch), batch["responses"], batch["scored"])
+
+
+def padded_logps(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
+    """`response_logps` from the states of `padded_states`."""
+    return summed_logps(model, padded_states(model, batch), batch["responses"], batch["scored"])
+
+
+def tree_states(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
     """The same from one row for each prompt: the prompt, then its responses, each of which sees the prompt and itself only."""
     heads, mask, owner, fed = batch["prompts"], batch["prompt_mask"], batch["owner"], batch["fed"]
     problems, prompt = heads.shape
@@ -127,7 +144,7 @@ def tree_logps(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
         near = bias(seen & (place.unsqueeze(-1) - place.unsqueeze(1) < window))
         attention = {"full_attention": attention, "sliding_attention": near} if kinds else near
     hidden = causal_model(model).base_model(input_ids=ids, attention_mask=attention, position_ids=place, use_cache=False).last_hidden_state  # fmt: skip
-    return summed_logps(model, hidden[at], batch["responses"], batch["scored"])
+    return hidden[at]
 
 
 _tried: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
@@ -135,15 +152,17 @@ _tried: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 
 @torch.no_grad()
 def takes_trees(model: PreTrainedModel) -> bool:
-    """Whether `tree_logps` gives what padded rows give for this model; says so, once, if it does not."""
+    """Whether `tree_states` gives what padded rows give for this model; says so, once, if it does not."""
     if model not in _tried:
         ids = [i % causal_model(model).config.get_text_config().vocab_size for i in range(3, 12)]
         batch = to_device(collate([(ids[:4], ids[4:6]), (ids[:4], ids[5:9]), (ids[:2], ids[6:8])]), model)
         kind, why = causal_model(model).config.model_type, ""
         try:
-            tree, padded = tree_logps(model, batch), padded_logps(model, batch)
-            if not torch.allclose(tree, padded, rtol=1e-3 if model.dtype == torch.float32 else 5e-2):
-                why = f"computes other log-probabilities with a tree mask ({tree.tolist()}, not {padded.tolist()})"
+            where = batch["scored"].bool()
+            tree, padded = (states(model, batch)[where].float() for states in (tree_states, padded_states))
+            off = ((tree - padded).norm() / padded.norm()).item()
+            if not off < (1e-3 if model.dtype == torch.float32 else 5e-2):
+                why = f"computes other states with a tree mask (off by {off:.1e} of their size)"
         except Exception as error:
             if should_reduce_batch_size(error):  # that says nothing of the model
                 raise
@@ -154,7 +173,7 @@ def takes_trees(model: PreTrainedModel) -> bool:
     return _tried[model]
 
 
-def padded_logps(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
+def padded_states(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
     """The same from one row of prompt and response for each response."""
     heads, mask, owner = batch["prompts"], batch["prompt_mask"], batch["owner"]
     lengths = mask.sum(-1)[owner]
@@ -166,8 +185,7 @@ def padded_logps(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
     ids.scatter_(1, columns, batch["fed"])
     # What is right of a row's end is seen by nothing before it.
     hidden = causal_model(model).base_model(input_ids=ids, use_cache=False).last_hidden_state
-    hidden = hidden.gather(1, columns.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
-    return summed_logps(model, hidden, batch["responses"], batch["scored"])
+    return hidden.gather(1, columns.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
 
 
 def causal_model(model: Any) -> PreTrainedModel:

@@ -38,12 +38,13 @@ def serve(orders: TextIO, replies: TextIO) -> None:
     say(replies, {"ready": True})
     for line in orders:
         order = json.loads(line)
-        for number, (prompt, seed) in enumerate(zip(order["prompts"], order["seeds"])):  # noqa: B905 - for any Python
+        asked = zip(order["prompts"], order["seeds"], order["max_new_tokens"])  # noqa: B905 - for any Python
+        for number, (prompt, seed, most) in enumerate(asked):
             wanted = SamplingParams(
                 n=order["n"],
                 temperature=order["temperature"],
                 seed=seed,
-                max_tokens=order["max_new_tokens"],
+                max_tokens=most,
                 stop_token_ids=order["stops"],
                 ignore_eos=True,  # the order's stops are all there are
                 logprobs=0,  # of the drawn token alone

@@ -224,17 +224,19 @@ class Engine:
         max_new_tokens: int,
         rows: int = 512,
         progress: Callable[[int, int, float], None] | None = None,
+        starts: dict[str, list[list[int]]] | None = None,
     ) -> Iterator[dict[str, list[Completion]]]:
-        """Sample `n` responses for every prompt; arguments and completions are those of `sampling.sample`.
+        """Sample `n` responses for every prompt, or beginning; arguments and completions are those of `sampling.sample`.
 
         vLLM gets all prompts at once and fills its own batches (of up to `sampling.rows` responses). `rows` is about how
-        many responses are yielded at a time, a problem's together, in the order in which problems are done.
+        many responses are yielded at a time, a problem's together, in the order in which problems are done. A beginning is
+        one more part of the prompt, whose cache vLLM itself shares.
 
         Raises:
             ValueError: greedy decoding with n > 1, a temperature that vLLM would change, or responses beyond what the engine was started for.
             EngineError: the process ended.
         """
-        from .sampling import Completion, check_greedy
+        from .sampling import Completion, check_greedy, check_starts, stream
 
         check_greedy(n, temperature)
         if 0 < temperature < COLDEST:
@@ -246,26 +248,36 @@ class Engine:
                 "that the engine was started for"
             )
         stops = [eos_id] if isinstance(eos_id, int) else list(eos_id)
+        begin = {name: [[]] for name in prompts} if starts is None else starts
+        check_starts(begin, prompts, stops, max_new_tokens)
+        asked = [(name, start) for name in names for start in begin[name]]
         self._orders += 1
         order = {
             "order": self._orders,
             "n": n,
             "temperature": temperature,
             "stops": stops,
-            "max_new_tokens": max_new_tokens,
+            "max_new_tokens": [max_new_tokens - len(start) for _, start in asked],
         }
-        order["prompts"] = [prompts[name] for name in names]
-        order["seeds"] = [problem_seed(seed, name) for name in names]
+        order["prompts"] = [prompts[name] + start for name, start in asked]
+        order["seeds"] = [problem_seed(seed, stream(name, start)) for name, start in asked]
         self._order(order)
         batch: dict[str, list[Completion]] = {}
-        started, tokens = time.perf_counter(), 0
-        for done in range(1, len(names) + 1):
+        parts: dict[str, dict[int, list[Completion]]] = {name: {} for name in names}  # of problems that are not done
+        started, tokens, done = time.perf_counter(), 0, 0
+        for _ in asked:
             while (reply := self._reply())["order"] != self._orders:
                 pass  # of a call that was left before its end
-            completions = [Completion(ids, logp, ids[-1] in stops) for ids, logp in reply["samples"]]
-            batch[names[reply["number"]]] = completions
-            tokens += sum(len(c.token_ids) for c in completions)
-            if len(batch) * n >= rows or done == len(names):
+            name, start = asked[reply["number"]]
+            parts[name][reply["number"]] = [
+                Completion(start + ids, logp, ids[-1] in stops) for ids, logp in reply["samples"]
+            ]
+            tokens += sum(len(ids) for ids, _ in reply["samples"])
+            if len(parts[name]) < len(begin[name]):
+                continue
+            done += 1
+            batch[name] = [c for _, completions in sorted(parts.pop(name).items()) for c in completions]
+            if sum(map(len, batch.values())) >= rows or done == len(names):
                 if progress:
                     progress(done, len(names), tokens / (time.perf_counter() - started))
                 yield batch

@@ -194,3 +194,88 @@ def test_samples_that_say_the_same_are_one_row(drawn, seed_model, tokenizer):
     )
     run = sum(rows for rows, width in fed if width == 1)
     assert beginnings <= run < 1.4 * beginnings < tokens  # ended rows run along for a while
+
+
+def continued(model, prompts, starts, **settings):
+    settings = dict(n=1, temperature=0, seed=0, eos_id=STOPS, max_new_tokens=20) | settings
+    batches = sampling.sample(model, prompts, starts=starts, **settings)
+    return {name: completions for batch in batches for name, completions in batch.items()}
+
+
+def test_greedy_from_any_beginning_is_generate_from_prompt_and_beginning(network):
+    """Nested beginnings, ones that part, none at all; prompts of different lengths; more of them than rows."""
+    rng = np.random.default_rng(3)
+    prompts = {str(i): [1, *rng.integers(3, 97, 1 + 3 * i).tolist()] for i in range(6)}
+    starts = {}
+    for i, name in enumerate(prompts):
+        ids = rng.integers(40, 97, 12).tolist()
+        starts[name] = [ids[:length] for length in range(0, 12, 1 + i % 3)] + [[39, *ids[:3]], [39, *ids[:5]]]
+    for rows in (96, 5):
+        found = continued(network, prompts, starts, rows=rows)
+        for name, prompt in prompts.items():
+            for start, got in zip(starts[name], found[name], strict=True):
+                ids = torch.tensor([prompt + start])
+                out = network.generate(
+                    ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=20 - len(start), eos_token_id=STOPS
+                )  # fmt: skip
+                assert got.token_ids == out[0, len(prompt) :].tolist()
+
+
+def test_what_a_beginning_draws_does_not_depend_on_the_others(network):
+    prompts = {"a": [1, 5, 6], "b": [1, 7]}
+    starts = {"a": [[], [50], [50, 51], [60, 61, 62]], "b": [[50]]}
+    settings = dict(n=6, temperature=1.0, seed=5)
+    ids = lambda completions: [c.token_ids for c in completions]  # noqa: E731
+    together = continued(network, prompts, starts, **settings)
+    for i, start in enumerate(starts["a"]):
+        alone = continued(network, {"a": prompts["a"]}, {"a": [start]}, rows=4, **settings)["a"]
+        assert ids(alone) == ids(together["a"][6 * i : 6 * i + 6])
+        assert all(c.token_ids[: len(start)] == start for c in alone)
+    plain = sampling.sample(network, {"a": prompts["a"]}, eos_id=STOPS, max_new_tokens=20, **settings)
+    assert ids(next(plain)["a"]) == ids(together["a"][:6])  # the empty beginning is none at all
+
+
+def test_continuations_have_the_distribution_of_the_next_token(seed_model, tokenizer, task):
+    """Chi-square on 4,000 draws of the token behind a given one; logp is that of the drawn token alone."""
+    name, prompt = next(iter(stages.encode_prompts(task, tokenizer, task.problems("train")[:1]).items()))
+    start = next(sampling.sample(seed_model, {name: prompt}, n=1, temperature=0, seed=0, eos_id=2, max_new_tokens=9))[name][0].token_ids[:4]  # fmt: skip
+    drawn = continued(seed_model, {name: prompt}, {name: [start]}, n=4000, temperature=1.5, max_new_tokens=5, eos_id=2)
+    with torch.no_grad():
+        logits = seed_model(torch.tensor([prompt + start])).logits[0, -1].double()
+    expected = (logits / 1.5).softmax(-1) * 4000
+    counts = torch.bincount(torch.tensor([c.token_ids[4] for c in drawn[name]]), minlength=len(expected))
+    common = expected > 5
+    assert ((counts - expected)[common] ** 2 / expected[common]).sum() < common.sum() + 6 * (2 * common.sum()) ** 0.5
+    assert counts[~common].sum() < 3 * expected[~common].sum() + 10
+    for c in drawn[name][:20]:
+        assert c.logp == pytest.approx(logits.log_softmax(-1)[c.token_ids[4]].item(), abs=1e-4)
+
+
+def test_every_token_of_nested_beginnings_is_run_once(seed_model, tokenizer, task):
+    """Four continuations from each of ten prefixes of one solution: 1 + 2 + ... tokens of prefixes, and ten are run."""
+    name, prompt = next(iter(stages.encode_prompts(task, tokenizer, task.problems("train")[:1]).items()))
+    solution, fed = tokenizer(task.problems("train")[0].solution).input_ids[:10], []
+    handle = seed_model.register_forward_pre_hook(lambda m, a, k: fed.append(k["input_ids"].shape), with_kwargs=True)
+    try:
+        starts = {name: [solution[: i + 1] for i in range(10)]}
+        drawn = continued(seed_model, {name: prompt}, starts, n=4, temperature=1.0, eos_id=2, max_new_tokens=60)[name]
+    finally:
+        handle.remove()
+    run = sum(rows for rows, width in fed if width == 1)
+    assert run < 1.4 * len({tuple(c.token_ids[:i]) for c in drawn for i in range(1, len(c.token_ids))})
+    assert [rows for rows, width in fed if width > 1] == [1]  # the prompt
+
+
+@pytest.mark.parametrize(
+    ("starts", "message"),
+    [
+        ({}, "a has none"),
+        ({"a": []}, "a has none"),
+        ({"a": [[50], [50]]}, "the same one twice"),
+        ({"a": [[50] * 20]}, "leaves nothing of max_new_tokens=20"),
+        ({"a": [[50, 2]]}, "has ended already"),
+    ],
+)
+def test_a_beginning_that_nothing_can_follow_is_refused(seed_model, starts, message):
+    with pytest.raises(ValueError, match=message):
+        continued(seed_model, {"a": [1]}, starts)

@@ -93,6 +93,17 @@ def test_the_length_limit_leaves_a_response_unfinished(engine, prompts):
 
 
 @needs_vllm
+def test_it_goes_on_from_given_beginnings(engine, seed_model, prompts):
+    whole = collected(sampling.sample(seed_model, prompts, **GREEDY))
+    starts = {name: [c.token_ids[:length] for length in (0, 3, 7)] for name, (c,) in whole.items()}
+    found = ids(collected(engine.sample(prompts, **GREEDY, starts=starts)))
+    assert found == {name: [c.token_ids] * 3 for name, (c,) in whole.items()}
+    drawn = ids(collected(engine.sample(prompts, **DRAWN, starts=starts)))
+    alone = {name: starts[name][1:2] for name in prompts}
+    assert ids(collected(engine.sample(prompts, **DRAWN, starts=alone))) == {k: v[8:16] for k, v in drawn.items()}
+
+
+@needs_vllm
 def test_what_vllm_would_silently_change_is_refused(engine, prompts, longest):
     for settings, message in (
         (GREEDY | {"n": 2}, "set n=1 or a temperature above 0"),

@@ -1,0 +1,264 @@
+"""Process feedback: where steps end, what simulation labels them, and a reward model that reads what it should."""
+
+import hashlib
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from small_models import build
+from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
+from tokenizers import models as kinds
+from transformers import PreTrainedTokenizerFast
+
+from irpo_utils import evaluation, models, process, reward_model, sampling, scoring, simulation, stages
+
+
+@pytest.fixture(scope="module")
+def merging():
+    """A byte-level BPE tokenizer whose tokens run over the ends of lines, and which has one for every byte."""
+    bpe = Tokenizer(kinds.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bpe.decoder = decoders.ByteLevel()
+    texts = ["a.\nb = a\n\n    a.\n", "\n\nb\na.\n\n", "   \n    b.\n"] * 9
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=290, initial_alphabet=alphabet, show_progress=False))
+    return PreTrainedTokenizerFast(tokenizer_object=bpe)
+
+
+def test_steps_of_a_solution_end_with_its_lines(tokenizer):
+    text = "Half: 12 / 2 = 6\nFind: 6 + 3 = 9\nFinal answer: odd"
+    ids = [*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+    ends = process.step_ends(tokenizer, ids)
+    said = [tokenizer.decode(ids[: end + 1]) for end in ends]
+    assert said == ["Half: 12 / 2 = 6\n", "Half: 12 / 2 = 6\nFind: 6 + 3 = 9\n", text]
+    assert process.step_ends(tokenizer, ids[:-3], finished=False) == ends[:2]  # the last line was cut: no step
+    assert process.step_ends(tokenizer, [tokenizer.eos_token_id]) == []
+
+
+def test_empty_lines_are_no_steps_of_code(merging):
+    code = "def f(a):\n\n    b = a\n    \n\n    return b\n"
+    for ids in (merging(code).input_ids, [merging(c).input_ids[0] for c in code]):
+        said = [merging.decode(ids[: end + 1]) for end in process.step_ends(merging, ids, finished=False)]
+        assert [len(text.split("\n")) > 1 and text.strip().rpartition("\n")[2].strip() for text in said] == [
+            "def f(a):",
+            "b = a",
+            "return b",
+        ]
+
+
+@given(st.text("ab.= \n", min_size=1, max_size=30), st.booleans())
+def test_every_line_is_whole_in_the_prefix_of_its_step(merging, text, merged):
+    ids = merging(text).input_ids if merged else [merging(c).input_ids[0] for c in text]
+    ends = process.step_ends(merging, [*ids, 0])
+    said = [merging.decode(ids[: end + 1]) for end in ends]
+    lines = [line for line in text.split("\n") if line.strip()]
+    whole = lambda part, last: sum(bool(line.strip()) for line in (part.split("\n") if last else part.split("\n")[:-1]))  # noqa: E731  # fmt: skip
+    counts = [whole(part, part == text) for part in said]
+    assert counts == sorted(set(counts)) and (counts[-1] if counts else 0) == len(lines)
+    if not merged:
+        assert counts == list(range(1, len(lines) + 1))
+
+
+def test_path_rewards_by_hand():
+    scores = [0.5, 0.8, 0.2]
+    wanted = {"mean": 0.5, "min": 0.2, "product": 0.08, "last": 0.2}
+    assert {how: process.path_reward(scores, how) for how in process.PATHS} == pytest.approx(wanted)
+    assert process.path_reward([], "mean") == 0
+
+
+@given(st.text("01", min_size=1, max_size=16), st.integers(0, 8), st.integers(1, 16))
+def test_more_is_asked_of_a_step_by_a_larger_delta_and_less_by_more_continuations(outcomes, delta, k):
+    assert process.label(outcomes, delta, k) >= process.label(outcomes, delta + 1, k)
+    assert process.label(outcomes, delta, k) <= process.label(outcomes, delta, k + 1)
+    assert process.label(outcomes, delta) == (outcomes.count("1") > delta)
+
+
+@given(st.lists(st.tuples(st.integers(0, 4), st.booleans()), min_size=2, max_size=20))
+def test_auc_is_the_share_of_ordered_pairs(rows):
+    right, wrong = [s for s, y in rows if y], [s for s, y in rows if not y]
+    found = evaluation.auc([s for s, _ in rows], [int(y) for _, y in rows])
+    if not right or not wrong:
+        assert found is None
+    else:
+        assert found == pytest.approx(sum((a > b) + (a == b) / 2 for a in right for b in wrong) / len(right) / len(wrong))  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def small(config):
+    """A configuration that labels and trains in seconds."""
+    parts = {"continuations": 4, "max_steps": 6, "batch": 8}
+    return replace(config, process=replace(config.process, **parts), sampling=replace(config.sampling, rows=64))
+
+
+@pytest.fixture(scope="module")
+def drawn(small, tokenizer, task):
+    problems, samples = task.problems("train")[:8], {}
+    with stages.drawing(small, None, tokenizer, task, problems) as draw:
+        batches = stages.graded_samples(small, draw, tokenizer, task, problems, n=4, temperature=1.0, seed=0, label="")
+        for row in (row for batch in batches for row in batch):
+            samples.setdefault(row["problem"], []).append(row)
+    return problems, samples
+
+
+@pytest.fixture(scope="module")
+def labelled(small, tokenizer, task, drawn, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("labels")
+    return folder, process.label_steps(small, None, tokenizer, task, *drawn, folder, 5)
+
+
+def test_labels_are_those_of_continuations_drawn_one_prefix_at_a_time(labelled, small, tokenizer, task, drawn, seed_model):  # fmt: skip
+    by_id, seen = {p.id: p for p in drawn[0]}, 0
+    for row in labelled[1][::3]:
+        for end, outcomes in zip(row["ends"], row["outcomes"], strict=True):
+            start = row["token_ids"][: end + 1]
+            if not outcomes:
+                continue
+            batches = sampling.sample(
+                seed_model, {row["problem"]: row["prompt_ids"]}, n=4, temperature=1.0, seed=5, eos_id=[2],
+                max_new_tokens=64, starts={row["problem"]: [start]},
+            )  # fmt: skip
+            texts = [tokenizer.decode(c.token_ids[:-1]) for c in next(batches)[row["problem"]]]
+            right = [task.extract(text, by_id[row["problem"]]) == by_id[row["problem"]].answer for text in texts]
+            assert outcomes == "".join("01"[ok] for ok in right)
+            seen += 1
+    assert seen > 5
+
+
+def test_labels_of_last_steps_and_gold_solutions_need_no_simulation(labelled, drawn):
+    _, rows = labelled
+    assert {row["problem"] for row in rows if row["gold"]} <= {p.id for p in drawn[0]}
+    for row in rows:
+        assert len(row["ends"]) == len(row["labels"]) == len(row["outcomes"])
+        if row["gold"]:
+            assert set(row["labels"]) == {1} and set(row["outcomes"]) == {""}
+        else:
+            assert row["labels"][-1] == (row["answer_reward"] == 1) and row["outcomes"][-1] == ""
+            assert all(len(o) == 4 for o in row["outcomes"][:-1])
+            assert row["labels"][:-1] == [int("1" in o) for o in row["outcomes"][:-1]]
+
+
+def test_a_killed_simulation_goes_on(labelled, small, tokenizer, task, drawn, monkeypatch):
+    folder, rows = labelled
+    monkeypatch.setattr(simulation, "CHUNK", 1)
+    again = process.label_steps(small, None, tokenizer, task, *drawn, folder / "again", 5)
+    chunks = sorted((folder / "again").glob("continuations_*.jsonl"))
+    assert again == rows and len(chunks) > 1  # however it is cut
+    before = chunks[0].stat().st_mtime_ns
+    chunks[-1].unlink()
+    assert process.label_steps(small, None, tokenizer, task, *drawn, folder / "again", 5) == rows
+    assert chunks[0].stat().st_mtime_ns == before and chunks[-1].exists()
+    monkeypatch.setattr(stages, "drawing", None)  # nothing is left to draw
+    assert process.label_steps(small, None, tokenizer, task, *drawn, folder / "again", 5) == rows
+
+
+def test_the_control_labels_every_step_with_the_answer(small, tokenizer, task, drawn, monkeypatch, tmp_path):
+    monkeypatch.setattr(stages, "drawing", None)
+    for row in process.label_steps(small, None, tokenizer, task, *drawn, tmp_path, 5, labels="outcome"):
+        assert set(row["labels"]) == {int(row["answer_reward"] == 1)}
+
+
+def test_another_simulator_reads_prefixes_as_text(small, tokenizer, task, drawn, tmp_path, monkeypatch):
+    """One with its own tokenizer and chat template; what it says here is what the policy's own sampler would be told."""
+    other = build("qwen2", tmp_path / "other", [p.question + p.solution for p in drawn[0]])
+    config = replace(small, process=replace(small.process, simulator=str(other)))
+    asked, reader = {}, models.load_tokenizer(replace(small.model, path=str(other)))
+    real = sampling.sample
+
+    def watched(model, prompts, **settings):
+        asked.update(settings["starts"])
+        return real(model, prompts, **settings)
+
+    monkeypatch.setattr(sampling, "sample", watched)
+    text = "Half: 12 / 2 = 6\n"
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    problem = drawn[0][0]
+    found = simulation.simulate(config, None, tokenizer, task, [problem], {problem.id: [ids]}, tmp_path, 0)
+    assert [reader.decode(start) for start in asked[problem.id]] == [text]
+    assert found == {(problem.id, tuple(ids)): "0000"}  # random weights
+
+
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_scores_are_those_of_each_response_alone_through_the_model_itself(tuning, small, tokenizer, labelled):
+    """transformers' own forward on prompt + response, unpadded and unshared, read at the token that ends the step."""
+    config = replace(small, model=replace(small.model, tuning=tuning))
+    model = reward_model.load_reward_model(config, seed=1)
+    torch.manual_seed(0)
+    for name, weights in model.named_parameters():
+        if "lora_B" in name or "score" in name:
+            torch.nn.init.normal_(weights, std=0.3)
+    rows = [row for row in labelled[1] if row["ends"]][:12]
+    found = reward_model.score(model, *([row[k] for row in rows] for k in ("prompt_ids", "token_ids", "ends")), rows=5)
+    spread = set()
+    for row, scores in zip(rows, found, strict=True):
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([row["prompt_ids"] + row["token_ids"]])).logits[0].softmax(-1)
+        wanted = logits[[len(row["prompt_ids"]) + end for end in row["ends"]], 1].tolist()
+        assert scores == pytest.approx(wanted, abs=1e-5)
+        spread.update(round(s, 2) for s in scores)
+    assert len(spread) > 5
+
+
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_a_reward_model_is_saved_and_loaded_and_the_same_again(tuning, small, labelled, tmp_path):
+    config = replace(small, model=replace(small.model, tuning=tuning))
+    facts = reward_model.train(config, labelled[1], tmp_path / "a", 3)
+    assert facts["held_out_steps"] > 0 and 0 <= facts["held_out_accuracy"] <= 1 and facts["steps"] == 6
+    assert facts == reward_model.train(config, labelled[1], tmp_path / "b", 3)
+    digests = [
+        {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in (tmp_path / run / "reward_model").iterdir()}
+        for run in "ab"
+    ]
+    assert digests[0] == digests[1]
+    loaded = reward_model.load_reward_model(config, tmp_path / "a" / "reward_model")
+    rows = [row for row in labelled[1] if row["ends"]]
+    names = {row["problem"] for row in rows}
+    assert json.loads((tmp_path / "a" / "reward_model" / "facts.json").read_text()) == facts
+    again = reward_model.held_out_facts(loaded, rows, names)
+    new = reward_model.held_out_facts(reward_model.load_reward_model(config, seed=3), rows, names)
+    assert again["held_out_auc"] != new["held_out_auc"]
+
+
+def test_a_reward_model_learns_what_can_be_told(small, labelled, tmp_path):
+    """Labels that the state at a step's end has for certain: whether the step is the last one."""
+    rows = [row | {"labels": [0] * (len(row["ends"]) - 1) + [1]} for row in labelled[1] if row["ends"]]
+    config = replace(small, process=replace(small.process, max_steps=60, max_epochs=60))
+    facts = reward_model.train(config, rows, tmp_path, 0)
+    assert facts["held_out_accuracy"] > 0.95 and facts["held_out_auc"] > 0.98
+
+
+def test_no_reward_model_and_too_few_problems_say_so(small, labelled, tmp_path):
+    with pytest.raises(FileNotFoundError, match="holds no reward model"):
+        reward_model.load_reward_model(small, tmp_path)
+    one = [row for row in labelled[1] if row["problem"] == labelled[1][0]["problem"]]
+    with pytest.raises(ValueError, match="at least two problems"):
+        reward_model.train(small, one, tmp_path, 0)
+
+
+def test_states_have_read_what_the_docstring_says(seed_model):
+    prompt, response = [1, 5, 6, 7], [8, 9, 10]
+    with torch.no_grad():
+        wanted = seed_model.base_model(torch.tensor([prompt + response])).last_hidden_state[0]
+        batch = scoring.collate([(prompt, response), (prompt, response[:1])])
+        for states in (scoring.response_states, scoring.tree_states, scoring.padded_states):
+            assert torch.allclose(states(seed_model, batch)[0], wanted[len(prompt) - 1 : -1], atol=1e-4)
+
+
+def test_feedback_end_to_end(small, tokenizer, task, drawn, tmp_path):
+    problems, samples = drawn
+    unfinished = {**samples[problems[0].id][0], "finished": False, "reward": None, "token_ids": [5, 6], "response": "x"}
+    samples = {**samples, problems[0].id: [*samples[problems[0].id], unfinished]}
+    scored, facts = process.feedback(small, None, tokenizer, task, problems, samples, tmp_path, 5)
+    assert {name: len(mine) for name, mine in scored.items()} == {name: len(mine) for name, mine in samples.items()}
+    for name, mine in scored.items():
+        for before, after in zip(samples[name], mine, strict=True):
+            assert after["answer_reward"] == before["reward"] and after["token_ids"] == before["token_ids"]
+            assert after["reward"] == process.path_reward(after["step_scores"], "mean")
+    assert scored[problems[0].id][-1]["reward"] == 0  # no whole step
+    assert facts["solutions"] > 8 and 0 < facts["labelled_right"] < 1
+    again, same = process.feedback(small, None, tokenizer, task, problems, samples, tmp_path, 5)
+    assert again == scored and same == facts
+    with pytest.raises(ValueError, match="process or outcome, not 'both'"):
+        process.feedback(small, None, tokenizer, task, problems, samples, tmp_path, 5, labels="both")
