@@ -94,18 +94,6 @@ def summarize(records: list[Record]) -> dict[str, float]:
     return out
 
 
-def auc(scores: Sequence[float], right: Sequence[bool]) -> float:
-    """The chance that a right response [samples] scores above a wrong one, where a tie counts half.
-
-    Raises:
-        ValueError: none is right, or all are.
-    """
-    agreement = ranking([(scores, right)], draws=0)
-    if agreement["auc"] is None:
-        raise ValueError(f"an AUC needs right and wrong responses; {sum(map(bool, right))} of {len(right)} are right")
-    return agreement["auc"]
-
-
 def ranking(problems: Sequence[tuple[Sequence[float], Sequence[bool]]], draws: int = 1000) -> dict[str, float | None]:
     """How well scores tell right responses from wrong ones; None where there is nothing to compare.
 

@@ -66,8 +66,8 @@ def score_tokens(tokenizer) -> tuple[list[int], list[list[int]]]:
 
 def _written(
     config, draw: Callable, tokenizer, prompts: dict[str, list[int]], seed: int
-) -> dict[str, list[int | None]]:
-    """The scores in `judge.samples` judgements of each prompt, drawn from the policy."""
+) -> tuple[dict[str, list[int | None]], int]:
+    """The scores in `judge.samples` judgements of each prompt, drawn from the policy; and how many tokens those have."""
     drawn = draw(
         prompts,
         n=config.judge.samples,
@@ -78,12 +78,19 @@ def _written(
         rows=config.sampling.rows,
         progress=stages.Progress("judging"),
     )
-    text = lambda c: tokenizer.decode(c.token_ids[:-1] if c.finished else c.token_ids)  # noqa: E731
-    return {name: [read_score(text(c)) for c in drawn_here] for batch in drawn for name, drawn_here in batch.items()}
+    found, tokens = {}, 0
+    for name, completions in ((name, found_here) for batch in drawn for name, found_here in batch.items()):
+        texts = [tokenizer.decode(c.token_ids[:-1] if c.finished else c.token_ids) for c in completions]
+        found[name] = [read_score(text) for text in texts]
+        tokens += sum(len(c.token_ids) for c in completions)
+    return found, tokens
 
 
-def _likely(config, model, tokenizer, prompts: dict[str, list[int]], seed: int) -> dict[str, list[int]]:
-    """`judge.samples` draws from softmax(log p(score | prompt) / judge.temperature) over the six scores, each prompt's own."""
+def _likely(config, model, tokenizer, prompts: dict[str, list[int]], seed: int) -> tuple[dict[str, list[int]], int]:
+    """`judge.samples` draws from softmax(log p(score | prompt) / judge.temperature) over the six scores, each prompt's own.
+
+    Nothing is drawn token by token: the second value is how many tokens of prompts the model read instead.
+    """
     import numpy as np
 
     from . import sampling, scoring
@@ -100,7 +107,7 @@ def _likely(config, model, tokenizer, prompts: dict[str, list[int]], seed: int) 
     for name, points in zip(prompts, likely, strict=True):
         uniform = sampling.uniforms(seed, name, config.judge.samples, 1)[:, 0] * points[-1]
         found[name] = np.minimum(np.searchsorted(points, uniform, side="right"), SCORES[-1]).tolist()
-    return found
+    return found, sum(map(len, prompts.values()))
 
 
 def judge(
@@ -138,18 +145,20 @@ def judge(
             number[s["problem"]] += 1
     asked = [Problem(n, judge_prompt(by_id[p].question, text, read), "") for (p, text), n in names.items()]
     prompts = stages.encode_prompts(SimpleNamespace(prompt=lambda p: p.question), tokenizer, asked)
-    found = _written(config, draw, tokenizer, prompts, seed) if read == "text" else _likely(config, model, tokenizer, prompts, seed)  # fmt: skip
+    found, cost = _written(config, draw, tokenizer, prompts, seed) if read == "text" else _likely(config, model, tokenizer, prompts, seed)  # fmt: skip
 
     scores = {name: [s for s in found[name] if s is not None] for name in prompts}
     mean = {name: sum(mine) / len(mine) if mine else None for name, mine in scores.items()}
     judged = [s | {"answer_reward": s["reward"], "reward": mean[names[s["problem"], s["response"]]]} for s in samples]
     tokens = [i for ids in prompts.values() for i in ids]
     facts = {
-        "samples": len(samples),
+        "judged_samples": len(samples),
         "responses": len(prompts),
         "judgements": sum(map(len, found.values())),
         "readable": sum(map(len, scores.values())) / max(1, sum(map(len, found.values()))),
         "unscored": sum(s["reward"] is None for s in judged),
+        "drawn_tokens": cost,
+        "trained_tokens": 0,
         "prompt_tokens": len(tokens),
         "unknown_tokens": 0 if tokenizer.unk_token_id is None else tokens.count(tokenizer.unk_token_id),
     }

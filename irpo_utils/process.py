@@ -17,7 +17,7 @@ from typing import Any
 
 from . import pairs, stages
 from .runs import write_json, write_jsonl
-from .simulation import simulate
+from .simulation import simulate, tokens_drawn
 from .tasks import Problem, Task
 
 Record = dict[str, Any]
@@ -175,6 +175,7 @@ def feedback(
         "solutions": len(rows),
         "steps": len(steps),
         "labelled_right": sum(sum(row["labels"]) for row in rows) / max(1, len(steps)),
+        "drawn_tokens": tokens_drawn(folder),
         "prefixes_simulated": len({step for step, drawn in zip(steps, simulated, strict=True) if drawn}),
         "reward_model": json.loads((folder / "reward_model" / "facts.json").read_text()),
     }

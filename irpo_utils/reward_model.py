@@ -218,7 +218,13 @@ def train(config, solutions: list[Solution], folder: Path, seed: int) -> dict[st
     trainer.remove_callback(PrinterCallback)
     trainer.model_accepts_loss_kwargs = False  # a mean over steps, which the Trainer must divide itself
     trainer.train(resume_from_checkpoint=last_checkpoint(folder / "checkpoints"))
-    facts = {"steps": steps, "solutions": len(rows), **held_out_facts(model, solutions, held_out)}
+    trained = sum(len(s["prompt_ids"]) + len(s["token_ids"]) for s in data)
+    facts = {
+        "steps": steps,
+        "solutions": len(rows),
+        "trained_tokens": trained,
+        **held_out_facts(model, solutions, held_out),
+    }
     fresh = folder / "reward_model.tmp"
     shutil.rmtree(fresh, ignore_errors=True)
     models.save(model, fresh)

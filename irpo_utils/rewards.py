@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
+from . import stages
 from .tasks import Problem, Task
 
 Record = dict[str, Any]
@@ -23,8 +25,6 @@ def rationalized(stage, task: Task, tokenizer, problems: list[Problem], samples:
     The hint is a line behind the question, and only in the prompt that is sampled: what is right joins the problem's samples
     as if it had been drawn without it (`extra`: it was drawn on top of the N).
     """
-    from . import stages
-
     failed = [p for p in problems if p.id in samples and not any(s["reward"] == 1 for s in samples[p.id])]
     hinted = [replace(p, question=f"{p.question}\nFinal answer: {p.answer}") for p in failed]
     drawn: list[Record] = []
@@ -56,12 +56,32 @@ def rationalized(stage, task: Task, tokenizer, problems: list[Problem], samples:
 
 def process(stage, task: Task, tokenizer, problems: list[Problem], samples: dict[str, list[Record]]):
     """Path rewards of a process reward model, trained on simulated step labels of these samples (SIPF, arXiv 2412.08393)."""
-    raise NotImplementedError
+    from .process import feedback
+
+    asked = [p for p in problems if p.id in samples]
+    seed = stages.stage_seed(stage, 4)
+    scored, facts = feedback(stage.config, stage.input("policy"), tokenizer, task, asked, samples, stage.partial, seed)
+    for name in ("labels.jsonl", "reward_model"):
+        (stage.partial / name).rename(stage.path(name))
+    facts["trained_tokens"] = facts["reward_model"]["trained_tokens"]
+    return [row for rows in scored.values() for row in rows], facts
 
 
 def judged(stage, task: Task, tokenizer, problems: list[Problem], samples: dict[str, list[Record]]):
     """The model's own score of each response (Self-Rewarding, arXiv 2401.10020)."""
-    raise NotImplementedError
+    from .judge import judge, judge_prompt
+
+    config, rows = stage.config, [row for mine in samples.values() for row in mine]
+    by_id, seed = {p.id: p for p in problems}, stages.stage_seed(stage, 5)
+    if config.judge.read == "scores":
+        from .models import load_policy
+
+        model = load_policy(config.model, stage.input("policy"), threads=config.threads)
+        return judge(config, None, tokenizer, task, problems, rows, seed, model)
+    longest = max((judge_prompt(by_id[r["problem"]].question, r["response"], "text") for r in rows), key=len)
+    asked = SimpleNamespace(prompt=lambda p: p.question)
+    with stages.drawing(config, stage.input("policy"), tokenizer, asked, [Problem("longest", longest, "")]) as draw:
+        return judge(config, draw, tokenizer, task, problems, rows, seed)
 
 
 REWARDS: dict[str, Reward] = {"rationalized": rationalized, "process": process, "judge": judged}

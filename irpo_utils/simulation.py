@@ -85,6 +85,11 @@ def simulate(
     return {(p.id, tuple(ids)): found[p.id, tuple(start(ids))] for p in asked for ids in prefixes[p.id]}
 
 
+def tokens_drawn(folder: Path) -> int:
+    """How many tokens the continuations in `folder` have, their beginnings not counted."""
+    return sum(row["tokens"] for path in folder.glob("continuations_*.jsonl") for row in read_jsonl(path, "01b_reward"))
+
+
 def continuations(config, draw, reader, task, problems, prompts, begin, k, seed, said) -> Iterator[Record]:
     """One chunk of `simulate`: a record for every prefix of `problems`."""
     most = config.sampling.max_new_tokens
@@ -106,8 +111,12 @@ def continuations(config, draw, reader, task, problems, prompts, begin, k, seed,
         verdicts = answers.grade(task, texts, [by_id[name]] * len(texts), flexible=config.task.flexible)
         marks = "".join("1" if verdict.reward == 1 else "0" for verdict in verdicts)
         for i, ids in enumerate(starts[name]):
-            yield {"problem": name, "prefix": ids, "outcomes": marks[k * i : k * i + k]}
+            mine = slice(k * i, k * i + k)
+            tokens = sum(len(c.token_ids) - len(ids) for c in completions[mine])
+            yield {"problem": name, "prefix": ids, "outcomes": marks[mine], "tokens": tokens}
     for p in problems:
         yield from (
-            {"problem": p.id, "prefix": ids, "outcomes": "0" * k} for ids in map(list, begin[p.id]) if len(ids) >= most
+            {"problem": p.id, "prefix": ids, "outcomes": "0" * k, "tokens": 0}
+            for ids in map(list, begin[p.id])
+            if len(ids) >= most
         )
