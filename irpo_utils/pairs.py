@@ -197,7 +197,7 @@ def _nothing(selection: str, audit: Counter[str], golds: int) -> str:
     return (
         f"no pair can be made of {audit['samples']} samples (selection {selection!r}): {audit['none_right']} problems have no right answer, "
         f"{audit['all_right']} no wrong one; {audit['unfinished']} samples are unfinished (sampling.max_new_tokens), "
-        f"{audit['over_long']} and {audit['gold_over_long']} gold solutions are too long (pairs.max_tokens); raise sampling.n or sampling.temperature, or take other problems"
+        f"{audit['over_long']} and {audit['gold_over_long']} gold solutions are too long (pairs.max_tokens); {'lower pairs.eta, ' if selection == 'margin' else ''}raise sampling.n or sampling.temperature, or take other problems"
     )
 
 
