@@ -61,8 +61,8 @@ def test_judgements_are_averaged_over_those_that_parse(config):
     said = {
         ("p", "a"): ["Score: 5", "Score: 4", "well"],
         ("p", "b"): ["Score: 1", "Score: 2", "Score: 0"],
-        ("q", "a"): ["Score: 3", "Score: 3", "Score: 3"],
         ("p", "c"): ["no", "Score: 9", ""],
+        ("q", "a"): ["Score: 3", "Score: 3", "Score: 3"],
     }
     problems = [Problem("p", "How many? {x}", "1"), Problem("q", "Where?", "2")]
     samples = [sample("p", "a", 1.0), sample("p", "b", 0.0), sample("q", "a", None), sample("p", "a", 1.0), sample("p", "c", 1.0)]  # fmt: skip
@@ -81,11 +81,11 @@ def test_judgements_are_averaged_over_those_that_parse(config):
     assert list(seen) == [
         "p/judge/0",
         "p/judge/1",
-        "q/judge/0",
         "p/judge/2",
+        "q/judge/0",
     ]  # a problem's own, whatever else is judged
     texts = list(seen.values())
-    assert "How many? {x}" in texts[0] and "Where?" in texts[2] and all(t.endswith("Score: n\n") for t in texts)
+    assert "How many? {x}" in texts[0] and "Where?" in texts[3] and all(t.endswith("Score: n\n") for t in texts)
     with pytest.raises(ValueError, match="needs a function that draws"):
         judge.judge(config, None, tokenizer, problems, samples, 0)
 
