@@ -101,9 +101,9 @@ def ranking(problems: Sequence[tuple[Sequence[float], Sequence[bool]]], draws: i
         problems: for every problem the scores of its responses and whether each is right.
 
     Returns:
-        `auc` over the responses of all problems together, with the 95 % interval `auc_low` to `auc_high` from `draws` seeded
-        resamplings of the problems; and `ranked`, the share of the pairs (right, wrong) of *one* problem in which the
-        right one scores higher. Ties count half.
+        `auc` over the responses of all problems together; `ranked`, the share of the pairs (right, wrong) of *one* problem in
+        which the right one scores higher; ties count half. With `_low` and `_high`: the 95 % interval from `draws` seeded
+        resamplings of the problems.
     """
     import numpy as np
 
@@ -117,16 +117,21 @@ def ranking(problems: Sequence[tuple[Sequence[float], Sequence[bool]]], draws: i
         """Pairs that are ranked right, and all pairs, from counts [..., values]."""
         return (right * (wrong.cumsum(-1) - wrong / 2)).sum(-1), right.sum(-1) * wrong.sum(-1)
 
-    won, pairs = compare(*counts.sum(1))
-    within, own = compare(*counts)
-    out = {"auc": won / pairs if pairs else None, "ranked": within.sum() / own.sum() if own.any() else None}
-    out |= {"auc_low": None, "auc_high": None}
-    if draws and pairs:
-        times = np.random.default_rng(0).multinomial(len(problems), [1 / len(problems)] * len(problems), size=draws)
-        won, pairs = compare(*(times @ counts))
-        low, high = np.quantile(won[pairs > 0] / pairs[pairs > 0], [0.025, 0.975])
-        out |= {"auc_low": low, "auc_high": high}
-    return {name: None if value is None else float(value) for name, value in out.items()}
+    # How often each problem comes: once each, then in the resamplings.
+    times = np.ones((1, len(problems)), dtype=int)
+    if draws and problems:
+        more = np.random.default_rng(0).multinomial(len(problems), [1 / len(problems)] * len(problems), size=draws)
+        times = np.concatenate([times, more])
+    out: dict[str, float | None] = {}
+    for name, (won, pairs) in {
+        "auc": compare(*(times @ counts)),
+        "ranked": [times @ x for x in compare(*counts)],
+    }.items():
+        shares = won[pairs > 0] / pairs[pairs > 0]
+        known = pairs[0] > 0
+        low, high = np.quantile(shares[1:], [0.025, 0.975]).tolist() if known and len(shares) > 1 else (None, None)
+        out |= {name: float(shares[0]) if known else None, f"{name}_low": low, f"{name}_high": high}
+    return out
 
 
 def step_summary(judged: list[list[tuple[str, str]]], rewards: list[float | None]) -> dict[str, Any]:

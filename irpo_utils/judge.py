@@ -9,15 +9,15 @@ the six numbers, which costs one forward pass and no sampling.
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 from . import evaluation, stages
-from .tasks import Problem, Task
+from .tasks import Problem
 
 Record = dict[str, Any]
+Prompts = dict[str, list[int]]  # name -> token ids
 SCORES = range(6)
 RUBRIC = """Grade a reply to a question. Start from 0 and add one point for each of these that is true:
 - The reply is about the question.
@@ -64,29 +64,22 @@ def score_tokens(tokenizer) -> tuple[list[int], list[list[int]]]:
     return whole[0][:same], rests
 
 
-def _written(
-    config, draw: Callable, tokenizer, prompts: dict[str, list[int]], seed: int
-) -> tuple[dict[str, list[int | None]], int]:
+def _written(config, draw: Callable, tokenizer, prompts: Prompts, seed: int) -> tuple[dict[str, list[int | None]], int]:
     """The scores in `judge.samples` judgements of each prompt, drawn from the policy; and how many tokens those have."""
     drawn = draw(
-        prompts,
-        n=config.judge.samples,
-        temperature=config.judge.temperature,
-        seed=seed,
-        eos_id=stages.stop_ids(config.model, tokenizer),
-        max_new_tokens=config.judge.max_new_tokens,
-        rows=config.sampling.rows,
-        progress=stages.Progress("judging"),
-    )
+        prompts, n=config.judge.samples, temperature=config.judge.temperature, seed=seed,
+        eos_id=stages.stop_ids(config.model, tokenizer), max_new_tokens=config.judge.max_new_tokens,
+        rows=config.sampling.rows, progress=stages.Progress("judging"),
+    )  # fmt: skip
     found, tokens = {}, 0
-    for name, completions in ((name, found_here) for batch in drawn for name, found_here in batch.items()):
+    for name, completions in ((name, judged) for batch in drawn for name, judged in batch.items()):
         texts = [tokenizer.decode(c.token_ids[:-1] if c.finished else c.token_ids) for c in completions]
         found[name] = [read_score(text) for text in texts]
         tokens += sum(len(c.token_ids) for c in completions)
     return found, tokens
 
 
-def _likely(config, model, tokenizer, prompts: dict[str, list[int]], seed: int) -> tuple[dict[str, list[int]], int]:
+def _likely(config, model, tokenizer, prompts: Prompts, seed: int) -> tuple[dict[str, list[int]], int]:
     """`judge.samples` draws from softmax(log p(score | prompt) / judge.temperature) over the six scores, each prompt's own.
 
     Nothing is drawn token by token: the second value is how many tokens of prompts the model read instead.
@@ -111,15 +104,8 @@ def _likely(config, model, tokenizer, prompts: dict[str, list[int]], seed: int) 
 
 
 def judge(
-    config,
-    draw: Callable | None,
-    tokenizer,
-    task: Task,
-    problems: list[Problem],
-    samples: list[Record],
-    seed: int,
-    model=None,
-) -> tuple[list[Record], Record]:
+    config, draw: Callable | None, tokenizer, problems: list[Problem], samples: list[Record], seed: int, model: Any = None
+) -> tuple[list[Record], Record]:  # fmt: skip
     """The samples with the judge's mean score as their `reward`, and what the judge is worth.
 
     Args:
@@ -136,26 +122,28 @@ def judge(
     read, by_id = config.judge.read, {p.id: p for p in problems}
     if (draw if read == "text" else model) is None:
         raise ValueError(f"judge.read: {read} needs {'a function that draws' if read == 'text' else 'the model'}")
-    names: dict[tuple[str, str], str] = {}  # (problem, response) -> the key of its prompt, and of its random stream
-    number: Counter[str] = Counter()
+    names: dict[str, dict[str, str]] = {}  # problem -> response -> the name of its prompt, and of its random stream
     for s in samples:
-        key = (s["problem"], s["response"])
-        if key not in names:
-            names[key] = f"{s['problem']}/judge/{number[s['problem']]}"
-            number[s["problem"]] += 1
-    asked = [Problem(n, judge_prompt(by_id[p].question, text, read), "") for (p, text), n in names.items()]
+        mine = names.setdefault(s["problem"], {})
+        mine.setdefault(s["response"], f"{s['problem']}/judge/{len(mine)}")
+    asked = [
+        Problem(name, judge_prompt(by_id[p].question, response, read), "")
+        for p, mine in names.items()
+        for response, name in mine.items()
+    ]
     prompts = stages.encode_prompts(SimpleNamespace(prompt=lambda p: p.question), tokenizer, asked)
-    found, cost = _written(config, draw, tokenizer, prompts, seed) if read == "text" else _likely(config, model, tokenizer, prompts, seed)  # fmt: skip
+    by, how = (draw, _written) if read == "text" else (model, _likely)
+    found, cost = how(config, by, tokenizer, prompts, seed)
 
     scores = {name: [s for s in found[name] if s is not None] for name in prompts}
     mean = {name: sum(mine) / len(mine) if mine else None for name, mine in scores.items()}
-    judged = [s | {"answer_reward": s["reward"], "reward": mean[names[s["problem"], s["response"]]]} for s in samples]
-    tokens = [i for ids in prompts.values() for i in ids]
+    judged = [s | {"answer_reward": s["reward"], "reward": mean[names[s["problem"]][s["response"]]]} for s in samples]
+    tokens, count = [i for ids in prompts.values() for i in ids], sum(map(len, found.values()))
     facts = {
         "judged_samples": len(samples),
         "responses": len(prompts),
-        "judgements": sum(map(len, found.values())),
-        "readable": sum(map(len, scores.values())) / max(1, sum(map(len, found.values()))),
+        "judgements": count,
+        "readable": sum(map(len, scores.values())) / max(1, count),
         "unscored": sum(s["reward"] is None for s in judged),
         "drawn_tokens": cost,
         "trained_tokens": 0,
@@ -170,6 +158,8 @@ def agreement(judged: list[Record]) -> Record:
 
     Returns:
         `evaluation.ranking`; `too_small`, whether the scores are not shown to tell right from wrong; and `verdict`, a sentence.
+        Both the AUC and the share within problems must be above a half: pairs are made within a problem, while an AUC over
+        all of them may come from knowing hard questions.
     """
     groups: dict[str, tuple[list[float], list[bool]]] = {}
     for s in judged:
@@ -178,12 +168,14 @@ def agreement(judged: list[Record]) -> Record:
             scores.append(s["reward"])
             right.append(s["answer_reward"] == 1)
     found = evaluation.ranking(list(groups.values()))
-    area, low, high = found["auc"], found["auc_low"], found["auc_high"]
-    if area is None:
+    lows, highs = ([found[f"{name}_{end}"] for name in ("auc", "ranked")] for end in ("low", "high"))
+    if None in lows:
         verdict = "no right and wrong responses with a score to compare" if groups else "no judgement could be read"
-    elif low > 0.5:
-        verdict = "the judge tells right from wrong"
-    else:
-        verdict = "the judge prefers wrong answers" if high < 0.5 else "the judge cannot tell right from wrong"
-    numbers = "" if area is None else f": AUC {area:.3f} ({low:.3f} to {high:.3f})"
-    return found | {"too_small": low is None or low <= 0.5, "verdict": verdict + numbers}
+        return found | {"too_small": True, "verdict": verdict}
+    good, bad = min(lows) > 0.5, max(highs) < 0.5
+    verdict = f"the judge {'tells' if good else 'prefers wrong to right' if bad else 'cannot tell'}{'' if bad else ' right from wrong'}"
+    parts = [
+        f"{found[name]:.3f} ({low:.3f} to {high:.3f})"
+        for name, low, high in zip(("auc", "ranked"), lows, highs, strict=True)
+    ]
+    return found | {"too_small": not good, "verdict": f"{verdict}: AUC {parts[0]}, within problems {parts[1]}"}

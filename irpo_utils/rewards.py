@@ -77,11 +77,11 @@ def judged(stage, task: Task, tokenizer, problems: list[Problem], samples: dict[
         from .models import load_policy
 
         model = load_policy(config.model, stage.input("policy"), threads=config.threads)
-        return judge(config, None, tokenizer, task, problems, rows, seed, model)
+        return judge(config, None, tokenizer, problems, rows, seed, model)
     longest = max((judge_prompt(by_id[r["problem"]].question, r["response"], "text") for r in rows), key=len)
     asked = SimpleNamespace(prompt=lambda p: p.question)
     with stages.drawing(config, stage.input("policy"), tokenizer, asked, [Problem("longest", longest, "")]) as draw:
-        return judge(config, draw, tokenizer, task, problems, rows, seed)
+        return judge(config, draw, tokenizer, problems, rows, seed)
 
 
 REWARDS: dict[str, Reward] = {"rationalized": rationalized, "process": process, "judge": judged}

@@ -13,7 +13,7 @@ from irpo_utils.tasks import Problem
 
 
 def judging(config, **settings):
-    return replace(config, judge=replace(config.judge, **settings))
+    return replace(config, judge=replace(config.judge, **({"read": "text"} | settings)))
 
 
 def sample(problem, response, reward):
@@ -61,8 +61,8 @@ def test_judgements_are_averaged_over_those_that_parse(config):
     said = {
         ("p", "a"): ["Score: 5", "Score: 4", "well"],
         ("p", "b"): ["Score: 1", "Score: 2", "Score: 0"],
-        ("q", "a"): ["Score: 3", "Score: 3", "Score: 3"],
         ("p", "c"): ["no", "Score: 9", ""],
+        ("q", "a"): ["Score: 3", "Score: 3", "Score: 3"],
     }
     problems = [Problem("p", "How many? {x}", "1"), Problem("q", "Where?", "2")]
     samples = [sample("p", "a", 1.0), sample("p", "b", 0.0), sample("q", "a", None), sample("p", "a", 1.0), sample("p", "c", 1.0)]  # fmt: skip
@@ -73,7 +73,7 @@ def test_judgements_are_averaged_over_those_that_parse(config):
             seen[name] = tokenizer.decode(ids)
             yield {name: [Completion([*tokenizer(r).input_ids, 0], -1.0, True) for r in replies]}
 
-    judged, facts = judge.judge(judging(config, samples=3, temperature=0.9, max_new_tokens=99), draw, tokenizer, None, problems, samples, 7)  # fmt: skip
+    judged, facts = judge.judge(judging(config, samples=3, temperature=0.9, max_new_tokens=99), draw, tokenizer, problems, samples, 7)  # fmt: skip
     assert [s["reward"] for s in judged] == [4.5, 1.0, 3.0, 4.5, None]
     assert [s["answer_reward"] for s in judged] == [1.0, 0.0, None, 1.0, 1.0] == [s["reward"] for s in samples]
     assert (facts["responses"], facts["judgements"], facts["readable"], facts["unscored"]) == (4, 12, 8 / 12, 1)
@@ -81,22 +81,26 @@ def test_judgements_are_averaged_over_those_that_parse(config):
     assert list(seen) == [
         "p/judge/0",
         "p/judge/1",
-        "q/judge/0",
         "p/judge/2",
+        "q/judge/0",
     ]  # a problem's own, whatever else is judged
     texts = list(seen.values())
-    assert "How many? {x}" in texts[0] and "Where?" in texts[2] and all(t.endswith("Score: n\n") for t in texts)
+    assert "How many? {x}" in texts[0] and "Where?" in texts[3] and all(t.endswith("Score: n\n") for t in texts)
     with pytest.raises(ValueError, match="needs a function that draws"):
-        judge.judge(config, None, tokenizer, None, problems, samples, 0)
+        judge.judge(config, None, tokenizer, problems, samples, 0)
 
 
 def test_what_the_judge_is_worth_is_said():
-    rows = lambda score: [sample(f"p{i}", "a", float(i % 3 == 0)) | {"answer_reward": float(i % 3 == 0), "reward": score(i)} for i in range(60)]  # noqa: E731  # fmt: skip
+    rows = lambda score: [sample(f"p{i // 3}", "a", float(i % 3 == 0)) | {"answer_reward": float(i % 3 == 0), "reward": score(i)} for i in range(60)]  # noqa: E731  # fmt: skip
     good = judge.agreement(rows(lambda i: 4.0 if i % 3 == 0 else i % 5))
     assert not good["too_small"] and good["verdict"].startswith("the judge tells right from wrong: AUC 0.")
     blind = judge.agreement(rows(lambda i: i % 5))
     assert blind["too_small"] and "cannot tell right from wrong" in blind["verdict"]
-    assert "prefers wrong" in judge.agreement(rows(lambda i: i % 3))["verdict"]
+    assert "prefers wrong to right: AUC 0.000" in judge.agreement(rows(lambda i: i % 3))["verdict"]
+    # Scores that know easy problems from hard ones, and nothing of the responses.
+    hard = [sample("", "a", None) | {"problem": f"p{i}", "answer_reward": float(j < i % 4), "reward": i % 4} for i in range(60) for j in range(4)]  # fmt: skip
+    only = judge.agreement(hard)
+    assert only["auc_low"] > 0.6 and only["ranked"] == 0.5 and only["too_small"] and "cannot tell" in only["verdict"]
     assert judge.agreement(rows(lambda i: None))["verdict"] == "no judgement could be read"
     assert judge.agreement(rows(lambda i: 1.0)[:1])["too_small"]
 
@@ -111,7 +115,7 @@ def samples(config, seed_model, tokenizer, task):
 def test_scores_are_drawn_from_the_model_s_own_probabilities_of_the_six(config, seed_model, tokenizer, task, samples):
     problems, rows = samples
     many = judging(config, read="scores", samples=4000, temperature=1.5)
-    judged, facts = judge.judge(many, None, tokenizer, task, problems, rows, 0, model=seed_model)
+    judged, facts = judge.judge(many, None, tokenizer, problems, rows, 0, model=seed_model)
     one = judged[5]
     text = judge.judge_prompt(next(p for p in problems if p.id == one["problem"]).question, one["response"], "scores")
     ids = tokenizer(text).input_ids + tokenizer("Score:", add_special_tokens=False).input_ids
@@ -122,17 +126,17 @@ def test_scores_are_drawn_from_the_model_s_own_probabilities_of_the_six(config, 
     assert one["reward"] == pytest.approx(mean, abs=4 * spread / np.sqrt(4000))
     assert facts["readable"] == 1 and facts["unknown_tokens"] > 0.4 * facts["prompt_tokens"]
     again = judging(config, read="scores")
-    runs = [judge.judge(again, None, tokenizer, task, problems, part, 3, model=seed_model)[0] for part in (rows, rows)]
+    runs = [judge.judge(again, None, tokenizer, problems, part, 3, model=seed_model)[0] for part in (rows, rows)]
     assert runs[0] == runs[1] and len({s["reward"] for s in runs[0]}) > 3
     with pytest.raises(ValueError, match="scores needs the model"):
-        judge.judge(again, None, tokenizer, task, problems, rows, 3)
+        judge.judge(again, None, tokenizer, problems, rows, 3)
 
 
 def test_a_model_that_cannot_judge_in_words_leaves_samples_without_a_reward(
     config, seed_model, tokenizer, task, samples
 ):
     problems, rows = samples
-    judged, facts = judge.judge(judging(config, max_new_tokens=24), partial(sampling.sample, seed_model), tokenizer, task, problems, rows, 0)  # fmt: skip
+    judged, facts = judge.judge(judging(config, max_new_tokens=24), partial(sampling.sample, seed_model), tokenizer, problems, rows, 0)  # fmt: skip
     assert facts["readable"] == 0 and all(s["reward"] is None for s in judged)
     assert facts["too_small"] and facts["verdict"] == "no judgement could be read"
 
@@ -151,7 +155,7 @@ def test_scores_through_a_chat_template(config, family, tmp_path):
     chat = judging(config, read="scores")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stages, "encode_prompts", lambda *a: asked.append(whole(*a)) or asked[0])
-        judged, _ = judge.judge(chat, None, tokenizer, None, problems, [sample("p", "two", 1.0)], 0, model=model)
+        judged, _ = judge.judge(chat, None, tokenizer, problems, [sample("p", "two", 1.0)], 0, model=model)
     text = tokenizer.decode(next(iter(asked[0].values())))
     assert text.count("Reply:\ntwo") == 1 and text.endswith(
         ("assistant<|end_header_id|>\n\n", "assistant\n", "model\n")

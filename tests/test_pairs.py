@@ -25,9 +25,9 @@ def sample(token, reward, finished=True, length=2, **more):
 PROMPTS = {"a": ("p", [1, 1]), "b": ("p", [1]), "c": ("p", [1])}
 
 
-def made(selection, samples, gold=None, **settings):
+def made(selection, samples, solution=None, **settings):
     """What a selection makes of the samples of one problem, as the names of the responses."""
-    golds = {} if gold is None else {"a": gold}
+    golds = {} if solution is None else {"a": solution}
     rows, _ = select(selection, {"a": samples}, PROMPTS, golds, PairsConfig(max_tokens=10, **settings))
     return [(row["chosen"], row["rejected"]) if row["rejected"] else row["chosen"] for row in rows]
 
