@@ -65,6 +65,78 @@ def majority(answers: Sequence[str | None], gold_is: Sequence[bool], k: int) -> 
     return sum(a in right for a in top) / len(top)
 
 
+def best_of_n(rewards: Sequence[float], right: Sequence[bool], n: int) -> float:
+    """Probability that the best rewarded of n of the samples is right, over all choices of n without repetition; exact.
+
+    Args:
+        rewards, right: of a problem's samples, [samples]. Of those that share the best reward any may be taken.
+    """
+    total = len(rewards)
+    if not 1 <= n <= total:
+        raise ValueError(f"best of {n} needs at least {n} samples, got {total}")
+    found, above = 0.0, 0
+    for value in sorted(set(rewards), reverse=True):
+        tied = [ok for r, ok in zip(rewards, right, strict=True) if r == value]
+        # The best of the choice is one of these: none of those above is in it, and not all of it is below.
+        rest = total - above
+        share = (math.comb(rest, n) - math.comb(rest - len(tied), n)) / math.comb(total, n)
+        found += share * sum(tied) / len(tied)
+        above += len(tied)
+    return found
+
+
+def weighted_majority(
+    answers: Sequence[str | None], weights: Sequence[float], right: Sequence[bool], n: int, draws: int = 200
+) -> float:
+    """How often the answer with the most weight among n of the samples is right; weights of 1 are a majority vote.
+
+    Mean over `draws` seeded choices of n without repetition (one, where n is all); of tied answers the share that is right.
+
+    Args:
+        answers: extracted, None (unparsed) has no vote; weights: of each sample, [samples]; right: whether it is right.
+    """
+    import numpy as np
+
+    total, rng = len(answers), np.random.default_rng(0)
+    if not 1 <= n <= total:
+        raise ValueError(f"a vote of {n} needs at least {n} samples, got {total}")
+    names = sorted({a for a in answers if a is not None})
+    if not names:
+        return 0.0
+    good = np.array([any(ok for a, ok in zip(answers, right, strict=True) if a == name) for name in names])
+    votes = np.array([[w * (a == name) for name in names] for a, w in zip(answers, weights, strict=True)])
+    cast = np.array([[a == name for name in names] for a in answers])
+    chosen = np.argsort(rng.random((1 if n == total else draws, total)), axis=1)[:, :n]
+    sums = np.where(cast[chosen].any(1), votes[chosen].sum(1), -np.inf)
+    # Sums of the same weights in another order differ in their last digit, and tie all the same.
+    top = (sums >= sums.max(1, keepdims=True) - 1e-9) & cast[chosen].any(1)
+    return float((top @ good / np.maximum(1, top.sum(1))).mean())
+
+
+def against_n(records: list[Record], ns: Sequence[int]) -> list[dict[str, float]]:
+    """Accuracy of what can be made of N samples, for each N: fractions, and their 95 % intervals over problems.
+
+    Args:
+        records: one per problem, with `answers`, `rewards` (of the answer) and `path_rewards`, [samples] each.
+
+    Returns:
+        n and, for each of "majority", "best_of_n", "weighted" and "pass" (one of them is right), the mean, _low and _high.
+    """
+    rows = []
+    for n in ns:
+        values: dict[str, list[float]] = {name: [] for name in ("majority", "best_of_n", "weighted", "pass")}
+        for r in records:
+            right = [x == 1 for x in r["rewards"]]
+            values["majority"].append(weighted_majority(r["answers"], [1.0] * len(right), right, n))
+            values["best_of_n"].append(best_of_n(r["path_rewards"], right, n))
+            values["weighted"].append(weighted_majority(r["answers"], r["path_rewards"], right, n))
+            values["pass"].append(pass_at_k(sum(right), len(right), n))
+        rows.append({"n": n, **{name: sum(found) / len(found) for name, found in values.items()}})
+        for name, found in values.items():
+            rows[-1][f"{name}_low"], rows[-1][f"{name}_high"] = bootstrap(found)
+    return rows
+
+
 def summarize(records: list[Record]) -> dict[str, float]:
     """The accuracies of one model on one split, as fractions.
 

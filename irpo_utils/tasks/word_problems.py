@@ -219,6 +219,31 @@ class WordProblems:
             verdicts.append(("extra", "other"))
         return verdicts
 
+    def judge_lines(self, problem: Problem, response: str) -> list[bool]:
+        """Whether each line that is not empty is right *given the lines before it*, [lines]; the final answer is one.
+
+        Whether all is well up to a line is another question: whether it and all lines before it are right.
+        """
+        story, verdicts = story_of(problem), []
+        x, held, todo = story.start, None, [(e, i) for e in story.events for i in range(len(e.step(1, False)))]
+        for line in filter(str.strip, response.split("\n")):
+            if len(verdicts) > len(todo) or x is None:  # too many, or nothing that it could be right for
+                verdicts.append(False)
+            elif len(verdicts) == len(todo):
+                verdicts.append(line == f"Final answer: {story.answer(x)}")
+            else:
+                event, part = todo[len(verdicts)]
+                lines = event.text(x, False).split("\n")
+                wanted = f"Buy: {x} + {held} = {x + held}" if part and held is not None else lines[part]
+                verdicts.append(line == wanted and (not part or held is not None))
+                last = re.search(r"= (\d+)$", line)
+                value = int(last[1]) if last else None
+                if part + 1 < len(lines):
+                    held = value
+                else:
+                    x = value
+        return verdicts
+
 
 def prompt(question: str) -> str:
     return f"Question: {question}\nAnswer:\n"
