@@ -87,7 +87,7 @@ def test_judgements_are_averaged_over_those_that_parse(config):
     texts = list(seen.values())
     assert "How many? {x}" in texts[0] and "Where?" in texts[3] and all(t.endswith("Score: n\n") for t in texts)
     with pytest.raises(ValueError, match="needs a function that draws"):
-        judge.judge(config, None, tokenizer, problems, samples, 0)
+        judge.judge(judging(config), None, tokenizer, problems, samples, 0)
 
 
 def test_what_the_judge_is_worth_is_said():
