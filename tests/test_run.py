@@ -225,19 +225,23 @@ def test_notebooks_find_the_run_from_their_own_folder(monkeypatch):
 def test_keys_name_what_a_stage_depends_on_and_no_more(tmp_path):
     def keys(*overrides):
         runs.write_text(tmp_path / "config.yaml", runs.dump(load_preset("micro", overrides)))
-        return {name: runs.Stage(name, tmp_path, iteration=1).parameters() for name in runs.STAGES}
+        method = {"01b_reward": "sipf", "03b_extrapolate": "expo"}
+        return {name: runs.Stage(name, tmp_path, method.get(name, "irpo"), iteration=1).parameters() for name in runs.STAGES}
 
     plain = keys()
     expected = {
-        "sampling.max_new_tokens=9": {"01_sample", "03_train", "04_evaluate"},
-        "sampling.engine=vllm": {"01_sample", "04_evaluate"},
+        "sampling.max_new_tokens=9": {"01_sample", "01b_reward", "03_train", "04_evaluate"},
+        "sampling.engine=vllm": {"01_sample", "01b_reward", "04_evaluate"},
         "task.test_size=9": {"04_evaluate"},
-        "task.train_size=9": {"01_sample", "02_pairs"},
-        "model.lora_r=4": {"03_train", "04_evaluate"},
+        "task.train_size=9": {"01_sample", "01b_reward", "02_pairs"},
+        "model.lora_r=4": {"01b_reward", "03_train", "03b_extrapolate", "04_evaluate"},
         "model.path=elsewhere": set(runs.STAGES),
         "evaluation.temperature=1": {"04_evaluate"},
         "pairs.k=1": {"02_pairs"},
         "train.alpha=0.5": {"03_train"},
+        "process.continuations=3": {"01b_reward"},
+        "judge.samples=2": set(),  # of another reward
+        "train.extrapolation=0.5": {"03_train", "03b_extrapolate"},
         "seeds=2": set(),
     }
     for override, stages in expected.items():
