@@ -339,6 +339,7 @@ class Stage:
             chosen["reward"] = self.choices.reward
         if self.name == "03_train":
             chosen["loss"], chosen["start"] = self.choices.loss, self.choices.start
+            del chosen["train"]["extrapolation"]
         if self.name == "03b_extrapolate":
             chosen["extrapolation"] = self.config.train.extrapolation
         return chosen

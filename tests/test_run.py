@@ -225,8 +225,8 @@ def test_notebooks_find_the_run_from_their_own_folder(monkeypatch):
 def test_keys_name_what_a_stage_depends_on_and_no_more(tmp_path):
     def keys(*overrides):
         runs.write_text(tmp_path / "config.yaml", runs.dump(load_preset("micro", overrides)))
-        method = {"01b_reward": "sipf", "03b_extrapolate": "expo"}
-        return {name: runs.Stage(name, tmp_path, method.get(name, "irpo"), iteration=1).parameters() for name in runs.STAGES}
+        arm = {"01b_reward": ("sipf", 0, 2), "03b_extrapolate": ("expo", 0, 2)}
+        return {name: runs.Stage(name, tmp_path, *arm.get(name, ("irpo", 0, 1))).parameters() for name in runs.STAGES}
 
     plain = keys()
     expected = {
@@ -241,7 +241,7 @@ def test_keys_name_what_a_stage_depends_on_and_no_more(tmp_path):
         "train.alpha=0.5": {"03_train"},
         "process.continuations=3": {"01b_reward"},
         "judge.samples=2": set(),  # of another reward
-        "train.extrapolation=0.5": {"03_train", "03b_extrapolate"},
+        "train.extrapolation=0.5": {"03b_extrapolate"},
         "seeds=2": set(),
     }
     for override, stages in expected.items():
