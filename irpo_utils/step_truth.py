@@ -33,13 +33,13 @@ def with_truth(task: Task, problems: list[Problem], tokenizer, rows: list[Record
 
 
 def simulated_steps(rows: list[Record]) -> list[Record]:
-    """`outcomes` and `truth` of every distinct prefix that was simulated; a prefix that many samples share counts once."""
-    found = {}
-    for row in rows:
-        for end, outcomes, truth in zip(row["ends"], row["outcomes"], row["truth"], strict=True):
-            if outcomes:
-                found[row["problem"], tuple(row["token_ids"][: end + 1])] = {"outcomes": outcomes, "truth": truth}
-    return list(found.values())
+    """Every step that was simulated, of every distinct solution: its `outcomes`, `truth`, and its `answer`'s verdict."""
+    return [
+        {"outcomes": outcomes, "truth": truth, "answer": row["answer_reward"] == 1}
+        for row in rows
+        for outcomes, truth in zip(row["outcomes"], row["truth"], strict=True)
+        if outcomes
+    ]
 
 
 def quality(labels: Sequence[int], truth: Sequence[bool]) -> dict[str, float | None]:

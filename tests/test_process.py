@@ -1,8 +1,10 @@
 """Process feedback: where steps end, what simulation labels them, and a reward model that reads what it should."""
 
+import csv
 import hashlib
 import json
 from dataclasses import replace
+from itertools import combinations, product
 
 import pytest
 import torch
@@ -13,7 +15,19 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers import models as kinds
 from transformers import PreTrainedTokenizerFast
 
-from irpo_utils import evaluation, models, process, reward_model, sampling, scoring, simulation, stages
+from irpo_utils import (
+    evaluation,
+    models,
+    process,
+    reward_model,
+    runs,
+    sampling,
+    scoring,
+    simulation,
+    stages,
+    step_truth,
+)
+from irpo_utils.tasks.word_problems import Event, Story, make_problem, story_of
 
 
 @pytest.fixture(scope="module")
@@ -262,3 +276,107 @@ def test_feedback_end_to_end(small, tokenizer, task, drawn, tmp_path):
     assert again == scored and same == facts
     with pytest.raises(ValueError, match="process or outcome, not 'both'"):
         process.feedback(small, None, tokenizer, task, problems, samples, tmp_path, 5, labels="both")
+
+
+EVENTS = (Event("half", 2), Event("bags", 3, 4), Event("finds", 5))
+
+
+def test_lines_are_judged_on_what_stands_before_them(task):
+    """12, half of it, 3 bags of 4, 5 more: the careless reading of `half` gives 10, on which the rest is right."""
+    problem = make_problem("x", Story("Ann", "pens", 12, EVENTS, False))
+    gold = problem.solution.split("\n")
+    assert gold == ["Half: 12 / 2 = 6", "Bags: 3 * 4 = 12", "Buy: 6 + 12 = 18", "Find: 18 + 5 = 23", "Final answer: 23"]
+    judge = lambda *lines: task.judge_lines(problem, "\n".join(lines))  # noqa: E731
+    assert judge(*gold) == [True] * 5
+    careless = ["Half: 12 - 2 = 10", "Bags: 3 * 4 = 12", "Buy: 10 + 12 = 22", "Find: 22 + 5 = 27", "Final answer: 27"]
+    assert judge(*careless) == [False, True, True, True, True]
+    bags = [gold[0], "Bags: 3 + 4 = 7", "Buy: 6 + 7 = 13", "Find: 13 + 5 = 18", "Final answer: 18"]
+    assert judge(*bags) == [True, False, True, True, True]
+    assert judge(*bags[:2], "Buy: 6 + 12 = 18") == [True, False, False]  # not what the line before it says
+    assert judge("Half: 12 / 2 = six", *gold[1:]) == [False] * 5  # nothing that the others could be right for
+    assert judge(*gold, "Find: 1 + 1 = 2") == [True] * 5 + [False]
+    assert judge(gold[0], "", gold[1]) == [True, True]  # an empty line is none
+    assert judge("Final answer: 23") == [False]
+
+
+@pytest.mark.parametrize("guessable", [False, True])
+def test_lines_and_events_are_judged_alike(task, guessable):
+    for p in task.problems("train")[:20]:
+        story = replace(story_of(p), guessable=guessable)
+        for careless in product((False, True), repeat=len(story.events)):
+            p, text = make_problem("x", story), story.solution(careless)[0]
+            clean = all(verdict == "right" for _, verdict in task.judge_steps(p, text))
+            assert all(task.judge_lines(p, text)) == clean
+
+
+def test_truth_of_a_prefix_is_that_of_all_its_lines(task, tokenizer):
+    problem = make_problem("x", Story("Ann", "pens", 12, EVENTS, False))
+    text = "Half: 12 / 2 = 6\nBags: 3 + 4 = 7\nBuy: 6 + 7 = 13\nFind: 13 + 5 = 18\nFinal answer: 18"
+    ids = stages.encode_response(tokenizer, text, 2)
+    row = {"problem": "x", "token_ids": ids, "finished": True, "ends": process.step_ends(tokenizer, ids)}
+    assert step_truth.with_truth(task, [problem], tokenizer, [row])[0]["truth"] == [True, False, False, False, False]
+    samples = [{"problem": "x", "response": t, "reward": r} for t, r in ((text, 1), (text, 0), (problem.solution, 1))]
+    assert step_truth.right_for_wrong_reason(task, [problem], samples) == {
+        "right": 2 / 3,
+        "of_them_with_a_wrong_step": 0.5,
+    }
+
+
+def test_quality_by_hand():
+    steps = [{"outcomes": o, "truth": t} for o, t in (("1100", True), ("0010", True), ("1000", False), ("0000", False))]
+    table = {(row["k"], row["delta"]): row for row in step_truth.label_quality(steps, [1, 4])}
+    assert set(table) == {(1, 0), (4, 0), (4, 1), (4, 2), (4, 3)}
+    assert (table[1, 0]["precision"], table[1, 0]["recall"], table[1, 0]["accuracy"]) == (0.5, 0.5, 0.5)
+    assert (table[4, 0]["precision"], table[4, 0]["recall"], table[4, 0]["labelled_right"]) == (2 / 3, 1, 0.75)
+    assert (table[4, 1]["precision"], table[4, 1]["recall"]) == (1, 0.5)
+    assert (table[4, 3]["precision"], table[4, 3]["recall"]) == (None, 0)
+
+
+def test_calibration_by_hand():
+    curve, facts = step_truth.calibration([0.05, 0.05, 0.95, 1.0], [False, True, True, True])
+    assert [(b["count"], b["right"]) for b in curve] == [(2, 0.5), (2, 1)]
+    assert facts["ece"] == pytest.approx((2 * 0.45 + 2 * 0.025) / 4)
+    assert facts["auc"] == pytest.approx(2.5 / 3)
+    assert step_truth.calibration([0.25, 0.25, 0.25, 0.25], [True, False, False, False])[1]["ece"] == 0
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.booleans()), min_size=1, max_size=6), st.data())
+def test_best_of_n_is_the_mean_over_all_choices(rows, data):
+    n = data.draw(st.integers(1, len(rows)))
+    found = evaluation.best_of_n([r for r, _ in rows], [ok for _, ok in rows], n)
+    wanted = []
+    for chosen in combinations(rows, n):
+        best = [ok for r, ok in chosen if r == max(r for r, _ in chosen)]
+        wanted.append(sum(best) / len(best))
+    assert found == pytest.approx(sum(wanted) / len(wanted))
+
+
+def test_votes_by_hand():
+    vote = lambda weights, n=3: evaluation.weighted_majority(["a", "b", "b"], weights, [True, False, False], n)  # noqa: E731
+    assert [vote(w) for w in ([1, 1, 1], [3, 1, 1], [2, 1, 1])] == [0, 1, 0.5]
+    assert vote([0, 0, 0]) == 0.5  # no weight at all: every answer that was given is as good
+    assert vote([1, 1, 1], 1) == pytest.approx(1 / 3, abs=0.1)
+    assert evaluation.weighted_majority([None, None], [1, 1], [False, False], 2) == 0
+    assert evaluation.weighted_majority([None, "a"], [9, 1], [False, True], 2) == 1
+    with pytest.raises(ValueError, match="a vote of 4 needs at least 4 samples"):
+        vote([1, 1, 1], 4)
+    with pytest.raises(ValueError, match="best of 2 needs at least 2"):
+        evaluation.best_of_n([1.0], [True], 2)
+
+
+def test_against_n_joins_them():
+    record = {"answers": ["a", "b", "b", None], "rewards": [1.0, 0.0, 0.0, None], "path_rewards": [0.9, 0.2, 0.3, 0.1]}
+    one, four = evaluation.against_n([record], [1, 4])
+    assert one["best_of_n"] == one["pass"] == 0.25
+    assert (four["majority"], four["weighted"], four["best_of_n"], four["pass"]) == (0, 1, 1, 1)
+
+
+def test_the_notebook(tmp_path):
+    from irpo_utils.__main__ import run_notebook
+
+    sizes = {"problems": 10, "samples": 4, "continuations": 2, "warm_steps": 2, "reward_steps": 3, "test_problems": 4}
+    parameters = {"run": str(tmp_path / "run"), **sizes, "candidates": 4}
+    run_notebook(runs.NOTEBOOKS / "07_process_feedback.ipynb", tmp_path / "07.ipynb", parameters, 1)
+    rows = list(csv.DictReader((tmp_path / "run" / "label_quality.csv").read_text().splitlines()))
+    assert [(r["answer"], r["k"], r["delta"]) for r in rows[2:6]] == [("a number", k, d) for k, d in ("10", "20", "21")] + [("odd or even", "1", "0")]  # fmt: skip
+    assert not (tmp_path / "run" / "scratch").exists()

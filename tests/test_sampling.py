@@ -224,6 +224,7 @@ def test_greedy_from_any_beginning_is_generate_from_prompt_and_beginning(network
 def test_what_a_beginning_draws_does_not_depend_on_the_others(network):
     prompts = {"a": [1, 5, 6], "b": [1, 7]}
     starts = {"a": [[], [50], [50, 51], [60, 61, 62]], "b": [[50]]}
+    assert len({sampling.stream(name, start) for name in starts for start in starts[name]}) == 5
     settings = dict(n=6, temperature=1.0, seed=5)
     ids = lambda completions: [c.token_ids for c in completions]  # noqa: E731
     together = continued(network, prompts, starts, **settings)
