@@ -16,6 +16,7 @@ import sys
 from types import ModuleType
 
 LONGEST = 4 << 20  # bytes of a message
+TYPES = {t.__name__: t for t in (bool, int, float, complex, str, bytes, list, tuple, dict, set, frozenset)}
 
 
 class Gone(BaseException):
@@ -64,6 +65,8 @@ def pack(value, hold):
         return {"complex": [value.real, value.imag]}
     if isinstance(value, bytes | bytearray):
         return {"bytes": list(value)}
+    if isinstance(value, type) and TYPES.get(value.__name__) is value:
+        return {"type": value.__name__}
     return {"far": hold(value)}
 
 
@@ -78,6 +81,8 @@ def unpack(value, held):
         return {unpack(k, held): unpack(v, held) for k, v in inside}
     if kind == "far":
         return held(inside)
+    if kind == "type":
+        return TYPES[inside]
     if kind == "complex":
         return complex(*inside)
     return {"tuple": tuple, "set": set, "frozenset": frozenset, "bytes": bytes}[kind](unpack(inside, held))
