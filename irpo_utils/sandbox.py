@@ -38,6 +38,7 @@ FILE = 4 << 20  # bytes of a file
 FOLDER = 16 << 20  # bytes of all files
 PROCESSES = 8  # and threads; without isolation none, since the limit counts all that the user runs
 LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/nix/store", "/etc/ld.so.cache")
+PATIENCE = 10  # seconds for starting and ending; the judge ends itself when its time is up
 JUDGE = Path(__file__).with_name("sandbox_judge.py")
 
 
@@ -114,12 +115,14 @@ class Sandbox:
             # A user that nobody is, so that a limit on its processes counts those of this program alone.
             "user": (1 << 30) + secrets.randbelow(1 << 29) if isolated and os.getuid() == 0 else 0,
             "processes": PROCESSES if isolated else 0,
+            "wall": self.wall,
             "rlimits": {
                 "RLIMIT_CPU": self.cpu, "RLIMIT_AS": MEMORY, "RLIMIT_FSIZE": FILE, "RLIMIT_NOFILE": 64, "RLIMIT_CORE": 0,
             },
         }  # fmt: skip
         tests = json.dumps({"before": job.before, "tests": job.tests, "names": job.names})
         frames = [job.program.encode("utf-8", "surrogatepass"), tests.encode()]
+        sent = b"".join(len(frame).to_bytes(4, "big") + frame for frame in frames)
         with tempfile.TemporaryDirectory(prefix="irpo-", ignore_cleanup_errors=True) as folder:
             process = subprocess.Popen(
                 [*command, json.dumps(limits)],
@@ -131,10 +134,10 @@ class Sandbox:
                 start_new_session=True,
             )
             try:
-                out, err = process.communicate(b"".join(len(f).to_bytes(4, "big") + f for f in frames), self.wall)
+                out, err = process.communicate(sent, self.wall + PATIENCE)
             except subprocess.TimeoutExpired:
                 process.kill()
-                out, err = process.communicate()
+                out, err = process.communicate(timeout=PATIENCE)
             finally:
                 with suppress(ProcessLookupError, PermissionError):
                     os.killpg(process.pid, signal.SIGKILL)

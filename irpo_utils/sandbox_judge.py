@@ -9,10 +9,13 @@ and is named by a number; of the program's own operators the tests see none, so 
 Standard library only, and quick to import: it starts anew for every program.
 """
 
+import builtins
 import json
 import os
 import resource
+import signal
 import sys
+import time
 from types import ModuleType
 
 LONGEST = 4 << 20  # bytes of a message
@@ -115,6 +118,8 @@ def _exactly(fd, size):
 def serve(program, inbox, outbox):
     """The life of the program's process: load the program, then do what the judge asks, one request at a time."""
     held = []
+    for user in (json, json.encoder, json.decoder, sys.modules[__name__]):  # a program may put others in builtins
+        vars(user).update((name, x) for name, x in vars(builtins).items() if not name.startswith("_"))
 
     def hold(value):
         held.append(value)  # which keeps it alive, so that no two have one number
@@ -206,26 +211,39 @@ def restrict(limits):
         os.setgroups([])
         os.setgid(limits["user"])
         os.setuid(limits["user"])
+    closed = control(4, 0) == 0 and control(1, 9) == 0  # after setuid, which would undo both
+    if limits["isolated"] and not closed:
+        raise OSError("the judge's memory cannot be closed to the program")
+
+
+def control(option, value):
+    """prctl: option 4 is PR_SET_DUMPABLE (0: no ptrace, no /proc/PID/mem), 1 PR_SET_PDEATHSIG. None where there is none."""
     try:
         import ctypes
 
-        closed = ctypes.CDLL(None).prctl(4, 0, 0, 0, 0) == 0  # PR_SET_DUMPABLE: no ptrace, no /proc/PID/mem
+        return ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
     except (ImportError, OSError, AttributeError):
-        closed = False
-    if limits["isolated"] and not closed:
-        raise OSError("the judge's memory cannot be closed to the program")
+        return None
 
 
 def main():
     limits = json.loads(sys.argv[1])
     sys.set_int_max_str_digits(0)  # the limit on CPU time is limit enough
     restrict(limits)
+    # Nobody else may be able to: the one that started this may be dead, or another user. All end with process 1.
+    end = time.monotonic() + limits["wall"]
+    signal.signal(signal.SIGALRM, lambda *_: os._exit(0) if time.monotonic() >= end else None)  # a program may send it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.setitimer(signal.ITIMER_REAL, limits["wall"] + 0.01)
     os.write(1, b"ready\n")
     program = read(0, 1 << 30).decode("utf-8", "surrogatepass")
     inbox, to_judge = os.pipe()
     to_program, outbox = os.pipe()
     if os.fork() == 0:
         try:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            control(1, 9)
             nothing = os.open(os.devnull, os.O_RDWR)
             for fd in (0, 1, 2):
                 os.dup2(nothing, fd)

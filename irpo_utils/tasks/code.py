@@ -35,6 +35,7 @@ _PYTHON = ("", "py", "python", "python3")
 # A line that starts in the first column as code and prose seldom does.
 _CODE = re.compile(
     r"(?:def|class|async def|if|for|while|with|elif|else|try|except|finally|match)\b[^\n]*[:(\[{,\\]\s*(?:#.*)?$"
+    r"|(?:if|elif|else|for|while|try|with)\b[^\n]*:\s{0,4}(?:return|raise|continue|break|pass)\b"
     r"|import [\w.]+(?:\s*,|\s+as\b|\s*$)|from [\w.]+ import\b|@\w|#|return\b|assert\b|raise\b|pass\s*$|global\b|del\b"
     r"|[\])}]|\"{3}|'{3}|\w[\w.]{0,80}(?:\[[^\]\n]{0,80}\])?\s{0,4}(?:[-+*/%&|^@]{0,2}=(?!=)|\(|:\s?\w[^=\n]{0,80}=)"
     r"|\w{1,80}(?:\s?,\s?\w{1,80}){1,20}\s{0,4}="
