@@ -17,6 +17,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 import yaml
 
 from .methods import Round, methods
+from .sandbox import EXECUTIONS
 from .tasks import TASKS
 
 
@@ -35,6 +36,7 @@ class TaskConfig:
     test_size: int = 300
     seed: int = 0  # which problems are held out, and which are taken when a size cuts
     flexible: bool = False  # whether the reward, too, accepts an answer that is not marked
+    execution: str = "isolated"  # of sampled programs; without isolation only where "i-accept-the-risk" says so
     guessable_share: float = 0.8  # word_problems: share of problems that ask "odd or even?"
 
 
@@ -301,6 +303,10 @@ def check(config: Config) -> Config:
         (
             c.task.name != "jsonl" or (c.task.train and c.task.test),
             "task.train and task.test: the jsonl task needs the file of each, as in task.train=problems.jsonl",
+        ),
+        (
+            c.task.execution in EXECUTIONS,
+            f"task.execution: {EXECUTIONS[0]}, or {EXECUTIONS[1]} to run sampled programs without isolation",
         ),
         (bool(c.model.path), 'model.path: a hub name, a folder, or "seed"'),
         (

@@ -1,6 +1,8 @@
-"""python -m irpo_utils grade --task gsm8k|math|arc_challenge [--flexible] FILE.jsonl
+"""python -m irpo_utils grade --task gsm8k|math|arc_challenge|mmlu_math|mbpp|humaneval [--flexible] FILE.jsonl
 
-Grades any file of records {"response": "...", "gold": "..."} (for arc_challenge optionally "choices", as upstream).
+Grades any file of records {"response": "...", "gold": "..."} (for arc_challenge optionally "choices", as upstream). Programs
+are run on tests: {"response": "...", "task_id": 11}, or the upstream fields of the problem in place of its task_id
+("test_list" for mbpp; "prompt", "entry_point" and "test" for humaneval).
 Writes {"extracted": ..., "correct": true|false|null} a line to standard output, in order, and a summary to standard error.
 """
 
@@ -14,9 +16,10 @@ from pathlib import Path
 
 from .answers import Verdict, grade
 from .config import TaskConfig
+from .sandbox import EXECUTIONS, Refused
 from .tasks import Problem, get_task
 
-GRADED = ("gsm8k", "math", "arc_challenge")
+GRADED = ("gsm8k", "math", "arc_challenge", "mmlu_math", "mbpp", "humaneval")
 
 
 class Malformed(ValueError):
@@ -24,23 +27,24 @@ class Malformed(ValueError):
 
 
 def read_records(path: Path, task) -> tuple[list[str], list[Problem]]:
-    """The responses of a file and, for each, a problem that holds its gold answer. Raises Malformed, OSError.
+    """The responses of a file and, for each, a problem that holds its gold answer or its tests. Raises Malformed, OSError.
 
     Lines with the same gold answer and choices share one problem.
     """
     responses, problems, posed = [], [], {}
+    by_gold = '"gold"' in task.graded_on
     lines = path.read_bytes().split(b"\n")
     while lines and not lines[-1].strip():
         lines.pop()
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
-            response, gold = record["response"], record["gold"]
-            key = (str(gold), json.dumps(record.get("choices")))
+            response, gold = record["response"], record["gold"] if by_gold else ""
+            key = (str(gold), json.dumps(record.get("choices"))) if by_gold else number
         except (ValueError, KeyError, TypeError, RecursionError):
             response = gold = None
         if not isinstance(response, str) or isinstance(gold, bool) or not isinstance(gold, str | int | float):
-            raise Malformed(f'{path}, line {number}: expected {{"response": "text", "gold": "answer"}}')
+            raise Malformed(f'{path}, line {number}: expected {{"response": "text", {task.graded_on}}}')
         try:
             if key not in posed:
                 posed[key] = task.posed(str(number), str(gold), record)
@@ -71,15 +75,27 @@ def main(arguments: list[str]) -> int:
         action="store_true",
         help="fall back on the last number, option or formula where no answer is marked",
     )
+    parser.add_argument(
+        "--data",
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="mbpp, humaneval: the data set's file, for records with a task_id (default: from the hub)",
+    )
+    parser.add_argument("--execution", choices=EXECUTIONS, default=EXECUTIONS[0], help="mbpp, humaneval: of programs")
     options = parser.parse_args(arguments)
-    task = get_task(TaskConfig(name=options.task))
+    task = get_task(TaskConfig(name=options.task, test=options.data, execution=options.execution))
     try:
         responses, problems = read_records(options.file, task)
     except Malformed as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     processes = min(8, os.cpu_count() or 1)
-    verdicts = grade(task, responses, problems, flexible=options.flexible, processes=processes)
+    try:
+        verdicts = grade(task, responses, problems, flexible=options.flexible, processes=processes)
+    except Refused as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     out = "".join(json.dumps({"extracted": v.extracted, "correct": v.correct}) + "\n" for v in verdicts)
     sys.stdout.write(out)
     if options.flexible:

@@ -17,6 +17,9 @@ TASKS = {
     "gsm8k": "irpo_utils.tasks.gsm8k:GSM8K",
     "math": "irpo_utils.tasks.math:MATH",
     "arc_challenge": "irpo_utils.tasks.arc:ARC",
+    "mbpp": "irpo_utils.tasks.code:MBPP",
+    "humaneval": "irpo_utils.tasks.code:HumanEval",
+    "mmlu_math": "irpo_utils.tasks.mmlu_math:MMLUMath",
     "jsonl": "irpo_utils.tasks.jsonl:JsonLines",
 }
 

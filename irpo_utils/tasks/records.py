@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import re
+import zlib
 from abc import ABC, abstractmethod
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import Any, ClassVar
 
 from . import ROOT, Problem, local_path
 
-FORMS = (".jsonl", ".json", ".parquet")
+FORMS = (".jsonl", ".json", ".jsonl.gz", ".parquet")
 
 
 def is_file(source: str) -> bool:
@@ -21,7 +23,7 @@ def is_file(source: str) -> bool:
 
 
 def read_file(path: Path, where: str) -> list[tuple[str, dict[str, Any]]]:
-    """(place, record) of a JSON-lines or Parquet file, the place naming file and line. Raises ValueError."""
+    """(place, record) of a JSON-lines file, which may be packed by gzip, or a Parquet file, the place naming file and line. Raises ValueError."""
     if path.is_dir():
         raise ValueError(f"{where}: {path} is a folder; name a file in it")
     if not path.exists():
@@ -36,7 +38,10 @@ def read_file(path: Path, where: str) -> list[tuple[str, dict[str, Any]]]:
             raise ValueError(f"{where}: {path} is no Parquet file: {error}") from None
         return [(f"{path}, record {i}", row) for i, row in enumerate(rows, 1)]
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        packed = path.read_bytes()
+        text = (gzip.decompress(packed) if path.suffix == ".gz" else packed).decode("utf-8-sig")
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{where}: {path} is no whole gzip file: {error}") from None
     except UnicodeDecodeError:
         raise ValueError(f"{where}: {path} is no UTF-8 text; unpack it if it is compressed, or convert it") from None
     found = []
@@ -88,6 +93,7 @@ class RecordTask(ABC):
     sources: ClassVar[dict[str, list[str]]] = {}
     fields: tuple[str, ...] = ()  # what a record must have
     optional: tuple[str, ...] | None = None  # with it, a record may have these fields and no others
+    graded_on: ClassVar[str] = '"gold": "answer"'  # what `grade` wants beside a response
 
     def __init__(self, config):
         self.config = config
@@ -99,6 +105,10 @@ class RecordTask(ABC):
 
     def problems(self, split: str) -> list[Problem]:
         return self.splits[split]
+
+    def belongs(self, split: str, record: dict[str, Any]) -> bool:
+        """Whether a record of a split's source is one of that split; for data sets whose splits are in one file."""
+        return True
 
     def gold(self, text: str) -> str:
         """The gold answer that a text states, in the form that answers are compared with. Raises ValueError."""
@@ -122,6 +132,8 @@ class RecordTask(ABC):
         for source in sources:
             rows = read_file(local_path(source), where) if is_file(source) else read_hub(source, where)
             for place, record in rows:
+                if isinstance(record, dict) and not self.belongs(split, record):
+                    continue
                 total += 1
                 problem = self._checked(place, f"{split}-{total}", record)
                 problems.setdefault(problem.question, problem)
