@@ -1,0 +1,134 @@
+"""Rounds of the methods beyond IRPO, stage by stage on the micro preset: what they read, what they leave, what it cost."""
+
+import json
+from collections import Counter
+
+import pytest
+import torch
+
+from irpo_utils import family, models, process, reward_model, runs, stages, tokens
+from irpo_utils.__main__ import run_notebook
+from irpo_utils.presets import load_preset
+from irpo_utils.tasks import get_task
+
+CALLS = {
+    "01_sample": stages.sample_stage,
+    "01b_reward": stages.reward_stage,
+    "02_pairs": stages.pairs_stage,
+    "03_train": stages.train_stage,
+    "03b_extrapolate": stages.extrapolate_stage,
+}
+SETTINGS = ["methods=star,sipf,expo", "iterations=3", "pairs.eta=0.001", "process.continuations=4", "process.max_steps=8", "sft_gold.train.max_steps=3"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("family")
+    runs.write_text(folder / "config.yaml", runs.dump(load_preset("micro", SETTINGS)))
+    return folder
+
+
+def make(run, method, last):
+    """Run a method's rounds up to `last`, without their evaluation; what is done stays."""
+    for stage in runs.plan(runs.open_run(run), run, method, 0):
+        if stage.name in CALLS and stage.iteration <= last and not stage.is_done():
+            CALLS[stage.name](stage.begin())
+            stage.finish()
+
+
+def rows(run, method, t, file, name="02_pairs"):
+    return runs.read_jsonl(runs.Stage(name, run, method, 0, t).path(file))
+
+
+def test_star_solves_failures_with_the_answer_in_sight_and_learns_them_without(run):
+    make(run, "star", 1)
+    samples, rewarded = rows(run, "star", 1, "samples.jsonl", "01_sample"), rows(run, "star", 1, "rewarded.jsonl", "01b_reward")  # fmt: skip
+    right = Counter(s["problem"] for s in samples if s["reward"] == 1)
+    extra = [r for r in rewarded if r.get("extra")]
+    assert rewarded[: len(samples)] == samples  # nothing is lost or changed
+    assert extra and all(right[r["problem"]] == 0 and r["reward"] == 1 and r["logp"] is None for r in extra)
+    facts = json.loads(runs.Stage("01b_reward", run, "star", 0, 1).path("reward.json").read_text())
+    assert facts["failed_problems"] == len({s["problem"] for s in samples} - set(right)) and facts["right"] == len(
+        extra
+    )
+    trained = rows(run, "star", 1, "pairs.jsonl")
+    assert {r["problem"] for r in trained} == set(right) | {r["problem"] for r in extra}
+    assert not any("Final answer" in r["prompt"] or r["rejected_ids"] for r in trained)  # no hint, nothing rejected
+
+
+def test_self_rewarding_trains_on_its_own_scores_and_says_what_they_are_worth(run):
+    make(run, "self_rewarding", 1)
+    rewarded = rows(run, "self_rewarding", 1, "rewarded.jsonl", "01b_reward")
+    assert all(0 <= r["reward"] <= 5 and r["answer_reward"] in (0, 1, None) for r in rewarded)
+    worth = {(r["problem"], tuple(r["token_ids"])): r["reward"] for r in rewarded}
+    for pair in rows(run, "self_rewarding", 1, "pairs.jsonl"):
+        mine = [reward for (name, _), reward in worth.items() if name == pair["problem"]]
+        assert worth[pair["problem"], tuple(pair["chosen_ids"])] == max(mine) > min(mine)
+        assert worth[pair["problem"], tuple(pair["rejected_ids"])] == min(mine)
+    facts = json.loads(runs.Stage("01b_reward", run, "self_rewarding", 0, 1).path("reward.json").read_text())
+    assert "the judge" in facts["verdict"] and facts["auc"] is not None
+
+
+def test_process_feedback_accumulates_pairs_and_starts_from_m0_with_a_fresh_adapter(run):
+    make(run, "sipf", 3)
+    second, third = rows(run, "sipf", 2, "pairs.jsonl"), rows(run, "sipf", 3, "pairs.jsonl")
+    assert len(third) > len(second)
+    assert [(r["chosen_ids"], r["rejected_ids"]) for r in third[: len(second)]] == [(r["chosen_ids"], r["rejected_ids"]) for r in second]  # fmt: skip
+    assert all(r["chosen_logp"] is None for r in third[: len(second)])  # another model drew them
+    stage = runs.Stage("03_train", run, "sipf", 0, 3)
+    assert stage.input("policy") is None and json.loads(stage.path("training.json").read_text())["dpo_at_start"] is None
+
+
+def test_the_reward_model_on_disk_gives_the_rewards_that_made_the_pairs(run):
+    make(run, "sipf", 2)
+    stage = runs.Stage("01b_reward", run, "sipf", 0, 2)
+    model = reward_model.load_reward_model(stage.config, stage.path("reward_model"), threads=1)
+    tokenizer, task = tokens.load_tokenizer(stage.config.model), get_task(stage.config.task)
+    prompts = stages.encode_prompts(task, tokenizer, task.problems("train"))
+    rewarded = runs.read_jsonl(stage.path("rewarded.jsonl"))[:64]
+    asked = [r | {"reward": r["answer_reward"]} for r in rewarded]
+    again = process.score_samples(model, tokenizer, prompts, asked, "mean")
+    assert [r["reward"] for r in again] == pytest.approx([r["reward"] for r in rewarded], abs=1e-5)
+    worth = {(r["problem"], tuple(r["token_ids"])): r["reward"] for r in runs.read_jsonl(stage.path("rewarded.jsonl"))}
+    for pair in rows(run, "sipf", 2, "pairs.jsonl"):
+        better, worse = (worth[pair["problem"], tuple(pair[f"{side}_ids"])] for side in ("chosen", "rejected"))
+        assert better - worse >= stage.config.pairs.eta
+
+
+def test_expo_goes_on_from_the_base_through_the_trained_model(run, tokenizer):
+    make(run, "expo", 2)
+    config = runs.open_run(run).model
+    ids = torch.tensor([tokenizer("Question: Ann has 12 pens.").input_ids])
+    stage = runs.Stage("04_evaluate", run, "expo", 0, 2)
+    weights = [models.load_policy(config, stage.policy(t)).state_dict() for t in (0, 1, 2)]
+    for name, w_2 in weights[2].items():
+        w_0, w_1 = weights[0][name], weights[1][name]
+        assert torch.allclose(w_2, w_1 + 0.3 * (w_1 - w_0), atol=1e-6), name
+    assert ids.numel() and not torch.equal(weights[2]["model.layers.0.mlp.up_proj.weight"], weights[1]["model.layers.0.mlp.up_proj.weight"])  # fmt: skip
+
+
+def test_what_a_round_used_up_is_what_is_in_its_files(run):
+    for method in ("star", "sipf"):
+        make(run, method, 3)
+    make(run, "expo", 2)
+    spent = family.spent_table(run, runs.open_run(run)).set_index(["method", "iteration"])
+    drawn = rows(run, "star", 1, "samples.jsonl", "01_sample")
+    extra = json.loads(runs.Stage("01b_reward", run, "star", 0, 1).path("reward.json").read_text())
+    assert spent.loc[("star", 1), "drawn"] == sum(len(s["token_ids"]) for s in drawn) + extra["drawn_tokens"]
+    assert spent.loc[("star", 1), "samples"] == len(drawn) + extra["samples"]
+    assert spent.loc[("expo", 2), ["samples", "drawn", "trained"]].tolist() == [0, 0, 0]
+    assert spent.loc[("sipf", 1), "drawn"] == 0 and spent.loc[("sipf", 2), "drawn"] > spent.loc[("expo", 1), "drawn"]
+    # Six steps of eight pairs, or of sixteen responses: as many responses, so nearly as many tokens.
+    one, other = spent.loc[("star", 2), "trained"], spent.loc[("expo", 1), "trained"]
+    assert 0.8 < one / other < 1.25
+    table = family.budget_table(spent.reset_index())
+    assert set(table.method) == {"STaR", "SIPF (ORPO on process feedback)", "ExPO (from IRPO)"}
+
+
+@pytest.mark.parametrize(("name", "method", "t"), [("01b_reward", "self_rewarding", 1), ("03b_extrapolate", "expo", 2)])
+def test_the_notebooks_of_the_new_stages_leave_the_same_files(run, tmp_path, name, method, t):
+    make(run, method, t)
+    stage = runs.Stage(name, run, method, 0, t)
+    before = stage.manifest()["outputs"]
+    run_notebook(runs.NOTEBOOKS / f"{name}.ipynb", tmp_path / "x.ipynb", {"run": str(run), "method": method, "seed": 0, "iteration": t}, 1)  # fmt: skip
+    assert stage.is_done() and stage.manifest()["outputs"] == before
