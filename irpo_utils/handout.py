@@ -39,15 +39,21 @@ def export(arguments: list[str]) -> int:
 def publish(run: Path) -> None:
     """Copy a run's small artefacts (notebooks, tables, figures; no weights, no samples) to outputs/reference.
 
+    Of several methods the first has all its notebooks published (of seed 0), the others those that it has not.
     Of a run on a benchmark the notebooks that show problems are left out: its records are others' to publish.
     """
     target = OUTPUTS / "reference" / run.name
     kept = [
-        p for pattern in ("*.csv", "*.png", "table.txt", "config.yaml", "*.ipynb") for p in sorted(run.glob(pattern))
+        p
+        for pattern in ("*.csv", "*.png", "table.txt", "methods.txt", "config.yaml", "*.ipynb")
+        for p in sorted(run.glob(pattern))
     ]
-    kept += [p for folder in ("m0/seed_0", "*/seed_0/iteration_*") for p in sorted(run.glob(f"{folder}/*.ipynb"))]
-    kept += [p for name in ("evaluation", "audit", "training") for p in sorted(run.rglob(f"{name}.json"))]
-    if kept and read_config(run / "config.yaml").task.name != "word_problems":
+    config = read_config(run / "config.yaml") if (run / "config.yaml").exists() else None
+    first = config.methods[0] if config else "*"
+    notebooks = ("m0/seed_0/*", f"{first}/seed_0/iteration_*/*", "*/seed_0/iteration_*/0?b_*")
+    kept += sorted({p for pattern in notebooks for p in run.glob(f"{pattern}.ipynb")})
+    kept += [p for name in ("evaluation", "audit", "training", "reward") for p in sorted(run.rglob(f"{name}.json"))]
+    if config and config.task.name != "word_problems":
         kept = [p for p in kept if p.suffix != ".ipynb" or p.stem in ("03_train", "05_report")]
     if not kept:
         raise MissingArtefact(f"{shown(run)} holds nothing to publish; run it first")
