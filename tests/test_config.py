@@ -35,7 +35,7 @@ def test_overrides_arrive_and_survive_yaml(lr, n):
         ("sampling.temperature=0", "sampling.temperature: above 0"),
         ("iterations", "not key=value"),
         ("train.micro_batch=5", "train.batch: a multiple of train.micro_batch"),
-        ("task.name=gsm9k", "'gsm9k'; there is: arc_challenge, gsm8k, jsonl"),
+        ("task.name=gsm9k", "'gsm9k'; there is: arc_challenge, gsm8k, humaneval, jsonl"),
         ("task.name=jsonl", "task.train and task.test: the jsonl task needs"),
         ("task.dev_size=-1", "not below 0"),
         ("train.lr=inf", "train.lr: expected a finite number, got inf"),
