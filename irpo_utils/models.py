@@ -172,7 +172,7 @@ def save(model: PreTrainedModel, folder: Path) -> None:
     path = folder / "adapter_config.json"
     if path.exists():  # peft writes a set's own order, which differs from process to process
         facts = json.loads(path.read_text())
-        facts |= {name: sorted(facts[name]) for name in ("target_modules", "exclude_modules") if facts.get(name)}
+        facts["target_modules"] = sorted(facts["target_modules"])
         path.write_text(json.dumps(facts, indent=1, sort_keys=True))
 
 

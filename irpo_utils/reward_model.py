@@ -79,8 +79,7 @@ def load_reward_model(config, folder: Path | None = None, seed: int = 0, threads
         r=config.process.lora_r,
         lora_alpha=2 * config.process.lora_r,
         target_modules="all-linear",
-        exclude_modules=[name for name in HEADS if hasattr(model, name)],
-        modules_to_save=[name for name in HEADS if hasattr(model, name)],  # trained whole
+        modules_to_save=[name for name in HEADS if hasattr(model, name)],  # trained whole, without an adapter
         lora_dropout=0.0,
         task_type="TOKEN_CLS",
     )
