@@ -14,7 +14,7 @@ from conftest import DATA, drive
 from small_models import FAMILIES, build
 from transformers import AutoTokenizer
 
-from irpo_utils import models, sampling, scoring, stages, training
+from irpo_utils import models, runs, sampling, scoring, stages, training
 from irpo_utils.config import ModelConfig, dump
 from irpo_utils.presets import load_preset
 from irpo_utils.runs import Stage, read_jsonl
@@ -63,6 +63,27 @@ def test_the_tokenizer_is_the_one_that_auto_tokenizer_loads(family, declared, fo
     assert type(mine) is type(theirs)
     assert mine.backend_tokenizer.to_str() == theirs.backend_tokenizer.to_str()
     assert (mine.chat_template, mine.special_tokens_map) == (theirs.chat_template, theirs.special_tokens_map)
+
+
+@pytest.mark.parametrize(
+    ("family", "quantize", "method"), [("gemma2", "nf4", "sipf"), ("llama", "none", "self_rewarding")]
+)
+def test_the_family_goes_through_its_rounds_on_real_records(family, quantize, method, folders, tmp_path):
+    """Step labels, reward model and judge with chat templates, and a second round that begins from M_0."""
+    more = {"model.quantize": quantize, "model.dtype": "float32", "methods": method, "iterations": 2, "pairs.eta": 1e-6}
+    more |= {"process.continuations": 2, "process.max_steps": 3, "judge.read": "scores", "sampling.n": 24}
+    config = load_preset("gsm8k-qwen2.5-0.5b", settings("gsm8k", folders[family], **more))
+    run = write_run(tmp_path / "run", config)
+    calls = {"01_sample": stages.sample_stage, "01b_reward": stages.reward_stage, "02_pairs": stages.pairs_stage, "03_train": lambda s: stages.train_stage(s, show=lambda line: None)}  # fmt: skip
+    for stage in runs.plan(config, run, method, 0):
+        if stage.name in calls:
+            calls[stage.name](stage.begin())
+            stage.finish()
+    facts = json.loads(Stage("01b_reward", run, method, 0, 2).path("reward.json").read_text())
+    rewarded = read_jsonl(Stage("01b_reward", run, method, 0, 2).path("rewarded.jsonl"))
+    assert len(rewarded) == 12 * 24 and facts["drawn_tokens"] > 0
+    assert all(0 <= r["reward"] <= (1 if method == "sipf" else 5) for r in rewarded)
+    assert read_jsonl(Stage("02_pairs", run, method, 0, 2).path("pairs.jsonl"))
 
 
 @pytest.mark.parametrize(
