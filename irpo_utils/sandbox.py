@@ -27,8 +27,8 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from functools import cached_property
+from contextlib import nullcontext, suppress
+from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -123,7 +123,8 @@ class Sandbox:
         tests = json.dumps({"before": job.before, "tests": job.tests, "names": job.names})
         frames = [job.program.encode("utf-8", "surrogatepass"), tests.encode()]
         sent = b"".join(len(frame).to_bytes(4, "big") + frame for frame in frames)
-        with tempfile.TemporaryDirectory(prefix="irpo-", ignore_cleanup_errors=True) as folder:
+        temporary = partial(tempfile.TemporaryDirectory, prefix="irpo-", ignore_cleanup_errors=True)
+        with nullcontext("/") if isolated else temporary() as folder:  # isolated, it has a /tmp of its own
             process = subprocess.Popen(
                 [*command, json.dumps(limits)],
                 stdin=subprocess.PIPE,
