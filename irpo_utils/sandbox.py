@@ -136,9 +136,11 @@ class Sandbox:
             )
             try:
                 out, err = process.communicate(sent, self.wall + PATIENCE)
-            except subprocess.TimeoutExpired:
+            except subprocess.TimeoutExpired as error:
+                out, err = error.stdout or b"", error.stderr or b""
                 process.kill()
-                out, err = process.communicate(timeout=PATIENCE)
+                with suppress(subprocess.TimeoutExpired):
+                    process.communicate(timeout=PATIENCE)
             finally:
                 with suppress(ProcessLookupError, PermissionError):
                     os.killpg(process.pid, signal.SIGKILL)

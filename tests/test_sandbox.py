@@ -146,6 +146,7 @@ def test_without_walls_nothing_is_run_unless_the_user_says_so(how, tmp_path, mon
         ("def f(): return (1, [2])", "assert f() == [1, [2]]", ("f",), "", False),
         ("def f(x):\n    if x: raise ValueError", "try:\n    f(1)\nexcept ValueError:\n    pass\nelse:\n    assert False", ("f",), "", True),
         ("import os\ndef f(): os._exit(0)", "try: f()\nexcept: pass", ("f",), "", False),
+        ("import os, threading\ndef f(): threading.Timer(0.05, os._exit, (0,)).start()", "f()\nimport time\ntime.sleep(0.3)\ntry: f()\nexcept: pass", ("f",), "", False),
         ("def f(x): return x\ndef g(x): return 0", "assert f(1) == g(1)", ("f",), "def g(x): return x", True),
         ("def f():\n    yield 1\n    yield 2", "assert list(f()) == [1, 2]", ("f",), "", True),
         ("import random\nrandom.seed(0)\ndef f(): return [hash('a'), sorted({'a', 'b'})]", "assert f() == f()", ("f",), "", True),
