@@ -1,4 +1,4 @@
-"""Run a program on its tests in a child process that can do no harm, and believe only the tests.
+"""Run a program on its tests in an isolated child process, and believe only the tests.
 
 `bwrap` (bubblewrap) makes the walls: namespaces of its own for processes, network, IPC and host name, no capabilities,
 and a file system that holds Python and the system's libraries, read-only, and an empty /tmp in memory. Inside, limits on CPU
@@ -6,10 +6,11 @@ time, memory, processes, open files and file size; outside, a limit on the wall 
 /dev/null. When the judge ends or is killed, the kernel kills whatever is left in its process namespace. Why the verdict
 cannot be forged is in `sandbox_judge.py`.
 
-Not covered: flaws of the kernel (no system call is filtered; as root, a program may still make user namespaces). Memory is limited for each process, not in sum:
-`PROCESSES` of them can hold that many times `MEMORY`, and shared memory or such a namespace's file systems more, until
-the wall clock kills them; a cgroup around the whole run is the mend. CPU caches and the clock are shared with the
-host. A program that fits the tests without solving the task passes, as does one that calls on chance and is lucky.
+Not covered. Flaws of the kernel: no system call is filtered, and as root a program may still make user namespaces.
+Memory in sum: it is limited for each process, so that `PROCESSES` of them can hold that many times `MEMORY`, and shared
+segments or a user namespace's own file systems more, until the wall clock ends it; a cgroup around the whole run is
+the mend. Timing: the CPU's caches and the clock are the host's, and a program near its limit may pass on an idle machine
+alone. Meaning: a program that fits the tests without solving the task passes, as does one that calls on chance and is lucky.
 
 `execution="i-accept-the-risk"` goes without bwrap: the same judge and limits in a plain child process, in a temporary
 folder, killed with its process group. Such a program can read and delete files, use the network and signal any process of
