@@ -1,4 +1,4 @@
-"""Run a program on its tests in a child process that can do no harm, and believe only the tests.
+"""Run a program on its tests in an isolated child process, and believe only the tests.
 
 `bwrap` (bubblewrap) makes the walls: namespaces of its own for processes, network, IPC and host name, no capabilities,
 and a file system that holds Python and the system's libraries, read-only, and an empty /tmp in memory. Inside, limits on CPU
@@ -6,10 +6,11 @@ time, memory, processes, open files and file size; outside, a limit on the wall 
 /dev/null. When the judge ends or is killed, the kernel kills whatever is left in its process namespace. Why the verdict
 cannot be forged is in `sandbox_judge.py`.
 
-Not covered: flaws of the kernel (no system call is filtered; as root, a program may still make user namespaces). Memory is limited for each process, not in sum:
-`PROCESSES` of them can hold that many times `MEMORY`, and shared memory or such a namespace's file systems more, until
-the wall clock kills them; a cgroup around the whole run is the mend. CPU caches and the clock are shared with the
-host. A program that fits the tests without solving the task passes, as does one that calls on chance and is lucky.
+Not covered. Flaws of the kernel: no system call is filtered, and as root a program may still make user namespaces.
+Memory in sum: it is limited for each process, so that `PROCESSES` of them can hold that many times `MEMORY`, and shared
+segments or a user namespace's own file systems more, until the wall clock ends it; a cgroup around the whole run is
+the mend. Timing: the CPU's caches and the clock are the host's, and a program near its limit may pass on an idle machine
+alone. Meaning: a program that fits the tests without solving the task passes, as does one that calls on chance and is lucky.
 
 `execution="i-accept-the-risk"` goes without bwrap: the same judge and limits in a plain child process, in a temporary
 folder, killed with its process group. Such a program can read and delete files, use the network and signal any process of
@@ -27,8 +28,8 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from functools import cached_property
+from contextlib import nullcontext, suppress
+from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -123,7 +124,8 @@ class Sandbox:
         tests = json.dumps({"before": job.before, "tests": job.tests, "names": job.names})
         frames = [job.program.encode("utf-8", "surrogatepass"), tests.encode()]
         sent = b"".join(len(frame).to_bytes(4, "big") + frame for frame in frames)
-        with tempfile.TemporaryDirectory(prefix="irpo-", ignore_cleanup_errors=True) as folder:
+        temporary = partial(tempfile.TemporaryDirectory, prefix="irpo-", ignore_cleanup_errors=True)
+        with nullcontext("/") if isolated else temporary() as folder:  # isolated, it has a /tmp of its own
             process = subprocess.Popen(
                 [*command, json.dumps(limits)],
                 stdin=subprocess.PIPE,
@@ -135,9 +137,11 @@ class Sandbox:
             )
             try:
                 out, err = process.communicate(sent, self.wall + PATIENCE)
-            except subprocess.TimeoutExpired:
+            except subprocess.TimeoutExpired as error:
+                out, err = error.stdout or b"", error.stderr or b""
                 process.kill()
-                out, err = process.communicate(timeout=PATIENCE)
+                with suppress(subprocess.TimeoutExpired):
+                    process.communicate(timeout=PATIENCE)
             finally:
                 with suppress(ProcessLookupError, PermissionError):
                     os.killpg(process.pid, signal.SIGKILL)

@@ -22,7 +22,8 @@ class Hostile(NamedTuple):
 
 
 # Name -> program text. The names in braces are filled in by the test: a file that must not appear or vanish on the host, the
-# test's own process and a port that it listens to. `worked` ends the program: the attack got through.
+# test's own process and a port that it listens to. `worked` ends the program: the attack got
+# through. `delete` gives up after 50 errors, for the sake of time.
 ATTACKS = {
     # output, input and descriptors
     "prints a lot": "for i in range(100000): print('passed', i)",
@@ -49,8 +50,8 @@ ATTACKS = {
     "traces the judge": "import ctypes, os\nlibc = ctypes.CDLL(None)\nif libc.ptrace(16, os.getppid(), 0, 0) != -1: worked()",
     "reads the judge's memory": "import ctypes, os\nclass V(ctypes.Structure): _fields_ = [('p', ctypes.c_void_p), ('n', ctypes.c_size_t)]\nb = ctypes.create_string_buffer(8)\nv = V(ctypes.addressof(b), 8)\nif ctypes.CDLL(None).process_vm_readv(os.getppid(), ctypes.byref(v), 1, ctypes.byref(v), 1, 0) != -1: worked()",
     # the file system
-    "deletes the home folder": "import os, shutil\nfor home in (os.path.expanduser('~'), os.environ.get('HOME', '/root'), '/root', '/home'): shutil.rmtree(home, ignore_errors=True)",
-    "deletes everything": "import os, shutil\nfor name in os.listdir('/'):\n    shutil.rmtree('/' + name, ignore_errors=True)",
+    "deletes the home folder": "import os\nfor home in (os.path.expanduser('~'), os.environ.get('HOME', '/root'), '/root', '/home'): delete(home)",
+    "deletes everything": "import os\nfor name in os.listdir('/'): delete('/' + name)",
     "deletes a file of the host": "import os\ntry: os.remove('{kept}')\nexcept OSError: pass\nelse: worked()",
     "reads a file of the host": "try: open('{kept}').read()\nexcept OSError: pass\nelse: worked()",
     "writes files outside": "for path in ('{mark}', '/etc/x', '/usr/lib/x', '/root/x', '/x', '/dev/x'):\n    try: open(path, 'w').write('x')\n    except OSError: continue\n    worked()",
@@ -179,8 +180,23 @@ HONEST = {
 }  # fmt: skip
 
 
+HEAD = """\
+def worked():
+    import os
+    os._exit(1)
+def delete(folder):
+    import shutil
+    left = [50]
+    def failed(*_):
+        left[0] -= 1
+        if not left[0]: raise KeyError
+    try: shutil.rmtree(folder, onerror=failed)
+    except KeyError: pass
+"""
+
+
 def _whole(attack: str, answer: str, loading: bool) -> str:
-    head = f"def worked():\n    import os\n    os._exit(1)\ndef attack():\n{indent(attack, '    ')}\n"
+    head = f"{HEAD}def attack():\n{indent(attack, '    ')}\n"
     if loading:
         return f"{head}attack()\ndef add(a, b): return {answer}\n"
     return f"{head}attacks = [attack]\ndef add(a, b):\n    while attacks: attacks.pop()()\n    return {answer}\n"

@@ -36,6 +36,7 @@ def test_overrides_arrive_and_survive_yaml(lr, n):
         ("iterations", "not key=value"),
         ("train.micro_batch=5", "train.batch: a multiple of train.micro_batch"),
         ("task.name=gsm9k", "'gsm9k'; there is: arc_challenge, gsm8k, humaneval, jsonl"),
+        ("task.execution=yes", "task.execution: isolated, or i-accept-the-risk to run"),
         ("task.name=jsonl", "task.train and task.test: the jsonl task needs"),
         ("task.dev_size=-1", "not below 0"),
         ("train.lr=inf", "train.lr: expected a finite number, got inf"),

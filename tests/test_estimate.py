@@ -23,7 +23,12 @@ PUBLISHED = {
         num_key_value_heads=32, max_position_embeddings=4096,
     ),
 }  # fmt: skip
-PROMPT = {"gsm8k": range(80, 351), "math": range(1100, 1701), "arc_challenge": range(90, 401)}  # tokens
+PROMPT = {
+    "gsm8k": range(80, 351),
+    "math": range(1100, 1701),
+    "arc_challenge": range(90, 401),
+    "mbpp": range(120, 601),
+}  # tokens
 CARD = 23.5 * estimate.GIB
 SPEED = estimate.Speed(70e12, 0.9e12, 4e-4)  # of a card with 24 GB that is a few years old
 ON_GPU = ("model.quantize=nf4", "model.dtype=bfloat16", "train.optimizer=paged_adamw_8bit")
@@ -51,7 +56,7 @@ def test_the_seed_model_is_counted_right(seed_model):
 def test_presets_fit_a_24_gb_card_and_quick_ones_take_an_hour_or_two(task, model, size, shapes):
     config = load_preset(f"{task}-{model}{size}", ON_GPU)
     lines = estimate.check_fits(shapes[model], config, PROMPT[task], CARD)
-    full = {"gsm8k": (6473, 1319), "math": (10996, 500), "arc_challenge": (3370, 1172)}[task]
+    full = {"gsm8k": (6473, 1319), "math": (10996, 500), "arc_challenge": (3370, 1172), "mbpp": (374, 500)}[task]
     problems = {"train": config.task.train_size or full[0], "dev": config.task.dev_size or 299, "test": config.task.test_size or full[1]}  # fmt: skip
     times = estimate.seconds(shapes[model], config, PROMPT[task][-1], problems, SPEED, CARD)
     print(f"{task}-{model}{size}", *lines, {k: estimate.clock(v) for k, v in times.items()}, estimate.clock(sum(times.values())), sep="\n   ")  # fmt: skip

@@ -25,6 +25,7 @@ FILES = {
     "gsm8k": ("gsm8k_train.jsonl", "gsm8k_test.jsonl"),
     "math": ("math_train_4500.jsonl", "math_test_500.jsonl"),
     "arc_challenge": ("arc_challenge_validation.jsonl", "arc_challenge_validation.jsonl"),
+    "mbpp": ("mbpp.jsonl", "mbpp.jsonl"),
 }
 
 
@@ -93,12 +94,15 @@ def test_the_family_goes_through_its_rounds_on_real_records(family, quantize, me
         ("llama", "gsm8k", "nf4", "bfloat16"),  # what the presets do where CUDA is
         ("qwen2", "math", "none", "bfloat16"),
         ("qwen2", "gsm8k", "nf4", "float32"),
+        ("qwen2", "mbpp", "none", "float32"),
         ("gemma2", "gsm8k", "none", "float32"),
         ("gemma2", "gsm8k", "nf4", "float32"),
     ],
 )
-def test_architectures_go_through_the_loop(family, task, quantize, dtype, folders, tmp_path):
+def test_architectures_go_through_the_loop(family, task, quantize, dtype, folders, execution, tmp_path):
     more = {"train.retrain_with_dev": "true"} if family == "llama" else {}
+    if task == "mbpp":
+        more = {"task.dev": DATA / "mbpp.jsonl", "task.execution": execution}
     config = load_preset(
         f"{task}-qwen2.5-0.5b",
         settings(task, folders[family], **{"model.quantize": quantize, "model.dtype": dtype, **more}),
@@ -110,7 +114,7 @@ def test_architectures_go_through_the_loop(family, task, quantize, dtype, folder
     tokenizer = models.load_tokenizer(config.model)
     stops = stages.stop_ids(config.model, tokenizer)
     assert tokenizer.convert_ids_to_tokens(stops[0]) == FAMILIES[family][2]
-    assert len(records) == 12 * (15 if more else 12)
+    assert len(records) == 12 * (15 if family == "llama" else 12)
     assert any(r["finished"] for r in records)
     stage = Stage("02_pairs", run).begin()
     pairs, audit = stages.pairs_stage(stage)
@@ -127,7 +131,7 @@ def test_architectures_go_through_the_loop(family, task, quantize, dtype, folder
     near = 1e-3 if dtype == "float32" else 5e-2
     assert facts["dpo_at_start"] == pytest.approx(training.LN2, abs=near)
     assert facts["sampler_gap"] < near
-    if more:  # trained again, with the pairs of the dev problems too
+    if family == "llama":  # trained again, with the pairs of the dev problems too
         assert {p["problem"] for p in pairs} & {p.id for p in get_task(config.task).problems("dev")}
         assert facts["retrained_with_dev"]
     stage = Stage("04_evaluate", run).begin()

@@ -13,7 +13,7 @@ from ..config import Config, ConfigError, apply, check, flatten, read_config, re
 from ..methods import methods
 
 FOLDER = Path(__file__).parent
-REAL_TASKS = ("gsm8k", "math", "arc_challenge")
+REAL_TASKS = ("gsm8k", "math", "arc_challenge", "mbpp")
 REAL_MODELS = ("qwen2.5-0.5b", "llama-3.2-1b", "llama-2-7b-chat")
 
 

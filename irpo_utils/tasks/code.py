@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from functools import cached_property
 from typing import Any, ClassVar
 
-from ..sandbox import ISOLATED, Job, Sandbox
+from ..sandbox import Job, Sandbox
 from . import Problem, local_path
 from .records import RecordTask, is_file, read_file, read_hub
 
@@ -135,7 +135,7 @@ class Code(RecordTask):
 
     @cached_property
     def sandbox(self) -> Sandbox:
-        return Sandbox(getattr(self.config, "execution", ISOLATED))
+        return Sandbox(self.config.execution)
 
     def problem(self, name: str, record: dict) -> Problem:
         return _humaneval(record) if "entry_point" in record else _mbpp(record)
