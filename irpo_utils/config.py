@@ -16,7 +16,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 
-from .methods import Round, methods
+from .methods import methods
 from .sandbox import EXECUTIONS
 from .tasks import TASKS
 
@@ -88,11 +88,12 @@ class ProcessConfig:
     delta: int = 0  # a step is right if more than so many of its continuations reach the right answer
     temperature: float = 1.0
     simulator: str = ""  # who continues: "" is the policy M_t itself, else a hub name or a folder
+    labels: str = "process"  # or "outcome", the control: every step has its answer's label, and nothing is simulated
     path: str = "mean"  # a path's reward from its steps' scores: mean (the paper), min, product or last
-    lr: float = 1.0e-3
-    lora_r: int = 16
+    lr: float = 5.0e-5  # the paper's
+    lora_r: int = 16  # the paper's
     batch: int = 32  # solutions per optimizer step
-    max_steps: int = 150
+    max_steps: int = 2000
     max_epochs: int = 3
 
 
@@ -175,11 +176,6 @@ class Config:
 
     def rounds(self, method: str) -> int:
         return methods()[method].rounds(self.iterations)
-
-    def kinds(self) -> list[Round]:
-        """The rounds that this run's methods make, each kind once."""
-        found = [methods()[m].round(t) for m in self.methods for t in range(1, self.rounds(m) + 1)]
-        return list(dict.fromkeys(found))
 
 
 def _typed(name: str, value: Any, kind: Any, from_text: bool) -> Any:
@@ -317,6 +313,7 @@ def check(config: Config) -> Config:
         (0 <= c.task.guessable_share <= 1, "task.guessable_share: between 0 and 1"),
         (all(t > 0 for t in c.sampling.temperature), "sampling.temperature: above 0"),
         (c.evaluation.temperature > 0, "evaluation.temperature: above 0"),
+        (c.process.labels in ("process", "outcome"), "process.labels: one of process, outcome"),
         (c.process.path in PATHS, f"process.path: one of {', '.join(PATHS)}"),
         (
             0 <= c.process.delta < c.process.continuations,
@@ -366,6 +363,10 @@ def check(config: Config) -> Config:
     for method in c.methods:
         if method not in methods():
             raise ConfigError(f"methods: no method is called {method!r}; there is: all, {', '.join(methods())}")
+        if c.iterations < (least := len(methods()[method].kinds)):
+            raise ConfigError(
+                f"iterations: {method} makes rounds of {least} kinds; set iterations={least}, or leave it out of methods"
+            )
     return config
 
 

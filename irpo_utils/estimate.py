@@ -218,6 +218,9 @@ def seconds(
                 "rationalized": n,
             }
             total["sample"] += sampled(int(asked * extra.get(choices.reward, 0)), rows, n)
+            if choices.reward == "process":  # its reward model, trained and asked
+                seen = own.process.max_steps * own.process.batch * 3 + asked * n
+                total["train"] += seen * (prompt + length) * 2 * shape.parameters / flops
             steps = own.train.max_steps
             pairs = asked * own.pairs.k * own.train.max_epochs  # at most
             steps = min(steps, max(1, pairs // own.train.batch))

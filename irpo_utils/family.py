@@ -50,12 +50,13 @@ def spent_table(run: Path, config: Config) -> pd.DataFrame:
             audit = facts("02_pairs", "audit.json") if kind.loss != "extrapolate" else {}
             reward = facts("01b_reward", "reward.json") if kind.scored else {}
             training = facts("03_train", "training.json")
+            continuations = reward.get("prefixes_simulated", 0) * config.process.continuations
             rows.append(
                 {
                     "method": method,
                     "seed": seed,
                     "iteration": t,
-                    "samples": audit.get("samples", 0) + reward.get("samples", 0),
+                    "samples": audit.get("samples", 0) + reward.get("samples", 0) + continuations,
                     "drawn": audit.get("drawn_tokens", 0) + reward.get("drawn_tokens", 0),
                     "trained": training["trained_tokens"] + reward.get("trained_tokens", 0),
                 }
@@ -142,8 +143,8 @@ NEIGHBOURS = [
     ("rft", "rest_em", "from M_t instead of M_0, and each right sample once"),
     ("dpo", "spin", "losers are wrong, or just the model's own"),
     ("dpo", "self_rewarding", "rewarded by the answer or by the model itself"),
-    ("sipf", "orpo", "the same rounds with process and with outcome rewards"),
-    ("sipf", "sft_gold", "what both rounds of process feedback add to the warm start, at the budget of all three rounds"),
+    ("sipf", "orpo", "the same rounds, pairs by a process reward model or by the answer"),
+    ("sipf", "sft_gold", "a warm start and rounds of process feedback, or gold alone for all rounds"),
 ]  # fmt: skip
 
 

@@ -94,7 +94,7 @@ def _likely(config, model, tokenizer, prompts: Prompts, seed: int) -> tuple[dict
         for name, ids in prompts.items()
         for n in SCORES[::2]
     ]
-    logps = np.array(scoring.reference_logps(model, rows, config.sampling.rows)).reshape(-1, len(SCORES))
+    logps = np.array(scoring.reference_logps(model, rows, 2 * config.train.micro_batch)).reshape(-1, len(SCORES))
     likely = np.exp((logps - logps.max(-1, keepdims=True)) / config.judge.temperature).cumsum(-1)
     found = {}
     for name, points in zip(prompts, likely, strict=True):

@@ -160,6 +160,7 @@ def select(
         audit["samples"] += len(own)
         audit["right"] += count
         audit["unparsed"] += answers.count(None)
+        audit["scored"] += sum(s["reward"] is not None or "answer_reward" not in s for s in drawn)
         audit["none_right" if count == 0 else "all_right" if count == len(own) else "some_right"] += 1
         audit["unfinished"] += sum(not s["finished"] for s in drawn)
         audit["duplicates"] += len(own) - len(distinct(own))
@@ -194,10 +195,15 @@ def _nothing(selection: str, audit: Counter[str], golds: int) -> str:
         return (
             f"no gold solution to train on: the task has {golds}, and {audit['gold_over_long']} exceed pairs.max_tokens"
         )
+    if not audit["scored"]:
+        return (
+            f"no pair can be made: none of {audit['samples']} samples has a reward, so the judge wrote no score that can be read; "
+            "take a larger model, or set judge.read=scores"
+        )
     return (
         f"no pair can be made of {audit['samples']} samples (selection {selection!r}): {audit['none_right']} problems have no right answer, "
         f"{audit['all_right']} no wrong one; {audit['unfinished']} samples are unfinished (sampling.max_new_tokens), "
-        f"{audit['over_long']} and {audit['gold_over_long']} gold solutions are too long (pairs.max_tokens); {'lower pairs.eta, ' if selection == 'margin' else ''}raise sampling.n or sampling.temperature, or take other problems"
+        f"{audit['over_long']} and {audit['gold_over_long']} gold solutions are too long (pairs.max_tokens); {'lower pairs.eta, ' if selection == 'margin' else ''}{'or all rewards of a problem are one: ' if selection == 'best_against_worst' else ''}raise sampling.n or sampling.temperature, or take other problems"
     )
 
 

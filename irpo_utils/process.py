@@ -9,6 +9,7 @@ Left out of the paper: a prompt that numbers the steps. A step is a line that is
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from . import pairs, stages
-from .runs import write_json, write_jsonl
+from .runs import write_jsonl
 from .simulation import simulate, tokens_drawn
 from .tasks import Problem, Task
 
@@ -117,16 +118,20 @@ def label_steps(
     return rows
 
 
-def score_samples(model, tokenizer, prompts: dict[str, list[int]], samples: list[Record], how: str) -> list[Record]:
+def score_samples(
+    model, tokenizer, prompts: dict[str, list[int]], samples: list[Record], how: str, rows: int = 64
+) -> list[Record]:
     """`samples` with `step_scores` [steps] and, as `reward`, the path reward; what the answer earned is `answer_reward`.
 
-    An unfinished sample gets the reward of the steps that it has.
+    An unfinished sample gets the reward of the steps that it has. `rows` responses are read at once.
     """
     from . import reward_model
 
     distinct = {(s["problem"], tuple(s["token_ids"])): s["finished"] for s in samples}
     ends = [step_ends(tokenizer, list(ids), finished) for (_, ids), finished in distinct.items()]
-    found = reward_model.score(model, [prompts[name] for name, _ in distinct], [list(ids) for _, ids in distinct], ends)
+    found = reward_model.score(
+        model, [prompts[name] for name, _ in distinct], [list(ids) for _, ids in distinct], ends, rows
+    )
     scores = dict(zip(distinct, found, strict=True))
     mine = ((s, scores[s["problem"], tuple(s["token_ids"])]) for s in samples)
     return [s | {"answer_reward": s["reward"], "step_scores": x, "reward": path_reward(x, how)} for s, x in mine]
@@ -161,12 +166,14 @@ def feedback(
     rows = label_steps(config, policy, tokenizer, task, problems, samples, folder, seed, labels)
     write_jsonl(folder / "labels.jsonl", rows)
     if not (folder / "reward_model").exists():
-        reward_model.train(config, rows, folder, seed)
+        fitting = [r for r in rows if len(r["prompt_ids"]) + len(r["token_ids"]) <= config.pairs.max_tokens]
+        reward_model.train(config, fitting, folder, seed)
+        gc.collect()  # one base in memory at a time
     model = reward_model.load_reward_model(config, folder / "reward_model", threads=config.threads)
     prompts = stages.encode_prompts(task, tokenizer, problems)
     flat = [s for mine in samples.values() for s in mine]
     scored: dict[str, list[Record]] = {name: [] for name in samples}
-    for s in score_samples(model, tokenizer, prompts, flat, config.process.path):
+    for s in score_samples(model, tokenizer, prompts, flat, config.process.path, 2 * config.train.micro_batch):
         scored[s["problem"]].append(s)
     steps = [(row["problem"], *row["token_ids"][: end + 1]) for row in rows for end in row["ends"]]
     simulated = [bool(outcomes) for row in rows for outcomes in row["outcomes"]]
@@ -175,9 +182,8 @@ def feedback(
         "solutions": len(rows),
         "steps": len(steps),
         "labelled_right": sum(sum(row["labels"]) for row in rows) / max(1, len(steps)),
-        "drawn_tokens": tokens_drawn(folder),
         "prefixes_simulated": len({step for step, drawn in zip(steps, simulated, strict=True) if drawn}),
+        "drawn_tokens": tokens_drawn(folder),
         "reward_model": json.loads((folder / "reward_model" / "facts.json").read_text()),
     }
-    write_json(folder / "feedback.json", facts)
     return scored, facts

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
     AutoModelForTokenClassification,
@@ -60,7 +61,11 @@ def load_reward_model(config, folder: Path | None = None, seed: int = 0, threads
             use_safetensors=True,
             trust_remote_code=config.model.trust_remote_code,
         )
-        return as_float(model).eval()
+        as_float(model)
+        for file in folder.glob("*.safetensors"):  # the head as it was saved: loading has rounded it to `dtype`
+            head = {k.rpartition(".")[2]: v for k, v in load_file(file).items() if k.partition(".")[0] in HEADS}
+            head_of(model).load_state_dict({**head_of(model).state_dict(), **head})
+        return model.eval()
 
     from peft import LoraConfig, PeftModel, get_peft_model
 
@@ -71,10 +76,11 @@ def load_reward_model(config, folder: Path | None = None, seed: int = 0, threads
         model = models.load_base(config.model, AutoModelForTokenClassification, HEADS, num_labels=2)
     finally:
         logging.set_verbosity(before)
+    as_float(model)  # before an adapter copies the head
     if folder is not None:
-        return as_float(PeftModel.from_pretrained(model, folder)).eval()
+        return PeftModel.from_pretrained(model, folder).eval()
     if config.model.tuning == "full":
-        return as_float(model)
+        return model
     lora = LoraConfig(
         r=config.process.lora_r,
         lora_alpha=2 * config.process.lora_r,
@@ -83,7 +89,7 @@ def load_reward_model(config, folder: Path | None = None, seed: int = 0, threads
         lora_dropout=0.0,
         task_type="TOKEN_CLS",
     )
-    return as_float(get_peft_model(model, lora))
+    return get_peft_model(model, lora)
 
 
 def head_of(model: PreTrainedModel) -> torch.nn.Module:
@@ -148,7 +154,9 @@ class StepTrainer(Trainer):
     """The transformers Trainer with cross-entropy at step ends."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        loss = torch.nn.functional.cross_entropy(step_logits(model, inputs), inputs["labels"])
+        # A mean over the steps of the whole batch: one over each micro-batch would weigh the steps of short solutions more.
+        found = torch.nn.functional.cross_entropy(step_logits(model, inputs), inputs["labels"], reduction="sum")
+        loss = found / num_items_in_batch
         if not torch.isfinite(loss):
             raise FloatingPointError(f"the reward model's loss is {loss.item()}; lower process.lr")
         return loss
@@ -215,7 +223,7 @@ def train(config, solutions: list[Solution], folder: Path, seed: int) -> dict[st
     data = [rows[i] for i in order]
     trainer = StepTrainer(model, arguments, train_dataset=data, data_collator=step_batch, callbacks=[Mark()])
     trainer.remove_callback(PrinterCallback)
-    trainer.model_accepts_loss_kwargs = False  # a mean over steps, which the Trainer must divide itself
+    trainer.model_accepts_loss_kwargs = True  # so it says how many labels a batch has, and divides nothing itself
     trainer.train(resume_from_checkpoint=last_checkpoint(folder / "checkpoints"))
     trained = sum(len(s["prompt_ids"]) + len(s["token_ids"]) for s in data)
     facts = {

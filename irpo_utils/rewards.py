@@ -7,6 +7,7 @@ Each of `REWARDS` takes a stage with its samples (problem id -> records) and giv
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
@@ -23,10 +24,12 @@ def rationalized(stage, task: Task, tokenizer, problems: list[Problem], samples:
     """Samples with the gold answer as a hint, for problems that have no right one (STaR, arXiv 2203.14465, section 3.2).
 
     The hint is a line behind the question, and only in the prompt that is sampled: what is right joins the problem's samples
-    as if it had been drawn without it (`extra`: it was drawn on top of the N).
+    as if it had been drawn without it (`extra`: it was drawn on top of the N). An answer of several lines, as a program, is no
+    hint but the solution; such a problem stays failed.
     """
     failed = [p for p in problems if p.id in samples and not any(s["reward"] == 1 for s in samples[p.id])]
-    hinted = [replace(p, question=f"{p.question}\nFinal answer: {p.answer}") for p in failed]
+    short = [p for p in failed if p.answer and "\n" not in p.answer]
+    hinted = [replace(p, question=f"{p.question}\nFinal answer: {p.answer}") for p in short]
     drawn: list[Record] = []
     if hinted:
         with stages.drawing(stage.config, stage.input("policy"), tokenizer, task, hinted) as draw:
@@ -45,6 +48,7 @@ def rationalized(stage, task: Task, tokenizer, problems: list[Problem], samples:
     right = [row | {"logp": None, "extra": True} for row in drawn if row["reward"] == 1]
     facts = {
         "failed_problems": len(failed),
+        "without_a_hint": len(failed) - len(short),
         "rationalized_problems": len({row["problem"] for row in right}),
         "samples": len(drawn),
         "right": len(right),
@@ -60,9 +64,14 @@ def process(stage, task: Task, tokenizer, problems: list[Problem], samples: dict
 
     asked = [p for p in problems if p.id in samples]
     seed = stages.stage_seed(stage, 4)
-    scored, facts = feedback(stage.config, stage.input("policy"), tokenizer, task, asked, samples, stage.partial, seed)
-    for name in ("labels.jsonl", "reward_model"):
-        (stage.partial / name).rename(stage.path(name))
+    labels = stage.config.process.labels
+    scored, facts = feedback(
+        stage.config, stage.input("policy"), tokenizer, task, asked, samples, stage.partial, seed, labels
+    )
+    shutil.copyfile(stage.partial / "labels.jsonl", stage.path("labels.jsonl"))
+    shutil.rmtree(stage.path("reward_model.tmp"), ignore_errors=True)  # copied, so that a killed stage has it still
+    shutil.copytree(stage.partial / "reward_model", stage.path("reward_model.tmp"))
+    stage.path("reward_model.tmp").rename(stage.path("reward_model"))
     facts["trained_tokens"] = facts["reward_model"]["trained_tokens"]
     return [row for rows in scored.values() for row in rows], facts
 
@@ -78,9 +87,10 @@ def judged(stage, task: Task, tokenizer, problems: list[Problem], samples: dict[
 
         model = load_policy(config.model, stage.input("policy"), threads=config.threads)
         return judge(config, None, tokenizer, problems, rows, seed, model)
-    longest = max((judge_prompt(by_id[r["problem"]].question, r["response"], "text") for r in rows), key=len)
-    asked = SimpleNamespace(prompt=lambda p: p.question)
-    with stages.drawing(config, stage.input("policy"), tokenizer, asked, [Problem("longest", longest, "")]) as draw:
+    texts = {judge_prompt(by_id[r["problem"]].question, r["response"], "text") for r in rows}
+    asked, prompts = SimpleNamespace(prompt=lambda p: p.question), [Problem(text, text, "") for text in sorted(texts)]
+    longer = replace(config, sampling=replace(config.sampling, max_new_tokens=config.judge.max_new_tokens))
+    with stages.drawing(longer, stage.input("policy"), tokenizer, asked, prompts) as draw:
         return judge(config, draw, tokenizer, problems, rows, seed)
 
 

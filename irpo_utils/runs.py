@@ -218,6 +218,8 @@ class Spec:
     writes: tuple[str, ...]
 
 
+# What a reward model's training takes from the `train` section.
+REWARD_TRAIN = ("micro_batch", "warmup", "max_grad_norm", "optimizer", "gradient_checkpointing")
 # What a stage writes besides, for a kind of reward.
 REWARD_WRITES = {"process": ("labels.jsonl", "reward_model")}
 STAGES = {
@@ -337,6 +339,9 @@ class Stage:
                 del chosen["model"][name]
         if self.name == "01b_reward":
             chosen["reward"] = self.choices.reward
+            if self.choices.reward == "process":  # how its reward model is trained, and which gold solutions it sees
+                chosen["train"] = {name: getattr(self.config.train, name) for name in REWARD_TRAIN}
+                chosen["max_tokens"] = self.config.pairs.max_tokens
         if self.name == "03_train":
             chosen["loss"], chosen["start"] = self.choices.loss, self.choices.start
             del chosen["train"]["extrapolation"]
@@ -351,6 +356,10 @@ class Stage:
         base = PACKAGE / "assets" / "seed_model" if seed else resolve(Path(self.config.model.path).expanduser())
         if base.is_dir():
             inputs["base"] = file_hash(base, MODEL_FILES, sampled_above=64 << 20)
+        if "process" in self.spec.sections and self.config.process.simulator:
+            other = resolve(Path(self.config.process.simulator).expanduser())
+            if other.is_dir():
+                inputs["simulator"] = file_hash(other, MODEL_FILES, sampled_above=64 << 20)
         for source in (*self.config.task.train, *self.config.task.dev, *self.config.task.test):
             if is_file(source) and local_path(source).is_file():
                 inputs[f"problems {source}"] = file_hash(local_path(source))

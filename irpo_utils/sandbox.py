@@ -33,6 +33,8 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
 
+from . import sandbox_judge
+
 ISOLATED, ACCEPTED = EXECUTIONS = ("isolated", "i-accept-the-risk")
 MEMORY = 512 << 20  # bytes of address space of a process
 FILE = 4 << 20  # bytes of a file
@@ -40,7 +42,7 @@ FOLDER = 16 << 20  # bytes of all files
 PROCESSES = 8  # and threads; without isolation none, since the limit counts all that the user runs
 LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/nix/store", "/etc/ld.so.cache")
 PATIENCE = 10  # seconds for starting and ending; the judge ends itself when its time is up
-JUDGE = Path(__file__).with_name("sandbox_judge.py")
+JUDGE = Path(sandbox_judge.__file__)
 
 
 class Refused(ValueError):

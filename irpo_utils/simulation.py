@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from . import answers, stages, tokens
-from .runs import read_jsonl, write_jsonl
+from .runs import read_jsonl, resolve, write_jsonl
 from .tasks import Problem, Task
 
 Record = dict[str, Any]
@@ -26,8 +26,9 @@ def simulator(config, policy: Path | None, tokenizer) -> tuple[Any, Path | None,
     name = config.process.simulator
     if not name:
         return config, policy, tokenizer, True
-    if (Path(name) / "adapter_config.json").exists():  # on the same base
-        return config, Path(name), tokenizer, True
+    folder = resolve(Path(name).expanduser())
+    if (folder / "adapter_config.json").exists():  # on the same base
+        return config, folder, tokenizer, True
     other = replace(config, model=replace(config.model, path=name, tuning="lora"))
     return other, None, tokens.load_tokenizer(other.model), False
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from .losses import REFERENCE_FREE, pair_losses
+from .models import save
 from .runs import write_json, write_jsonl
 from .scoring import Pair, check_head, pair_batch, reference_logps, response_logps, to_device
 
@@ -152,12 +153,7 @@ class Recorder(TrainerCallback):
             raise FloatingPointError(f"the weights are not finite after step {step}; lower train.lr (it is {lr:g})")
         fresh = self.folder / "best.tmp"
         shutil.rmtree(fresh, ignore_errors=True)
-        model.save_pretrained(fresh)
-        adapter = fresh / "adapter_config.json"
-        if adapter.exists():  # peft writes a set's own order, which differs from process to process
-            facts = json.loads(adapter.read_text())
-            facts["target_modules"] = sorted(facts["target_modules"])
-            adapter.write_text(json.dumps(facts, indent=1, sort_keys=True))
+        save(model, fresh)
         (fresh / "best.json").write_text(json.dumps({"step": step, "score": score}))
         shutil.rmtree(best, ignore_errors=True)
         fresh.rename(best)

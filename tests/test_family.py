@@ -95,16 +95,15 @@ def test_the_reward_model_on_disk_gives_the_rewards_that_made_the_pairs(run):
         assert better - worse >= stage.config.pairs.eta
 
 
-def test_expo_goes_on_from_the_base_through_the_trained_model(run, tokenizer):
+def test_expo_goes_on_from_the_base_through_the_trained_model(run):
     make(run, "expo", 2)
     config = runs.open_run(run).model
-    ids = torch.tensor([tokenizer("Question: Ann has 12 pens.").input_ids])
     stage = runs.Stage("04_evaluate", run, "expo", 0, 2)
     weights = [models.load_policy(config, stage.policy(t)).state_dict() for t in (0, 1, 2)]
     for name, w_2 in weights[2].items():
         w_0, w_1 = weights[0][name], weights[1][name]
         assert torch.allclose(w_2, w_1 + 0.3 * (w_1 - w_0), atol=1e-6), name
-    assert ids.numel() and not torch.equal(weights[2]["model.layers.0.mlp.up_proj.weight"], weights[1]["model.layers.0.mlp.up_proj.weight"])  # fmt: skip
+    assert not torch.equal(weights[2]["model.layers.0.mlp.up_proj.weight"], weights[1]["model.layers.0.mlp.up_proj.weight"])  # fmt: skip
 
 
 def test_what_a_round_used_up_is_what_is_in_its_files(run):
@@ -118,6 +117,11 @@ def test_what_a_round_used_up_is_what_is_in_its_files(run):
     assert spent.loc[("star", 1), "samples"] == len(drawn) + extra["samples"]
     assert spent.loc[("expo", 2), ["samples", "drawn", "trained"]].tolist() == [0, 0, 0]
     assert spent.loc[("sipf", 1), "drawn"] == 0 and spent.loc[("sipf", 2), "drawn"] > spent.loc[("expo", 1), "drawn"]
+    for method, steps in (("star", [6, 6, 6]), ("sipf", [3, 6, 6]), ("expo", [6])):  # the warm start was set to 3
+        trained = [runs.Stage("03_train", run, method, 0, t).path("training.json") for t in range(1, len(steps) + 1)]
+        assert [json.loads(path.read_text())["steps"] for path in trained] == steps
+    reward = json.loads(runs.Stage("01b_reward", run, "sipf", 0, 2).path("reward.json").read_text())
+    assert spent.loc[("sipf", 2), "samples"] == len(drawn) + 4 * reward["prefixes_simulated"] > len(drawn)
     # Six steps of eight pairs, or of sixteen responses: as many responses, so nearly as many tokens.
     one, other = spent.loc[("star", 2), "trained"], spent.loc[("expo", 1), "trained"]
     assert 0.8 < one / other < 1.25

@@ -112,6 +112,13 @@ def test_bad_entry(tmp_path, old, new, message):
         read(tmp_path / "methods.yaml")
 
 
+def test_a_method_needs_as_many_iterations_as_it_has_kinds_of_rounds():
+    with pytest.raises(
+        ConfigError, match="iterations: dpo_st makes rounds of 3 kinds; set iterations=3, or leave it out"
+    ):
+        load_preset("tiny", ["methods=irpo,dpo_st", "iterations=2"])
+
+
 def test_all_takes_every_method_and_stands_alone():
     assert load_preset("tiny", ["methods=all"]).methods == list(methods())
     with pytest.raises(ConfigError, match="no method is called 'all'"):

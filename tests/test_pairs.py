@@ -77,6 +77,11 @@ def test_self_rewarding_takes_the_best_against_the_worst_and_drops_ties():
         made("best_against_worst", [sample(5, 3.0), sample(6, 3.0), sample(7, None)])
 
 
+def test_a_judge_that_says_nothing_is_named():
+    with pytest.raises(ValueError, match="none of 1 samples has a reward.*judge.read=scores"):
+        made("best_against_worst", [sample(5, None, answer_reward=1.0)])
+
+
 def test_margin_pairs_differ_by_eta_or_more():
     scored = [sample(5, 0.9), sample(6, 0.75), sample(7, 0.5), sample(8, 0.45)]
     close = made("margin", scored, eta=0.25, k=9)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from small_models import build
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers import models as kinds
@@ -232,6 +233,39 @@ def loaded_scores(config, rows, folder):
     model = reward_model.load_reward_model(config, folder / "reward_model")
     rows = [row for row in rows if row["ends"]]
     return reward_model.score(model, *([row[k] for row in rows] for k in ("prompt_ids", "token_ids", "ends")))
+
+
+def test_a_killed_training_goes_on_and_ends_the_same(small, labelled, tmp_path, monkeypatch):
+    monkeypatch.setattr(reward_model, "SAVE_EVERY", 2)
+    whole = reward_model.train(small, labelled[1], tmp_path / "whole", 3)
+    real, steps = reward_model.step_logits, []
+
+    def killed(model, batch):
+        steps.append(1)
+        if len(steps) == 4:
+            raise KeyboardInterrupt
+        return real(model, batch)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(reward_model, "step_logits", killed)
+        reward_model.train(small, labelled[1], tmp_path / "killed", 3)
+    assert (tmp_path / "killed" / "checkpoints" / "checkpoint-2" / "complete").exists()
+    assert reward_model.train(small, labelled[1], tmp_path / "killed", 3) == whole
+    file = "reward_model/adapter_model.safetensors"
+    assert (tmp_path / "killed" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+
+
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_a_head_in_float32_is_loaded_as_it_was_saved_on_a_base_in_16_bits(tuning, small, labelled, tmp_path):
+    config = replace(small, model=replace(small.model, tuning=tuning, dtype="bfloat16"))
+    reward_model.train(config, labelled[1], tmp_path, 3)
+    saved = {}
+    for file in (tmp_path / "reward_model").glob("*.safetensors"):
+        saved |= {k: v for k, v in load_file(file).items() if "score" in k and v.dim() == 2}
+    head = reward_model.head_of(reward_model.load_reward_model(config, tmp_path / "reward_model"))
+    weight = next(p for name, p in head.named_parameters() if p.dim() == 2 and "original" not in name)
+    assert weight.dtype == torch.float32 and torch.equal(weight, next(iter(saved.values())))
+    assert not torch.equal(weight, weight.bfloat16().float())  # it has bits that 16 would not hold
 
 
 @pytest.mark.parametrize("tuning", ["lora", "full"])

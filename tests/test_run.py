@@ -240,6 +240,7 @@ def test_keys_name_what_a_stage_depends_on_and_no_more(tmp_path):
         "pairs.k=1": {"02_pairs"},
         "train.alpha=0.5": {"03_train"},
         "process.continuations=3": {"01b_reward"},
+        "train.warmup=0.5": {"01b_reward", "03_train"},  # the reward model is trained with it, too
         "judge.samples=2": set(),  # of another reward
         "train.extrapolation=0.5": {"03b_extrapolate"},
         "seeds=2": set(),
