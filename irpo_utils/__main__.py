@@ -16,7 +16,7 @@ from . import config as configs
 from . import presets
 from .handout import export, publish
 from .methods import RecipeError, methods
-from .runs import NOTEBOOKS, Busy, MissingArtefact, Stage, arms, locked, plan, run_folder, shown, write_text
+from .runs import NOTEBOOKS, Busy, MissingArtefact, Stage, arms, locked, plan, resolve, run_folder, shown, write_text
 
 HELP = """usage: ./run_all.sh [preset] [key=value ...]     run the loop, skip what is done, write outputs/<run>/report.html
        ./run_all.sh --list                        show the presets and every parameter with its default
@@ -136,6 +136,15 @@ def check_inputs(config: configs.Config, jobs: int = 1) -> list[str]:
         from . import vllm_engine
 
         vllm_engine.check(config, jobs)
+    other = config.process.simulator
+    if other and any(kind.reward == "process" for m in config.methods for kind in methods()[m].kinds):
+        folder = resolve(Path(other).expanduser())
+        if (folder.exists() or other.startswith((".", "/", "~"))) and not (
+            (folder / "adapter_config.json").is_file() or (folder / "config.json").is_file()
+        ):
+            raise configs.ConfigError(
+                f"process.simulator: {other} is no folder with an adapter_config.json or a config.json; name an adapter, a model or a hub name"
+            )
     if config.task.name == "word_problems" and config.model.path == "seed":
         return []
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -248,6 +257,21 @@ def run_side_by_side(run: Path, work: list[tuple[str, int]], jobs: int, lock: in
             process.terminate()
 
 
+def show_all() -> None:
+    """The presets, the methods and the parameters there are."""
+    print("presets:")
+    for name, text in presets.presets().items():
+        print(f"  {name:36} {text}")
+    print(
+        "\nmethods (irpo_utils/methods.yaml), each round as reward, selection, loss, start; methods=all takes every one:"
+    )
+    for name, recipe in methods().items():
+        rounds = [f"{k.reward}, {k.selection}, {k.loss}, {k.start}" for k in recipe.kinds]
+        print(f"  {name:16} {' | '.join(rounds)}")
+    print("\nparameters and their defaults (before the preset's):")
+    print(configs.dump(configs.Config()))
+
+
 def main(arguments: list[str]) -> int:
     if arguments[:1] == ["--arm"] and len(arguments) == 4:
         run, method, seed = Path(arguments[1]), arguments[2], int(arguments[3])
@@ -257,18 +281,7 @@ def main(arguments: list[str]) -> int:
         print(HELP)
         return 0
     elif arguments == ["--list"]:
-        print("presets:")
-        for name, text in presets.presets().items():
-            print(f"  {name:36} {text}")
-        print(
-            "\nmethods (irpo_utils/methods.yaml), each round as reward, selection, loss, start; methods=all takes every one:"
-        )
-        for name, recipe in methods().items():
-            rounds = [f"{k.reward}, {k.selection}, {k.loss}, {k.start}" for k in recipe.kinds]
-            print(f"  {name:16} {' | '.join(rounds)}")
-        print("\nparameters and their defaults (before the preset's):")
-        print(configs.dump(configs.Config()))
-        return 0
+        work = show_all
     elif arguments[:1] == ["grade"]:
         from .grade import main as grade
 
@@ -304,7 +317,7 @@ def main(arguments: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
-        print(f"error: {error.strerror}: {error.filename}", file=sys.stderr)
+        print(f"error: {error.strerror}: {error.filename}" if error.strerror else f"error: {error}", file=sys.stderr)
         return 1
     except RuntimeError as error:
         print(f"error: {error}", file=sys.stderr)

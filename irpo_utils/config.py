@@ -16,7 +16,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 
-from .methods import methods
+from .methods import KeyTwice, Loader, methods
 from .sandbox import EXECUTIONS
 from .tasks import TASKS
 
@@ -259,7 +259,7 @@ def apply(config: Config, settings: Iterable[tuple[str, Any]], from_text: bool =
         target = getattr(config, head) if rest else config
         leaf = rest or head
         value = _typed(name, value, get_type_hints(type(target))[leaf], from_text)
-        setattr(target, leaf, list(methods()) if name == "methods" and value == ["all"] else value)
+        setattr(target, leaf, list(methods()) if name == "methods" and "all" in value else value)
     return config
 
 
@@ -291,6 +291,7 @@ def check(config: Config) -> Config:
         ),
         (0 <= c.train.warmup <= 1, "train.warmup: between 0 and 1"),
         (c.train.max_grad_norm > 0, "train.max_grad_norm: above 0"),
+        (c.pairs.eta > 0, "pairs.eta: above 0"),
         (c.pairs.max_pairs >= 0, "pairs.max_pairs: 0 for no cap, or a number of pairs"),
         (
             c.task.name in TASKS or ".py:" in c.task.name,
@@ -339,6 +340,7 @@ def check(config: Config) -> Config:
         "sampling.n",
         "sampling.max_new_tokens",
         "pairs.k",
+        "pairs.at_most",
     ]
     positive += [
         "train.batch",
@@ -357,9 +359,12 @@ def check(config: Config) -> Config:
     for fits, message in rules:
         if not fits:
             raise ConfigError(message)
-    for own in c.method_settings.values():
+    for method, own in c.method_settings.items():
         if own:
-            check(dataclasses.replace(apply(c, own.items()), method_settings={}))
+            try:
+                check(dataclasses.replace(apply(c, own.items()), method_settings={}))
+            except ConfigError as error:
+                raise ConfigError(f"{method}: {error}") from None
     for method in c.methods:
         if method not in methods():
             raise ConfigError(f"methods: no method is called {method!r}; there is: all, {', '.join(methods())}")
@@ -368,17 +373,6 @@ def check(config: Config) -> Config:
                 f"iterations: {method} makes rounds of {least} kinds; set iterations={least}, or leave it out of methods"
             )
     return config
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML that refuses a key given twice, where plain YAML lets the last one win."""
-
-    def construct_mapping(self, node, deep=False):
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise ConfigError(f"{key!r} is given twice (line {node.start_mark.line + 1} and below); keep one")
-        return super().construct_mapping(node, deep)
 
 
 def flatten(raw: Any) -> list[tuple[str, Any]]:
@@ -422,10 +416,10 @@ def _get(config: Config, name: str) -> Any:
 def read_yaml(path: Path) -> Any:
     """What a YAML file holds. Raises ConfigError."""
     try:
-        raw = yaml.load(path.read_text(), _Loader)
+        raw = yaml.load(path.read_text(), Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not YAML: {error}") from None
-    except ConfigError as error:
+    except KeyTwice as error:
         raise ConfigError(f"{path}: {error}") from None
     return {} if raw is None else raw
 

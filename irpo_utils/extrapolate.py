@@ -13,13 +13,15 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
-from .config import Config, ConfigError, apply
+from .config import Config, ConfigError, apply, check, settle
 from .runs import MissingArtefact
 
 Weights = dict[str, torch.Tensor]
@@ -45,13 +47,25 @@ def extrapolate(config_model, th_1: Path, th_0: Path | None, a: float, target: P
         raise ConfigError(
             f"extrapolate: {th_1} and {th_0} are an adapter and a whole model; take two of one kind (see ./run_all.sh export)"
         )
-    fresh = target.with_name(f"{target.name}.part")  # so that no half of a policy is ever found
-    shutil.rmtree(fresh, ignore_errors=True)
-    if models.is_adapter(th_1):
-        _adapters(th_1, th_0, a, fresh)
-    else:
-        _whole_models(config_model, th_1, th_0, a, fresh)
-    fresh.rename(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
+        fresh = Path(folder) / "policy"  # so that no half of a policy is ever found
+        try:
+            if models.is_adapter(th_1):
+                _adapters(th_1, th_0, a, fresh)
+            else:
+                _whole_models(config_model, th_1, th_0, a, fresh)
+        except ConfigError:
+            raise
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+            both = f"{th_1} or {th_0}" if th_0 else th_1
+            raise MissingArtefact(
+                f"{both} is damaged ({type(error).__name__}: {error}); copy or train it again"
+            ) from None
+        for file in fresh.glob("*.safetensors"):
+            if not all(torch.isfinite(weight).all() for weight in load_file(file).values()):
+                raise ConfigError(f"extrapolate: the weights are not finite at a = {a:g}; take a smaller one")
+        fresh.rename(target)
 
 
 def _whole_models(config_model, th_1: Path, th_0: Path | None, a: float, target: Path) -> None:
@@ -77,8 +91,6 @@ def _same(th_1: Path, later: dict[str, Any], th_0: Path | None, earlier: dict[st
 
 def _read(folder: Path) -> tuple[dict[str, Any], Weights, float]:
     """An adapter's settings, its weights by name, and the factor s of its B A. Refuses what is more than B A."""
-    from safetensors.torch import load_file
-
     facts = json.loads((folder / "adapter_config.json").read_text())
     weights = load_file(folder / "adapter_model.safetensors")
     plain = facts["peft_type"] == "LORA" and not any(
@@ -91,8 +103,6 @@ def _read(folder: Path) -> tuple[dict[str, Any], Weights, float]:
 
 def _adapters(th_1: Path, th_0: Path | None, a: float, target: Path) -> None:
     """The adapter (1 + a) D_1 - a D_0, of rank r_1 + r_0; where th_0 is the base, D_0 is 0."""
-    from safetensors.torch import save_file
-
     facts, later, s_1 = _read(th_1)
     parts = [((1 + a) * s_1, later)]
     if th_0 is not None:
@@ -130,7 +140,7 @@ def main(arguments: list[str]) -> int:
         raise ConfigError(f"extrapolate: a: {error}") from None
     if not math.isfinite(a):
         raise ConfigError(f"extrapolate: a: expected a finite number, got {a}")
-    config = apply(Config(), settings.items(), from_text=True)
+    config = check(settle(apply(Config(), settings.items(), from_text=True)))
     th_1, th_0, target = (Path(name).expanduser() for name in names)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"extrapolate: {target} is not empty; name a new folder")

@@ -10,7 +10,7 @@ import pandas as pd
 
 from .config import Config
 from .methods import methods
-from .runs import Stage, arms
+from .runs import MissingArtefact, Stage, arms, shown
 
 ARM = ["method", "seed", "iteration"]
 SPENT = ["samples", "drawn", "trained"]
@@ -46,7 +46,7 @@ def spent_table(run: Path, config: Config) -> pd.DataFrame:
     for method, seed in arms(config):
         for t in range(1, config.rounds(method) + 1):
             kind = methods()[method].round(t)
-            facts = lambda name, file: json.loads(Stage(name, run, method, seed, t).path(file).read_text())  # noqa: B023, E731 - used here only
+            facts = lambda name, file: _facts(Stage(name, run, method, seed, t), file)  # noqa: B023, E731 - used here only
             audit = facts("02_pairs", "audit.json") if kind.loss != "extrapolate" else {}
             reward = facts("01b_reward", "reward.json") if kind.scored else {}
             training = facts("03_train", "training.json")
@@ -62,6 +62,13 @@ def spent_table(run: Path, config: Config) -> pd.DataFrame:
                 }
             )
     return pd.DataFrame(rows)
+
+
+def _facts(stage: Stage, file: str) -> dict[str, Any]:
+    path = stage.path(file)
+    if not path.exists():
+        raise MissingArtefact(f"{shown(path)} is missing; run notebooks/{stage.name}.ipynb for it, or ./run_all.sh")
+    return json.loads(path.read_text())
 
 
 def by_seed(metrics: pd.DataFrame, spent: pd.DataFrame) -> pd.DataFrame:
@@ -149,8 +156,5 @@ NEIGHBOURS = [
 
 
 def _judge_in_words(run: Path, config: Config, method: str) -> list[str]:
-    facts = [
-        json.loads(Stage("01b_reward", run, method, seed, 1).path("reward.json").read_text())
-        for seed in range(config.seeds)
-    ]
+    facts = [_facts(Stage("01b_reward", run, method, seed, 1), "reward.json") for seed in range(config.seeds)]
     return [f"**The judge of {methods()[method].label}**, before the first round, seed {s}: {f['verdict']}" for s, f in enumerate(facts)]  # fmt: skip

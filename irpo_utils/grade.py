@@ -52,6 +52,8 @@ def read_records(path: Path, task) -> tuple[list[str], list[Problem]]:
         except ValueError as error:
             raise Malformed(f"{path}, line {number}: {error}") from None
         responses.append(response)
+    if not responses:
+        raise Malformed(f"{path}: no response in it")
     return responses, problems
 
 
@@ -86,8 +88,12 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     task = get_task(TaskConfig(name=options.task, test=options.data, execution=options.execution))
     try:
+        if options.data and not hasattr(task, "named"):
+            raise Malformed(f"--data: {options.task} grades by the gold answer in each record; leave it out")
+        if options.data and not task.named:
+            raise Malformed(f"--data: {', '.join(options.data)} has no problem in it")
         responses, problems = read_records(options.file, task)
-    except Malformed as error:
+    except ValueError as error:  # Malformed, or the data set's file
         print(f"error: {error}", file=sys.stderr)
         return 2
     processes = min(8, os.cpu_count() or 1)

@@ -55,7 +55,7 @@ def publish(run: Path) -> None:
     kept += [p for name in ("evaluation", "audit", "training", "reward") for p in sorted(run.rglob(f"{name}.json"))]
     if config and config.task.name != "word_problems":
         kept = [p for p in kept if p.suffix != ".ipynb" or p.stem in ("03_train", "05_report")]
-    if not kept:
+    if not any(p.suffix == ".csv" for p in kept):
         raise MissingArtefact(f"{shown(run)} holds nothing to publish; run it first")
     shutil.rmtree(target, ignore_errors=True)
     for path in kept:

@@ -27,6 +27,25 @@ PARTS = {
 }  # fmt: skip
 
 
+# Names that mean something else where methods are named.
+RESERVED = ("all", "m0", "run", "jobs", "task", "model", "sampling", "pairs", "process", "judge", "train", "evaluation", "methods", "seeds", "iterations", "threads", "method_settings")  # fmt: skip
+
+
+class KeyTwice(ValueError):
+    """A key is given twice in one mapping."""
+
+
+class Loader(yaml.SafeLoader):
+    """YAML that refuses a key given twice, where plain YAML lets the last one win."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise KeyTwice(f"{key!r} is given twice (line {node.start_mark.line + 1} and below); keep one")
+        return super().construct_mapping(node, deep)
+
+
 @dataclass(frozen=True)
 class Round:
     """The four choices of one round, M_{t-1} to M_t."""
@@ -44,6 +63,14 @@ class Round:
         return self.selection not in ("none", "gold")
 
     @property
+    def stages(self) -> list[str]:
+        """The stage notebooks of such a round, in order."""
+        if self.loss == "extrapolate":
+            return ["03b_extrapolate", "04_evaluate"]
+        sampled = ["01_sample"] if self.samples else []
+        return [*sampled, *(["01b_reward"] if self.scored else []), "02_pairs", "03_train", "04_evaluate"]
+
+    @property
     def scored(self) -> bool:
         """Whether samples get a reward beyond their answer's, in a stage of its own."""
         return self.reward not in ("none", "answer")
@@ -59,8 +86,10 @@ class Method:
     repeat: int = 1  # how many of the last rounds go on; 0: none does
 
     def round(self, t: int) -> Round:
-        """The choices of round t = 1, 2, ..."""
+        """The choices of round t = 1, 2, ... Raises RecipeError for a round that is not made."""
         last = len(self.kinds)
+        if t > last and not self.repeat:
+            raise RecipeError(f"{self.label} makes {last} round{'s' * (last > 1)}, there is no round {t}")
         return self.kinds[t - 1 if t <= last else last - self.repeat + (t - last - 1) % self.repeat]
 
     def rounds(self, iterations: int) -> int:
@@ -75,15 +104,19 @@ class Method:
 def read(path: Path = FILE) -> dict[str, Method]:
     """The methods of a file, by name. Raises RecipeError."""
     try:
-        raw = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+        raw = yaml.load(path.read_text(), Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: not YAML: {error}") from None
+    except (OSError, KeyTwice) as error:
+        raise RecipeError(f"{path}: {error}") from None
     if not isinstance(raw, dict):
         raise RecipeError(f"{path}: expected methods by name")
     methods = {str(name): _method(f"{path}, {name}", entry) for name, entry in raw.items()}
     for name, method in methods.items():
-        if not name.isidentifier():
-            raise RecipeError(f"{path}: {name!r} is no name for a method; letters, digits and _ only")
+        if not name.isidentifier() or name in RESERVED:
+            raise RecipeError(
+                f"{path}: {name!r} is no name for a method; letters, digits and _ only, and no {', '.join(RESERVED)}"
+            )
         for choices in method.kinds:
             if choices.like and choices.like not in methods:
                 raise RecipeError(f"{path}, {name}: like: no method is called {choices.like!r}")
@@ -96,7 +129,9 @@ def _method(where: str, entry: Any) -> Method:
     rounds, repeat = entry["rounds"], entry.get("repeat", 1)
     if not isinstance(rounds, list) or not rounds:
         raise RecipeError(f"{where}: rounds: expected a list with at least one round")
-    if not isinstance(repeat, int) or not 0 <= repeat <= len(rounds):
+    if not isinstance(entry["label"], str) or not entry["label"]:
+        raise RecipeError(f"{where}: label: expected text, got {entry['label']!r}")
+    if not isinstance(repeat, int) or isinstance(repeat, bool) or not 0 <= repeat <= len(rounds):
         raise RecipeError(f"{where}: repeat: 0 to {len(rounds)}, the number of its last rounds that go on")
     kinds = tuple(_round(where, kind) for kind in rounds)
     if kinds[0].loss == "extrapolate":
@@ -112,6 +147,17 @@ def _round(where: str, entry: Any) -> Round:
         if entry[part] not in known:
             raise RecipeError(f"{where}: no {part} is called {entry[part]!r}; there is: {', '.join(known)}")
     made = Round(**entry)
+    paired = made.selection in ("pairs", "gold_against_own", "best_against_worst", "margin")
+    if made.loss in ("dpo", "dpo+nll", "orpo") and not paired:
+        raise RecipeError(
+            f"{where}: the loss {made.loss!r} needs pairs, which the selection {made.selection!r} does not make"
+        )
+    if made.reward in ("process", "judge") and made.selection not in ("margin", "best_against_worst"):
+        raise RecipeError(f"{where}: the reward {made.reward!r} is a number; select by margin or best_against_worst")
+    if made.reward == "none" and made.selection not in ("none", "gold", "gold_against_own"):
+        raise RecipeError(f"{where}: the selection {made.selection!r} needs a reward")
+    if not isinstance(made.like, str):
+        raise RecipeError(f"{where}: like: the name of a method, got {made.like!r}")
     if not isinstance(made.accumulate, bool):
         raise RecipeError(f"{where}: accumulate: true or false, got {made.accumulate!r}")
     if (made.loss == "extrapolate") != (made.selection == "none"):

@@ -407,8 +407,13 @@ class Stage:
         """Take the stage's folder, forget its old manifest, and clear away what other inputs left there.
 
         Raises:
+            ConfigError: the method has no such stage in this round.
             MissingArtefact: an input is missing. Busy: another process is at work on this stage.
         """
+        wanted = self.choices.stages if self.iteration else ["04_evaluate"]
+        if self.name not in wanted:
+            of = f"round {self.iteration} of {self.method}" if self.iteration else "M_0"
+            raise ConfigError(f"{self.name}: {of} has no such stage; it has {', '.join(wanted)}")
         self._started = time.time()
         self._key = self.key()
         # A kernel whose driver was killed lives on for about a second; give it the time to notice.
@@ -463,12 +468,7 @@ def plan(config: Config, run: Path, method: str, seed: int) -> list[Stage]:
     stages = [Stage("04_evaluate", run, method, seed, 0)]
     for t in range(1, config.rounds(method) + 1):
         choices = methods()[method].round(t)
-        names = ["02_pairs", "03_train", "04_evaluate"]
-        if choices.loss == "extrapolate":
-            names = ["03b_extrapolate", "04_evaluate"]
-        elif choices.samples:
-            names = ["01_sample", *(["01b_reward"] if choices.scored else []), *names]
-        stages += [Stage(name, run, method, seed, t) for name in names]
+        stages += [Stage(name, run, method, seed, t) for name in choices.stages]
     return stages
 
 

@@ -30,7 +30,10 @@ def simulator(config, policy: Path | None, tokenizer) -> tuple[Any, Path | None,
     if (folder / "adapter_config.json").exists():  # on the same base
         return config, folder, tokenizer, True
     other = replace(config, model=replace(config.model, path=name, tuning="lora"))
-    return other, None, tokens.load_tokenizer(other.model), False
+    try:
+        return other, None, tokens.load_tokenizer(other.model), False
+    except ValueError as error:
+        raise ValueError(str(error).replace("model.path", "process.simulator")) from None
 
 
 def simulate(

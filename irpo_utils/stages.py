@@ -216,7 +216,7 @@ def gold_samples(tokenizer, problems: list[Problem], end: int) -> dict[str, Reco
 def read_samples(stage: Stage) -> dict[str, list[Record]]:
     """Problem id -> its samples, with the rewards that the method gives them."""
     samples: dict[str, list[Record]] = {}
-    for record in read_jsonl(stage.input("samples"), "01_sample.ipynb", SAMPLE_FIELDS):
+    for record in read_jsonl(stage.input("samples"), stage.inputs()["samples"][1], SAMPLE_FIELDS):
         samples.setdefault(record["problem"], []).append(record)
     return samples
 

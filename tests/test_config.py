@@ -43,6 +43,8 @@ def test_overrides_arrive_and_survive_yaml(lr, n):
         ("train.beta=nan", "train.beta: expected a finite number"),
         ("train.micro_batch=0", "train.micro_batch: at least 1"),
         ("pairs.max_tokens=0", "pairs.max_tokens: at least 1"),
+        ("pairs.eta=0", "pairs.eta: above 0"),
+        ("rest_em.pairs.at_most=0", "rest_em: pairs.at_most: at least 1"),
         ("pairs.max_pairs=-1", "pairs.max_pairs: 0 for no cap"),
         ("irpo.train.lr=-1", "lr and beta above 0"),
         ("dpo.train.eval_every=0", "train.eval_every: at least 1"),

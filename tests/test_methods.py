@@ -98,7 +98,14 @@ GOOD = "m:\n  label: M\n  rounds: [{reward: answer, selection: pairs, loss: dpo,
         ("}]", "}]\n  repeat: 2", "repeat: 0 to 1"),
         ("}]", ", accumulate: 1}]", "accumulate: true or false"),
         ("[{", "{", "not YAML"),
-        ("reward: answer, selection: pairs", "reward: judge, selection: gold", "needs samples"),
+        ("selection: pairs, loss: dpo", "selection: gold, loss: dpo", "the loss 'dpo' needs pairs"),
+        ("reward: answer", "reward: judge", "the reward 'judge' is a number"),
+        ("reward: answer", "reward: none", "the selection 'pairs' needs a reward"),
+        ("label: M", "label: [M]", "label: expected text"),
+        ("label: M", "label: M\n  label: N", "'label' is given twice"),
+        ("}]", ", like: [m]}]", "like: the name of a method"),
+        ("m:", "train:", "'train' is no name for a method"),
+        ("}]", "}]\n  repeat: true", "repeat: 0 to 1"),
         ("loss: dpo", "loss: extrapolate", "has no selection"),
         ("selection: pairs, loss: dpo", "selection: none, loss: extrapolate", "the first round cannot extrapolate"),
         ("m:", "a b:", "'a b' is no name for a method"),
@@ -119,7 +126,19 @@ def test_a_method_needs_as_many_iterations_as_it_has_kinds_of_rounds():
         load_preset("tiny", ["methods=irpo,dpo_st", "iterations=2"])
 
 
-def test_all_takes_every_method_and_stands_alone():
+def test_all_takes_every_method():
     assert load_preset("tiny", ["methods=all"]).methods == list(methods())
-    with pytest.raises(ConfigError, match="no method is called 'all'"):
-        load_preset("tiny", ["methods=all,irpo"])
+    assert load_preset("tiny", ["methods=irpo,all"]).methods == list(methods())
+
+
+def test_a_stage_that_the_round_does_not_have_touches_nothing(family):
+    _, run = family
+    adapter = runs.Stage("03_train", run, "irpo", 0, 2).path("adapter")
+    adapter.mkdir(parents=True)
+    wrong = [("03b_extrapolate", "irpo", 2, "it has 01_sample, 02_pairs"), ("01b_reward", "sipf", 1, "it has 02_pairs"), ("02_pairs", "expo", 2, "it has 03b"), ("03_train", "irpo", 0, "M_0 has no such stage; it has 04")]  # fmt: skip
+    for name, method, t, message in wrong:
+        with pytest.raises(ConfigError, match=message):
+            runs.Stage(name, run, method, 0, t).begin()
+    assert adapter.exists()
+    with pytest.raises(RecipeError, match="SFT on gold makes 1 round, there is no round 2"):
+        runs.Stage("03_train", run, "sft_gold", 0, 2)
