@@ -120,7 +120,8 @@ def flips(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> str:
 
 def accuracy_curves(metrics: pd.DataFrame) -> Figure:
     """Greedy test accuracy against iteration, a line per method."""
-    many = metrics.method.nunique() > 4
+    count = metrics.method.nunique()
+    many = count > 4
     fig, ax = plt.subplots(figsize=(9, 5) if many else (7, 3.8), layout="constrained")
     test = metrics[metrics.split == "test"]
     for i, (method, frame) in enumerate(test.groupby("method", sort=False)):
@@ -128,7 +129,7 @@ def accuracy_curves(metrics: pd.DataFrame) -> Figure:
         mean, several = by.greedy.mean() * 100, frame.seed.nunique() > 1
         low = (by.greedy.min() if several else by.greedy_low.mean()) * 100
         high = (by.greedy.max() if several else by.greedy_high.mean()) * 100
-        x = mean.index + (i - 1) * 0.04
+        x = mean.index + (i - (count - 1) / 2) * min(0.04, 0.3 / count)
         ax.errorbar(
             x,
             mean,
@@ -200,10 +201,16 @@ def accuracy_against_compute(results: pd.DataFrame, passes: Callable[[pd.DataFra
     fig, ax = plt.subplots(figsize=(9, 5), layout="constrained")
     for method, mine in results.assign(passes=passes(results) / 1e6).groupby("method", sort=False):
         mean = mine.groupby("iteration")[["passes", "greedy"]].mean()
-        ax.plot(mean.passes, mean.greedy * 100, "o-", color=color(method), label=methods()[method].label, markersize=4)
-        ax.annotate(method, (mean.passes.iloc[-1], mean.greedy.iloc[-1] * 100), xytext=(5, -3), textcoords="offset points", fontsize=8, color=color(method))  # fmt: skip
+        ax.plot(mean.passes, mean.greedy, "o-", color=color(method), label=methods()[method].label, markersize=4)
+        at = (mean.passes.iloc[-1], mean.greedy.iloc[-1])
+        ax.annotate(method, at, xytext=(5, -3), textcoords="offset points", fontsize=8, color=color(method))
+    ticks = [0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995]
+    ax.set_yscale("logit")  # what is left to solve counts: from 98 to 99 % is half of it
+    ax.set_yticks(ticks, [f"{tick * 100:g}" for tick in ticks])
+    ax.minorticks_off()
     ax.set(
-        xlabel="forward passes of one token (millions): drawn + 3 x trained on", ylabel="greedy accuracy on test (%)"
+        xlabel="forward passes of one token (millions): drawn + 3 x trained on",
+        ylabel="greedy accuracy on test (%, logit scale)",
     )
     ax.grid(alpha=0.3)
     ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
