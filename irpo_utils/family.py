@@ -10,7 +10,8 @@ import pandas as pd
 
 from .config import Config
 from .methods import methods
-from .runs import MissingArtefact, Stage, arms, shown
+from .runs import MissingArtefact, Stage, arms, read_jsonl, shown
+from .tasks import get_task
 
 ARM = ["method", "seed", "iteration"]
 SPENT = ["samples", "drawn", "trained"]
@@ -115,6 +116,30 @@ def budget_table(spent: pd.DataFrame) -> pd.DataFrame:
     table.insert(1, "rounds", [rounds[m] for m in table.method])
     table["method"] = [methods()[m].label for m in table.method]
     return table
+
+
+def trained_on(run: Path, config: Config) -> pd.DataFrame | None:
+    """How many of the chosen responses of every round have every step right, for a task that knows; percent, mean over seeds.
+
+    No method sees it. `records` are pairs or single responses; None for a task without such a truth.
+    """
+    task = get_task(config.task)
+    if not hasattr(task, "judge_steps"):
+        return None
+    problems = {p.id: p for split in ("train", "dev") for p in task.problems(split)}
+    rows = []
+    for method, seed in arms(config):
+        for t in range(1, config.rounds(method) + 1):
+            if methods()[method].round(t).selection == "none":
+                continue
+            stage = Stage("02_pairs", run, method, seed, t)
+            pairs = read_jsonl(stage.path("pairs.jsonl"), "02_pairs.ipynb")
+            steps = [task.judge_steps(problems[pair["problem"]], pair["chosen"]) for pair in pairs]
+            clean = sum(all(verdict == "right" for _, verdict in mine) for mine in steps)
+            rows.append({"method": method, "iteration": t, "records": len(pairs), "clean": clean / len(pairs)})
+    mean = pd.DataFrame(rows).groupby(["method", "iteration"], sort=False).mean().unstack("iteration")
+    text = {f"M_{t}": [f"{clean:.0%} of {count:,.0f}" if count == count else "" for clean, count in zip(mean.clean[t], mean.records[t], strict=True)] for t in mean.clean}  # fmt: skip
+    return pd.DataFrame({"method": [methods()[m].label for m in mean.index], **text})
 
 
 def in_words(run: Path, metrics: pd.DataFrame, spent: pd.DataFrame, config: Config) -> list[str]:
