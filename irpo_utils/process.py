@@ -34,19 +34,17 @@ PATHS: dict[str, Callable[[list[float]], float]] = {
 def step_ends(tokenizer, token_ids: list[int], finished: bool = True) -> list[int]:
     """Numbers of the response tokens that end a step, [steps]: what they and the tokens before say is the step's prefix.
 
-    A step is a line that is not empty. A token that ends a line may say more than "\\n" (".\\n", "\\n\\n", "\\n    ").
+    A step is a line that is not empty. A token that ends a line may say more than "\\n" (".\\n", "\\n\\n", "\\n    "); lines that
+    end in one token are one step.
     The last line of a finished response ends before its EOS; of an unfinished one it is no step, since it was cut.
     """
     ends, blank = [], True
     body = token_ids[:-1] if finished else token_ids
     for i, text in enumerate(tokenizer.batch_decode([[t] for t in body])):
-        before, newline, after = text.partition("\n")
-        if newline:
-            if not blank or before.strip():
-                ends.append(i)
-            blank = not after.rpartition("\n")[2].strip()
-        else:
-            blank = blank and not text.strip()
+        *ended, rest = text.split("\n")
+        if ended and (not blank or any(line.strip() for line in ended)):
+            ends.append(i)
+        blank = not rest.strip() and (blank or bool(ended))
     if finished and not blank and ends[-1:] != [len(body) - 1]:
         ends.append(len(body) - 1)
     return ends

@@ -8,7 +8,7 @@ from itertools import combinations, product
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from small_models import build
@@ -65,6 +65,7 @@ def test_empty_lines_are_no_steps_of_code(merging):
 
 
 @given(st.text("ab.= \n", min_size=1, max_size=30), st.booleans())
+@example("\n\nb\n", True)  # which may be one token
 def test_every_line_is_whole_in_the_prefix_of_its_step(merging, text, merged):
     ids = merging(text).input_ids if merged else [merging(c).input_ids[0] for c in text]
     ends = process.step_ends(merging, [*ids, 0])
