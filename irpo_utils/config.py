@@ -17,7 +17,6 @@ from typing import Any, get_args, get_origin, get_type_hints
 import yaml
 
 from .methods import KeyTwice, Loader, methods
-from .sandbox import EXECUTIONS
 from .tasks import TASKS
 
 
@@ -52,6 +51,7 @@ class ModelConfig:
 
 
 OWN = ("pairs", "process", "judge", "train")  # sections that may differ between methods
+EXECUTIONS = ("isolated", "i-accept-the-risk")  # how sampled programs are run, see sandbox.py
 ENGINES = ("transformers", "vllm")
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM has room for
 

@@ -15,8 +15,8 @@ import sys
 from pathlib import Path
 
 from .answers import Verdict, grade
-from .config import TaskConfig
-from .sandbox import EXECUTIONS, Refused
+from .config import EXECUTIONS, TaskConfig
+from .sandbox import Refused
 from .tasks import Problem, get_task
 
 GRADED = ("gsm8k", "math", "arc_challenge", "mmlu_math", "mbpp", "humaneval")

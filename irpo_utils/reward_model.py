@@ -7,7 +7,6 @@ to one prompt share it, as in `scoring.py`, whose hidden states it reads.
 
 from __future__ import annotations
 
-import math
 import random
 import shutil
 from pathlib import Path
@@ -22,7 +21,6 @@ from transformers import (
     PrinterCallback,
     Trainer,
     TrainerCallback,
-    TrainingArguments,
 )
 from transformers.utils import logging
 
@@ -30,7 +28,7 @@ from . import models
 from .evaluation import auc
 from .runs import write_json
 from .scoring import causal_model, collate, response_states, to_device
-from .training import last_checkpoint, training_order
+from .training import last_checkpoint, trainer_arguments, training_order
 
 HEADS = ("score", "classifier")  # what transformers calls a token classifier's last layer
 HELD_OUT = 0.1  # share of the problems whose steps it is tested on instead of trained
@@ -196,30 +194,8 @@ def train(config, solutions: list[Solution], folder: Path, seed: int) -> dict[st
     steps = len(order) // batch
     size = lambda i: (len(rows[i]["prompt_ids"]), rows[i]["problem"], len(rows[i]["token_ids"]))  # noqa: E731
     order = [i for at in range(0, len(order), batch) for i in sorted(order[at : at + batch], key=size)]
-    arguments = TrainingArguments(
-        output_dir=str(folder / "checkpoints"),
-        max_steps=steps,
-        per_device_train_batch_size=micro,
-        gradient_accumulation_steps=batch // micro,
-        learning_rate=settings.lr,
-        lr_scheduler_type="linear",
-        warmup_steps=math.ceil(config.train.warmup * steps),
-        max_grad_norm=config.train.max_grad_norm,
-        optim={"adamw": "adamw_torch", "paged_adamw_8bit": "paged_adamw_8bit"}[config.train.optimizer],
-        activation_checkpointing=config.train.gradient_checkpointing,
-        activation_checkpointing_kwargs={"use_reentrant": False},
-        train_sampling_strategy="sequential",  # `order` is the shuffle
-        save_strategy="steps",
-        save_steps=SAVE_EVERY,
-        save_total_limit=2,
-        logging_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        dataloader_pin_memory=False,
-        seed=seed,
-    )
-    arguments._n_gpu = 1
+    saving = {"save_strategy": "steps", "save_steps": SAVE_EVERY}
+    arguments = trainer_arguments(folder, config.train, steps, batch, micro, settings.lr, seed, **saving)
     data = [rows[i] for i in order]
     trainer = StepTrainer(model, arguments, train_dataset=data, data_collator=step_batch, callbacks=[Mark()])
     trainer.remove_callback(PrinterCallback)

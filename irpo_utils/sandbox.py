@@ -34,8 +34,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from . import sandbox_judge
+from .config import EXECUTIONS
 
-ISOLATED, ACCEPTED = EXECUTIONS = ("isolated", "i-accept-the-risk")
+ISOLATED, ACCEPTED = EXECUTIONS
 MEMORY = 512 << 20  # bytes of address space of a process
 FILE = 4 << 20  # bytes of a file
 FOLDER = 16 << 20  # bytes of all files

@@ -80,6 +80,41 @@ def batch_losses(
     return terms, chosen, rejected
 
 
+def trainer_arguments(
+    folder: Path, config, steps: int, batch: int, micro_batch: int, lr: float, seed: int, **more: Any
+) -> TrainingArguments:
+    """How every model here is trained: `steps` batches in the order given, at a rate that warms up and falls to 0.
+
+    Args:
+        folder: gets `checkpoints/`. config: a `TrainConfig`, whose own rate and sizes are not looked at. more: when to save.
+    """
+    arguments = TrainingArguments(
+        output_dir=str(folder / "checkpoints"),
+        max_steps=steps,
+        per_device_train_batch_size=micro_batch,
+        gradient_accumulation_steps=batch // micro_batch,
+        learning_rate=lr,
+        lr_scheduler_type="linear",
+        warmup_steps=math.ceil(config.warmup * steps),
+        max_grad_norm=config.max_grad_norm,
+        weight_decay=0.0,
+        optim={"adamw": "adamw_torch", "paged_adamw_8bit": "paged_adamw_8bit"}[config.optimizer],
+        activation_checkpointing=config.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False},
+        train_sampling_strategy="sequential",  # the order is the shuffle, so that a resumed run sees the same batches
+        save_total_limit=2,  # the one before goes only after the new one has its mark
+        logging_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        seed=seed,
+        **more,
+    )
+    arguments._n_gpu = 1  # one process, one device: the Trainer would split batches over all GPUs that it sees
+    return arguments
+
+
 class PreferenceTrainer(Trainer):
     """The transformers Trainer with the loss of a method; `terms` holds the last step's means for the log."""
 
@@ -318,30 +353,8 @@ def train(
         size = lambda i: (len(pairs[i]["prompt_ids"]), problems[i], len(pairs[i]["chosen_ids"]))  # noqa: E731
         order = [i for at in range(0, len(order), batch) for i in sorted(order[at : at + batch], key=size)]
     recorder = Recorder(folder, config.eval_every, score, show, stop_after)
-    arguments = TrainingArguments(
-        output_dir=str(folder / "checkpoints"),
-        max_steps=steps,
-        per_device_train_batch_size=micro_batch,
-        gradient_accumulation_steps=batch // micro_batch,
-        learning_rate=config.lr,
-        lr_scheduler_type="linear",
-        warmup_steps=math.ceil(config.warmup * steps),
-        max_grad_norm=config.max_grad_norm,
-        weight_decay=0.0,
-        optim={"adamw": "adamw_torch", "paged_adamw_8bit": "paged_adamw_8bit"}[config.optimizer],
-        activation_checkpointing=config.gradient_checkpointing,
-        activation_checkpointing_kwargs={"use_reentrant": False},
-        train_sampling_strategy="sequential",  # `order` is the shuffle, so that a resumed run sees the same batches
-        save_strategy="no",  # the recorder asks for a checkpoint after each dev score
-        save_total_limit=2,  # the one before goes only after the new one has its mark
-        logging_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        dataloader_pin_memory=False,
-        seed=seed,
-    )
-    arguments._n_gpu = 1  # one process, one device: the Trainer would split batches over all GPUs that it sees
+    # The recorder asks for a checkpoint after each dev score.
+    arguments = trainer_arguments(folder, config, steps, batch, micro_batch, config.lr, seed, save_strategy="no")
     trainer = PreferenceTrainer(
         model,
         arguments,
