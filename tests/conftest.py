@@ -7,6 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from irpo_utils.extras.code.sandbox import ACCEPTED, ISOLATED, Refused, Sandbox
+from irpo_utils.model import load, tokens
+from irpo_utils.run.presets import load_preset
+from irpo_utils.tasks import get_task
+
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 ROOT = Path(__file__).parent.parent
 DATA = ROOT.parent / "shared" / "data"
@@ -14,29 +19,21 @@ DATA = ROOT.parent / "shared" / "data"
 
 @pytest.fixture(scope="session")
 def config():
-    from irpo_utils.presets import load_preset
-
     return load_preset("micro")
 
 
 @pytest.fixture(scope="session")
 def tokenizer(config):
-    from irpo_utils import models
-
-    return models.load_tokenizer(config.model)
+    return tokens.load_tokenizer(config.model)
 
 
 @pytest.fixture(scope="session")
 def seed_model(config):
-    from irpo_utils import models
-
-    return models.load_policy(config.model, threads=1)
+    return load.load_policy(config.model, threads=1)
 
 
 @pytest.fixture(scope="session")
 def task(config):
-    from irpo_utils.tasks import get_task
-
     return get_task(config.task)
 
 
@@ -71,8 +68,6 @@ def micro_run():
 @pytest.fixture(scope="session")
 def execution():
     """How programs are run here that are known to mean no harm: isolated, where that works."""
-    from irpo_utils.sandbox import ACCEPTED, ISOLATED, Refused, Sandbox
-
     try:
         _ = Sandbox().command
     except Refused:

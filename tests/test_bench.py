@@ -4,7 +4,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from irpo_utils import bench
+from irpo_utils.extras import bench
 
 SMALL = bench.Shape("small", 12, 8, n=4, k=2, problems=2, hidden=64, layers=1)
 

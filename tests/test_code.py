@@ -12,12 +12,13 @@ from conftest import DATA, ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
-from irpo_utils.answers import grade, reward
-from irpo_utils.config import TaskConfig
-from irpo_utils.evaluation import summarize
-from irpo_utils.sandbox import ACCEPTED
+from irpo_utils.extras.code.sandbox import ACCEPTED
+from irpo_utils.extras.code.tasks import called
+from irpo_utils.metrics import summarize
+from irpo_utils.settings import TaskConfig
+from irpo_utils.run.grade import Malformed, read_records
 from irpo_utils.tasks import check_task, get_task
-from irpo_utils.tasks.code import called
+from irpo_utils.tasks.grading import grade, reward
 
 # All golds, in each of the forms that a response may have: 1,466 programs. Else a sample.
 GOLD = os.environ.get("GOLD") == "all"
@@ -286,8 +287,6 @@ def test_grade_runs_programs_by_task_id_or_by_the_tests_given(execution, tmp_pat
     ],
 )  # fmt: skip
 def test_a_malformed_record_is_named(row, message, tmp_path):
-    from irpo_utils.grade import Malformed, read_records
-
     data = lines(tmp_path / "mbpp.jsonl", [MBPP])
     path = tmp_path / "r.jsonl"
     lines(path, [row])

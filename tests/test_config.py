@@ -4,8 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from irpo_utils.config import ConfigError, dump, read_config
-from irpo_utils.presets import load_preset, presets
+from irpo_utils.files import ConfigError
+from irpo_utils.run.config import dump, read_config
+from irpo_utils.run.presets import load_preset, presets
 
 
 @pytest.mark.parametrize("name", presets())
@@ -36,17 +37,17 @@ def test_overrides_arrive_and_survive_yaml(lr, n):
         ("iterations", "not key=value"),
         ("train.micro_batch=5", "train.batch: a multiple of train.micro_batch"),
         ("task.name=gsm9k", "'gsm9k'; there is: arc_challenge, gsm8k, humaneval, jsonl"),
-        ("task.execution=yes", "task.execution: isolated, or i-accept-the-risk to run"),
+        ("task.execution=yes", "task.execution: one of isolated, i-accept-the-risk, got 'yes'"),
         ("task.name=jsonl", "task.train and task.test: the jsonl task needs"),
-        ("task.dev_size=-1", "not below 0"),
+        ("task.dev_size=-1", "task.dev_size: at least 0, got -1"),
         ("train.lr=inf", "train.lr: expected a finite number, got inf"),
         ("train.beta=nan", "train.beta: expected a finite number"),
         ("train.micro_batch=0", "train.micro_batch: at least 1"),
         ("pairs.max_tokens=0", "pairs.max_tokens: at least 1"),
         ("pairs.eta=0", "pairs.eta: above 0"),
-        ("rest_em.pairs.at_most=0", "rest_em: pairs.at_most: at least 1"),
-        ("pairs.max_pairs=-1", "pairs.max_pairs: 0 for no cap"),
-        ("irpo.train.lr=-1", "lr and beta above 0"),
+        ("rest_em.pairs.max_per_problem=0", "rest_em: pairs.max_per_problem: at least 1"),
+        ("pairs.max_pairs=-1", "pairs.max_pairs: at least 0, got -1"),
+        ("irpo.train.lr=-1", "irpo: train.lr: above 0, got -1"),
         ("dpo.train.eval_every=0", "train.eval_every: at least 1"),
         ("irpo.train.retrain_with_dev=true", "is for all methods"),
         ("model.quantize=int8", "model.quantize: one of none, nf4, auto"),

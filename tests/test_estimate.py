@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 from transformers import AutoConfig, LlamaConfig, Qwen2Config
 
-from irpo_utils import estimate, models
-from irpo_utils.presets import REAL_MODELS, REAL_TASKS, load_preset
+from irpo_utils.model import tokens
+from irpo_utils.run import estimate
+from irpo_utils.run.presets import REAL_MODELS, REAL_TASKS, load_preset
 
 # The published shapes of the models that the presets name, so that no network is needed.
 PUBLISHED = {
@@ -45,7 +46,7 @@ def test_parameters_are_counted_without_weights(shapes):
 
 
 def test_the_seed_model_is_counted_right(seed_model):
-    shape = estimate.Shape.of(AutoConfig.from_pretrained(models.SEED_MODEL))
+    shape = estimate.Shape.of(AutoConfig.from_pretrained(tokens.SEED_MODEL))
     assert shape.parameters == seed_model.num_parameters()
     assert shape.cache == 2 * 4 * 128
 
@@ -67,11 +68,11 @@ def test_presets_fit_a_24_gb_card_and_quick_ones_take_an_hour_or_two(task, model
 @pytest.mark.parametrize(
     ("overrides", "room", "message"),
     [
-        (["sampling.rows=512"], 24, r"sampling: about .* does not fit; set sampling.rows=256 \(it is 512\)"),
-        (["train.gradient_checkpointing=false", "sampling.rows=2"], 12, "training: .* does not fit; set train.gradient_checkpointing=true"),
-        (["train.micro_batch=16", "sampling.rows=2"], 12, r"does not fit; set train.micro_batch=8 \(it is 16"),
-        (["model.quantize=none", "sampling.rows=1"], 10, "does not fit; set model.quantize=nf4"),
-        (["sampling.rows=1"], 4, "does not fit; take a smaller model"),
+        (["sampling.max_rows=512"], 24, r"sampling: about .* does not fit; set sampling.max_rows=256 \(it is 512\)"),
+        (["train.gradient_checkpointing=false", "sampling.max_rows=2"], 12, "training: .* does not fit; set train.gradient_checkpointing=true"),
+        (["train.micro_batch=16", "sampling.max_rows=2"], 12, r"does not fit; set train.micro_batch=8 \(it is 16"),
+        (["model.quantize=none", "sampling.max_rows=1"], 10, "does not fit; set model.quantize=nf4"),
+        (["sampling.max_rows=1"], 4, "does not fit; take a smaller model"),
         (["sampling.max_new_tokens=4000"], 99, "exceed the model's context of 4096; lower the latter to 3746"),
     ],
 )  # fmt: skip
@@ -86,10 +87,10 @@ def test_what_cannot_fit_is_refused_with_the_mend(overrides, room, message, shap
 
 def test_memory_grows_with_what_should_cost_memory(shapes):
     config, shape = load_preset("gsm8k-qwen2.5-0.5b", ON_GPU), shapes["qwen2.5-0.5b"]
-    more = replace(config, train=replace(config.train, micro_batch=2 * config.train.micro_batch))
+    more = config.but(train=config.train.but(micro_batch=2 * config.train.micro_batch))
     assert (
         estimate.training_bytes(shape, more)["activations"] == 2 * estimate.training_bytes(shape, config)["activations"]
     )
-    rows = replace(config, sampling=replace(config.sampling, rows=2 * config.sampling.rows))
+    rows = config.but(sampling=config.sampling.but(rows=2 * config.sampling.max_rows))
     cache = [estimate.sampling_bytes(shape, c, 350, CARD)["cache"] for c in (config, rows)]
     assert cache[1] == 2 * cache[0]

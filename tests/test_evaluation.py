@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from irpo_utils.evaluation import auc, bootstrap, majority, pass_at_k, ranking, step_summary, summarize, wilson
+from irpo_utils.metrics import auc, bootstrap, majority, pass_at_k, ranking, step_summary, summarize, wilson
 
 
 @given(st.integers(1, 9).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n), st.integers(1, n))))

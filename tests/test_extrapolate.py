@@ -6,11 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from irpo_utils import models
-from irpo_utils.__main__ import main
-from irpo_utils.config import ConfigError
-from irpo_utils.extrapolate import extrapolate
-from irpo_utils.runs import MissingArtefact
+from irpo_utils.extras.expo import extrapolate
+from irpo_utils.files import ConfigError, MissingArtefact
+from irpo_utils.model import load, tokens
+from irpo_utils.run.driver import main
 
 IDS = torch.tensor([[1, 5, 9, 13, 22, 7, 40, 3]])
 
@@ -25,7 +24,7 @@ def policies(config, tmp_path_factory):
         "six": {"lora_r": 6, "lora_alpha": 64},
     }
     for seed, (name, kind) in enumerate((kinds | {"whole": {"tuning": "full"}, "other": {"tuning": "full"}}).items()):
-        model = models.load_policy(replace(config.model, **kind), trainable=True, seed=seed, threads=1)
+        model = load.load_policy(config.model.but(**kind), trainable=True, seed=seed, threads=1)
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for p in model.parameters():
@@ -43,7 +42,7 @@ def logits(model):
 
 def by_hand(config, th_1, th_0, a):
     """The same on merged weights, one by one."""
-    model, before = models.load_policy(config.model, th_1), models.load_policy(config.model, th_0)
+    model, before = load.load_policy(config.model, th_1), load.load_policy(config.model, th_0)
     with torch.no_grad():
         for p, q in zip(model.parameters(), before.parameters(), strict=True):
             p += a * (p - q)
@@ -58,12 +57,12 @@ def by_hand(config, th_1, th_0, a):
 def test_logits_are_those_of_the_weights_merged_by_hand(config, policies, tmp_path, th_1, th_0, rank, a):
     th_1, th_0 = policies[th_1], policies.get(th_0)
     extrapolate(config.model, th_1, th_0, a, tmp_path / "new")
-    got, wanted = logits(models.load_policy(config.model, tmp_path / "new")), by_hand(config, th_1, th_0, a)
+    got, wanted = logits(load.load_policy(config.model, tmp_path / "new")), by_hand(config, th_1, th_0, a)
     assert torch.allclose(got, wanted, rtol=1e-4, atol=1e-4)
-    assert (wanted - logits(models.load_policy(config.model, th_1))).abs().max() > 0.1
+    assert (wanted - logits(load.load_policy(config.model, th_1))).abs().max() > 0.1
     if rank:
         facts = json.loads((tmp_path / "new" / "adapter_config.json").read_text())
-        assert (facts["r"], facts["base_model_name_or_path"]) == (rank, str(models.SEED_MODEL))
+        assert (facts["r"], facts["base_model_name_or_path"]) == (rank, str(tokens.SEED_MODEL))
     assert not list(tmp_path.glob("*.part"))
 
 
@@ -71,13 +70,13 @@ def test_logits_are_those_of_the_weights_merged_by_hand(config, policies, tmp_pa
 def test_a_of_0_is_th_1_and_of_minus_1_is_th_0(config, policies, tmp_path, th_1, th_0):
     for a, name in ((0.0, th_1), (-1.0, th_0)):
         extrapolate(config.model, policies[th_1], policies.get(th_0), a, tmp_path / str(a))
-        got = logits(models.load_policy(config.model, tmp_path / str(a)))
-        assert torch.allclose(got, logits(models.load_policy(config.model, policies.get(name))), atol=1e-4)
+        got = logits(load.load_policy(config.model, tmp_path / str(a)))
+        assert torch.allclose(got, logits(load.load_policy(config.model, policies.get(name))), atol=1e-4)
 
 
 def test_the_result_trains_on(config, policies, tmp_path):
     extrapolate(config.model, policies["four"], policies["six"], 0.5, tmp_path / "new")
-    model = models.load_policy(config.model, tmp_path / "new", trainable=True)
+    model = load.load_policy(config.model, tmp_path / "new", trainable=True)
     assert {p.shape[0] for n, p in model.named_parameters() if "lora_A" in n and p.requires_grad} == {10}
 
 
@@ -115,7 +114,7 @@ def test_what_does_not_fit_together_is_named(config, policies, tmp_path):
 def test_the_command(policies, tmp_path, capsys):
     four, target = str(policies["four"]), str(tmp_path / "new")
     assert main(["extrapolate", four, "base", target, "a=0.5"]) == 0
-    assert models.is_adapter(tmp_path / "new")
+    assert load.is_adapter(tmp_path / "new")
     assert main(["extrapolate", four, "base", target]) == 2  # not empty
     assert "is not empty" in capsys.readouterr().err
     assert main(["extrapolate", four, "base"]) == 2

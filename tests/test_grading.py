@@ -12,10 +12,12 @@ from conftest import DATA, ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
-from irpo_utils import latex
-from irpo_utils.answers import MANY, grade, number, plain
-from irpo_utils.config import TaskConfig
-from irpo_utils.tasks import Problem, get_task
+from irpo_utils.answers import latex
+from irpo_utils.answers.numbers import number, plain
+from irpo_utils.settings import TaskConfig
+from irpo_utils.tasks import get_task
+from irpo_utils.tasks.base import Problem
+from irpo_utils.tasks.grading import MANY, grade
 
 NAMES = ("gsm8k", "math", "arc_challenge")
 # Labelled by reading, not by running: each with its reason. The gold answers are those of real records.

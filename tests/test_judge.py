@@ -7,13 +7,16 @@ import numpy as np
 import pytest
 import torch
 
-from irpo_utils import judge, sampling, stages
-from irpo_utils.sampling import Completion
-from irpo_utils.tasks import Problem
+from irpo_utils.extras import judge
+from irpo_utils.methods import sampler
+from irpo_utils.model import sampling
+from irpo_utils.model.prompts import encode_prompts
+from irpo_utils.model.sampling import Completion
+from irpo_utils.tasks.base import Problem
 
 
 def judging(config, **settings):
-    return replace(config, judge=replace(config.judge, **({"read": "text"} | settings)))
+    return config.but(judge=config.judge.but(**({"read": "text"} | settings)))
 
 
 def sample(problem, response, reward):
@@ -108,7 +111,7 @@ def test_what_the_judge_is_worth_is_said():
 @pytest.fixture(scope="module")
 def samples(config, seed_model, tokenizer, task):
     draw, problems = partial(sampling.sample, seed_model), task.problems("train")[:12]
-    batches = stages.graded_samples(config, draw, tokenizer, task, problems, n=8, temperature=1.0, seed=0, label="")
+    batches = sampler.graded_samples(config, draw, tokenizer, task, problems, n=8, temperature=1.0, seed=0, label="")
     return problems, [row for batch in batches for row in batch]
 
 
@@ -150,7 +153,7 @@ def test_scores_through_a_chat_template(config, family, tmp_path):
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
     head, rests = judge.score_tokens(tokenizer)
     assert [tokenizer.decode(head + r) for r in rests] == [f"Score: {n}" for n in range(6)]
-    asked, whole = [], stages.encode_prompts
+    asked, whole = [], encode_prompts
     problems = [Problem("p", "How many?", "1")]
     chat = judging(config, read="scores")
     with pytest.MonkeyPatch.context() as patch:
@@ -168,5 +171,5 @@ def test_a_tokenizer_that_knows_no_numbers_is_refused():
         def __call__(self, text, **options):
             return type("Ids", (), {"input_ids": [3, 3]})
 
-    with pytest.raises(ValueError, match="cannot tell the scores apart.*set judge.read=text"):
+    with pytest.raises(ValueError, match="cannot tell the scores apart.*set recipes.read=text"):
         judge.score_tokens(Blind())

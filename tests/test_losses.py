@@ -8,9 +8,10 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from irpo_utils.losses import orpo_term, pair_losses, token_logps
-from irpo_utils.scoring import collate, pair_batch, response_logps
-from irpo_utils.training import PreferenceTrainer, batch_losses
+from irpo_utils.model.load import SEED_MODEL
+from irpo_utils.model.logprobs import collate, pair_batch, response_logps, token_logps
+from irpo_utils.model.losses import orpo_term, pair_losses
+from irpo_utils.model.training import PreferenceTrainer, batch_losses
 
 logp = st.floats(-200, -0.01)
 
@@ -120,8 +121,6 @@ def test_agrees_with_trl_for_a_batch_of_one_and_differs_for_unequal_lengths(seed
     from transformers import AutoModelForCausalLM
     from trl import DPOConfig, DPOTrainer
 
-    from irpo_utils.models import SEED_MODEL
-
     # The texts go through TRL's tokenization, so the pairs are made of real words.
     texts = [
         ("Question: Ann has 12 pens. Ann sells half of them. How many pens does Ann have?\nAnswer:\n", "Half: 12 / 2 = 6\nFinal answer: 6", "Half: 12 - 2 = 10\nFinal answer: 10"),
@@ -174,8 +173,6 @@ def test_orpo_differs_from_trl_s_by_where_the_nll_is_averaged_and_by_nothing_els
     from datasets import Dataset
     from transformers import AutoModelForCausalLM
     from trl.experimental.orpo import ORPOConfig, ORPOTrainer
-
-    from irpo_utils.models import SEED_MODEL
 
     texts = [
         ("Question: Ann has 12 pens. Ann sells half of them. How many pens does Ann have?\nAnswer:\n", "Half: 12 / 2 = 6\nFinal answer: 6", "Half: 12 - 2 = 10\nFinal answer: 10"),

@@ -2,12 +2,13 @@
 
 import pytest
 
-from irpo_utils import runs
-from irpo_utils.config import ConfigError
-from irpo_utils.losses import LOSSES
-from irpo_utils.methods import PARTS, RecipeError, methods, read
-from irpo_utils.presets import load_preset
-from irpo_utils.rewards import REWARDS
+from irpo_utils import files
+from irpo_utils.files import ConfigError
+from irpo_utils.methods.recipes import PARTS, RecipeError, methods, read
+from irpo_utils.model.losses import LOSSES
+from irpo_utils.run import store
+from irpo_utils.run.presets import load_preset
+from irpo_utils.run.rewards import REWARDS
 
 # PAPERS: method -> (reward, selection, loss, start) of its rounds 1 to 4
 TABLE = {
@@ -42,15 +43,15 @@ def test_the_table_is_whole_and_every_part_exists():
 @pytest.fixture
 def family(tmp_path, monkeypatch):
     """A run with every method whose stages are planned, and none run."""
-    monkeypatch.setattr(runs, "resolve", lambda folder: tmp_path)
+    monkeypatch.setattr(store, "resolve", lambda folder: tmp_path)
     config = load_preset("tiny", ["methods=all"])
-    runs.write_text(tmp_path / "config.yaml", runs.dump(config))
+    files.write_text(tmp_path / "config.yaml", store.dump(config))
     return config, tmp_path
 
 
 def test_stages_start_from_and_read_what_the_recipe_says(family):
     _, run = family
-    stage = lambda name, method, t: {k: p.relative_to(run).as_posix() for k, (p, _) in runs.Stage(name, run, method, 0, t).inputs().items()}  # noqa: E731  # fmt: skip
+    stage = lambda name, method, t: {k: p.relative_to(run).as_posix() for k, (p, _) in store.Stage(name, run, method, 0, t).inputs().items()}  # noqa: E731  # fmt: skip
     at = "{}/seed_0/iteration_{}/{}".format
     assert stage("03_train", "irpo", 2) == {"pairs": at("irpo", 2, "pairs.jsonl"), "policy": at("irpo", 1, "adapter")}
     assert stage("03_train", "rest_em", 2) == {"pairs": at("rest_em", 2, "pairs.jsonl")}  # from M_0, every round
@@ -68,7 +69,7 @@ def test_stages_start_from_and_read_what_the_recipe_says(family):
 def test_every_round_draws_and_trains_as_much(family):
     config, run = family
     for method in config.methods:
-        names = [s.name for s in runs.plan(config, run, method, 0)]
+        names = [s.name for s in store.plan(config, run, method, 0)]
         kinds = [methods()[method].round(t) for t in range(1, config.rounds(method) + 1)]
         assert names.count("01_sample") == sum(k.samples for k in kinds)
         steps = [config.for_round(method, t).train.max_steps for t in range(1, len(kinds) + 1)]
@@ -133,12 +134,12 @@ def test_all_takes_every_method():
 
 def test_a_stage_that_the_round_does_not_have_touches_nothing(family):
     _, run = family
-    adapter = runs.Stage("03_train", run, "irpo", 0, 2).path("adapter")
+    adapter = store.Stage("03_train", run, "irpo", 0, 2).path("adapter")
     adapter.mkdir(parents=True)
     wrong = [("03b_extrapolate", "irpo", 2, "it has 01_sample, 02_pairs"), ("01b_reward", "sipf", 1, "it has 02_pairs"), ("02_pairs", "expo", 2, "it has 03b"), ("03_train", "irpo", 0, "M_0 has no such stage; it has 04")]  # fmt: skip
     for name, method, t, message in wrong:
         with pytest.raises(ConfigError, match=message):
-            runs.Stage(name, run, method, 0, t).begin()
+            store.Stage(name, run, method, 0, t).begin()
     assert adapter.exists()
     with pytest.raises(RecipeError, match="SFT on gold makes 1 round, there is no round 2"):
-        runs.Stage("03_train", run, "sft_gold", 0, 2)
+        store.Stage("03_train", run, "sft_gold", 0, 2)

@@ -8,31 +8,36 @@ from functools import partial
 import pytest
 import torch
 
-from irpo_utils import models, sampling, scoring, stages, training
-from irpo_utils.losses import pair_losses
+from irpo_utils.files import write_jsonl
+from irpo_utils.methods import sampler
+from irpo_utils.methods.select import select
+from irpo_utils.model import load, logprobs, sampling, tokens, training
+from irpo_utils.model.losses import pair_losses
+from irpo_utils.model.prompts import encode_prompts
+from irpo_utils.run import stages
+from irpo_utils.settings import PairsConfig
+from irpo_utils.run.config import dump
+from irpo_utils.run.store import Stage
 from irpo_utils.tasks import get_task
 
 
 def test_seed_model_has_its_recorded_hash_and_accuracy(tokenizer, seed_model, config):
-    facts = json.loads((models.SEED_MODEL / "facts.json").read_text())
-    assert hashlib.sha256((models.SEED_MODEL / "model.safetensors").read_bytes()).hexdigest() == facts["sha256"]
-    task = get_task(replace(config.task, test_size=facts["test_problems"]))
-    accuracy = stages.greedy_accuracy(config, seed_model, tokenizer, task, task.problems("test"))
+    facts = json.loads((tokens.SEED_MODEL / "facts.json").read_text())
+    assert hashlib.sha256((tokens.SEED_MODEL / "model.safetensors").read_bytes()).hexdigest() == facts["sha256"]
+    task = get_task(config.task.but(test_size=facts["test_problems"]))
+    accuracy = sampler.greedy_accuracy(config, seed_model, tokenizer, task, task.problems("test"))
     assert accuracy == pytest.approx(facts["test_greedy"], abs=0.011)  # another CPU may round a close call otherwise
     assert 0.35 <= accuracy <= 0.65
 
 
 @pytest.fixture(scope="module")
 def pairs(seed_model, tokenizer, task, config):
-    from irpo_utils.config import PairsConfig
-    from irpo_utils.pairs import select
-
     problems = task.problems("train")[:24]
     samples: dict = {}
-    for batch in stages.graded_samples(config, partial(sampling.sample, seed_model), tokenizer, task, problems, n=16, temperature=1.0, seed=0, label=""):  # fmt: skip
+    for batch in sampler.graded_samples(config, partial(sampling.sample, seed_model), tokenizer, task, problems, n=16, temperature=1.0, seed=0, label=""):  # fmt: skip
         for row in batch:
             samples.setdefault(row["problem"], []).append(row)
-    ids = stages.encode_prompts(task, tokenizer, problems)
+    ids = encode_prompts(task, tokenizer, problems)
     return select("pairs", samples, {p.id: (task.prompt(p), ids[p.id]) for p in problems}, {}, PairsConfig(k=4))[0]
 
 
@@ -44,7 +49,7 @@ def run(model, pairs, folder, config, **kwargs):
 def test_training_starts_at_ln2_learns_and_is_repeatable(config, pairs, tmp_path):
     finals = []
     for name in ("first", "second"):
-        model = models.load_policy(config.model, trainable=True, seed=0, threads=1)
+        model = load.load_policy(config.model, trainable=True, seed=0, threads=1)
         facts = run(model, pairs, tmp_path / name, config)
         assert facts["dpo_at_start"] == pytest.approx(training.LN2, abs=1e-5)
         finals.append((tmp_path / name / "best" / "adapter_model.safetensors").read_bytes())
@@ -65,16 +70,16 @@ def test_a_run_killed_while_training_ends_the_same(config, pairs, tmp_path):
             raise Killed
         return 0.5
 
-    train = replace(config.train, eval_every=3, max_steps=6)
-    config = replace(config, train=train)
-    model = models.load_policy(config.model, trainable=True, seed=0, threads=1)
+    train = config.train.but(eval_every=3, max_steps=6)
+    config = config.but(train=train)
+    model = load.load_policy(config.model, trainable=True, seed=0, threads=1)
     run(model, pairs, tmp_path / "whole", config, score=lambda policy: 0.5)
     calls: list[int] = []
     with pytest.raises(Killed):
-        run(models.load_policy(config.model, trainable=True, seed=0), pairs, tmp_path / "cut", config, score=kill)
+        run(load.load_policy(config.model, trainable=True, seed=0), pairs, tmp_path / "cut", config, score=kill)
     (tmp_path / "cut" / "checkpoints" / "checkpoint-6").mkdir()  # half-written: has no mark
     run(
-        models.load_policy(config.model, trainable=True, seed=0),
+        load.load_policy(config.model, trainable=True, seed=0),
         pairs,
         tmp_path / "cut",
         config,
@@ -88,9 +93,9 @@ def test_a_training_that_was_stopped_at_its_step_is_not_trained_on(config, pairs
     """Called again on the same folder, as by a run that was killed just before its stage was done."""
     facts = []
     for _ in range(2):
-        model = models.load_policy(config.model, trainable=True, seed=0, threads=1)
+        model = load.load_policy(config.model, trainable=True, seed=0, threads=1)
         facts.append(
-            run(model, pairs, tmp_path, replace(config, train=replace(config.train, max_steps=6)), stop_after=4)
+            run(model, pairs, tmp_path, config.but(train=config.train.but(max_steps=6)), stop_after=4)
         )
     assert facts[0] == facts[1] and facts[0]["best_step"] == 4
     assert len(list(training.read_steps(tmp_path / "steps.jsonl"))) == 4
@@ -99,8 +104,8 @@ def test_a_training_that_was_stopped_at_its_step_is_not_trained_on(config, pairs
 def test_accumulated_micro_batches_are_the_whole_batch(config, pairs, tmp_path):
     losses = []
     for micro in (8, 2):
-        cut = replace(config, train=replace(config.train, micro_batch=micro, max_steps=3))
-        run(models.load_policy(config.model, trainable=True, seed=0), pairs, tmp_path / str(micro), cut)
+        cut = config.but(train=config.train.but(micro_batch=micro, max_steps=3))
+        run(load.load_policy(config.model, trainable=True, seed=0), pairs, tmp_path / str(micro), cut)
         losses.append([s["loss"] for s in training.read_steps(tmp_path / str(micro) / "steps.jsonl")])
     assert losses[0] == pytest.approx(losses[1], abs=2e-4)
 
@@ -114,10 +119,10 @@ def test_wrong_reference_is_refused():
 
 def test_a_loss_without_a_reference_scores_none_unless_it_verifies_who_sampled(config, pairs, tmp_path, monkeypatch):
     scored: list[int] = []
-    whole = training.reference_logps
+    whole = logprobs.reference_logps
     monkeypatch.setattr(training, "reference_logps", lambda *a: scored.append(1) or whole(*a))
-    config = replace(config, train=replace(config.train, max_steps=8))
-    model = lambda: models.load_policy(config.model, trainable=True, seed=0, threads=1)  # noqa: E731
+    config = config.but(train=config.train.but(max_steps=8))
+    model = lambda: load.load_policy(config.model, trainable=True, seed=0, threads=1)  # noqa: E731
     facts = run(model(), pairs, tmp_path / "orpo", config, loss="orpo", sampled_by_start=False)
     assert not scored and facts["dpo_at_start"] is None and facts["sampler_gap"] is None
     steps = list(training.read_steps(tmp_path / "orpo" / "steps.jsonl"))
@@ -131,7 +136,7 @@ def test_a_loss_without_a_reference_scores_none_unless_it_verifies_who_sampled(c
 
 
 def test_pairs_of_another_model_are_refused(config, pairs, tmp_path):
-    model = models.load_policy(config.model, trainable=True, seed=0)
+    model = load.load_policy(config.model, trainable=True, seed=0)
     with torch.no_grad():
         next(p for n, p in model.named_parameters() if "lora_B" in n).add_(0.5)
     with pytest.raises(RuntimeError, match="not samples of M_t; run 01_sample"):
@@ -139,26 +144,26 @@ def test_pairs_of_another_model_are_refused(config, pairs, tmp_path):
 
 
 def test_adapter_goes_on_where_it_was(config, pairs, tmp_path, tokenizer):
-    model = models.load_policy(config.model, trainable=True, seed=0)
+    model = load.load_policy(config.model, trainable=True, seed=0)
     run(model, pairs, tmp_path, config)
     model.eval()
-    rows = scoring.collate([(p["prompt_ids"], p["chosen_ids"]) for p in pairs[:6]])
+    rows = logprobs.collate([(p["prompt_ids"], p["chosen_ids"]) for p in pairs[:6]])
     with torch.no_grad():
-        wanted = scoring.response_logps(model, rows)
+        wanted = logprobs.response_logps(model, rows)
         for trainable in (False, True):
-            again = models.load_policy(config.model, tmp_path / "best", trainable=trainable).eval()
-            assert torch.allclose(scoring.response_logps(again, rows), wanted, atol=1e-4)
+            again = load.load_policy(config.model, tmp_path / "best", trainable=trainable).eval()
+            assert torch.allclose(logprobs.response_logps(again, rows), wanted, atol=1e-4)
     assert any(p.requires_grad for p in again.parameters())
 
 
 def test_full_tuning_saves_a_whole_model(config, pairs, tmp_path):
-    full = replace(
-        config, model=replace(config.model, tuning="full"), train=replace(config.train, lr=1e-4, max_steps=3)
+    full = config.but(
+        model=config.model.but(tuning="full"), train=config.train.but(lr=1e-4, max_steps=3)
     )
-    model = models.load_policy(full.model, trainable=True)
+    model = load.load_policy(full.model, trainable=True)
     run(model, pairs, tmp_path, full)
-    again = models.load_policy(full.model, tmp_path / "best")
-    assert not models.is_adapter(tmp_path / "best")
+    again = load.load_policy(full.model, tmp_path / "best")
+    assert not load.is_adapter(tmp_path / "best")
     assert torch.equal(again.lm_head.weight, model.lm_head.weight)
 
 
@@ -166,38 +171,35 @@ def test_nf4_with_lora_samples_and_trains_on_a_cpu(config, tokenizer, task, tmp_
     """The base really is in 4 bits, sampling runs the very function that is trained, and the pairs are its samples."""
     import bitsandbytes as bnb
 
-    from irpo_utils.config import PairsConfig
-    from irpo_utils.pairs import select
-
-    nf4 = replace(config, model=replace(config.model, quantize="nf4"), train=replace(config.train, max_steps=4))
-    model = models.load_policy(nf4.model, threads=1)
-    base = models.load_base(nf4.model)
+    nf4 = config.but(model=config.model.but(quantize="nf4"), train=config.train.but(max_steps=4))
+    model = load.load_policy(nf4.model, threads=1)
+    base = load.load_base(nf4.model)
     assert sum(isinstance(m, bnb.nn.Linear4bit) for m in base.modules()) == 28  # 7 in each of 4 layers
     problems = task.problems("train")[:24]
     samples: dict = {}
-    for batch in stages.graded_samples(nf4, partial(sampling.sample, model), tokenizer, task, problems, n=8, temperature=1.0, seed=0, label=""):  # fmt: skip
+    for batch in sampler.graded_samples(nf4, partial(sampling.sample, model), tokenizer, task, problems, n=8, temperature=1.0, seed=0, label=""):  # fmt: skip
         for row in batch:
             samples.setdefault(row["problem"], []).append(row)
-    ids = stages.encode_prompts(task, tokenizer, problems)
+    ids = encode_prompts(task, tokenizer, problems)
     rows, _ = select("pairs", samples, {p.id: (task.prompt(p), ids[p.id]) for p in problems}, {}, PairsConfig(k=4))
-    policy = models.load_policy(nf4.model, trainable=True)
+    policy = load.load_policy(nf4.model, trainable=True)
     facts = run(policy, rows, tmp_path, nf4)
     assert facts["dpo_at_start"] == pytest.approx(training.LN2, abs=1e-3)
     steps = list(training.read_steps(tmp_path / "steps.jsonl"))
     assert steps[-1]["margin"] > steps[0]["margin"] == pytest.approx(0, abs=1e-3)
-    rows = scoring.collate([(p["prompt_ids"], p["chosen_ids"]) for p in rows[:8]])
+    rows = logprobs.collate([(p["prompt_ids"], p["chosen_ids"]) for p in rows[:8]])
     with torch.no_grad():
-        wanted = scoring.response_logps(policy.eval(), rows)
-        again = scoring.response_logps(models.load_policy(nf4.model, tmp_path / "best"), rows)
+        wanted = logprobs.response_logps(policy.eval(), rows)
+        again = logprobs.response_logps(load.load_policy(nf4.model, tmp_path / "best"), rows)
     assert torch.allclose(again, wanted, atol=1e-4)
 
 
 def test_nf4_gradients_are_those_of_the_dequantized_model_also_after_a_forward_in_eval_mode(config):
-    """bitsandbytes would switch to a kernel without a gradient there (see models.load_base)."""
+    """bitsandbytes would switch to a kernel without a gradient there (see load.load_base)."""
     import bitsandbytes as bnb
 
-    nf4 = models.load_policy(replace(config.model, quantize="nf4"), trainable=True, seed=0)
-    dense = models.load_policy(config.model, trainable=True, seed=0)
+    nf4 = load.load_policy(config.model.but(quantize="nf4"), trainable=True, seed=0)
+    dense = load.load_policy(config.model, trainable=True, seed=0)
     twins, parameters = dict(dense.named_modules()), dict(dense.named_parameters())
     for name, module in nf4.named_modules():
         if isinstance(module, bnb.nn.Linear4bit):
@@ -206,18 +208,18 @@ def test_nf4_gradients_are_those_of_the_dequantized_model_also_after_a_forward_i
     with torch.no_grad():
         for name, p in trained.items():
             parameters[name].copy_(p.normal_(std=0.02))
-    batch = scoring.collate([([1, 5, 6, 7], [9, 8, 2]), ([1, 5, 6, 7, 10, 11], [9, 8, 12, 13, 2])])
+    batch = logprobs.collate([([1, 5, 6, 7], [9, 8, 2]), ([1, 5, 6, 7, 10, 11], [9, 8, 12, 13, 2])])
     with torch.no_grad():
-        scoring.response_logps(nf4.eval(), batch)
+        logprobs.response_logps(nf4.eval(), batch)
     for model in (nf4.train(), dense.train()):
-        scoring.response_logps(model, batch).sum().backward()
+        logprobs.response_logps(model, batch).sum().backward()
     for name, p in trained.items():
         assert torch.allclose(p.grad, parameters[name].grad, rtol=1e-4, atol=1e-5), name
 
 
 def test_a_folder_without_a_policy_is_named(config, tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no policy.*run 03_train first"):
-        models.load_policy(config.model, tmp_path)
+        load.load_policy(config.model, tmp_path)
 
 
 def test_order_is_whole_shuffled_passes_cut_to_the_budget():
@@ -228,12 +230,9 @@ def test_order_is_whole_shuffled_passes_cut_to_the_budget():
 
 def test_retraining_with_dev_takes_the_selected_steps_and_survives_a_kill(config, pairs, tmp_path, monkeypatch):
     """The second training stops at the step that dev chose, on the schedule of the first; killed in it, it goes on there."""
-    from irpo_utils.config import dump
-    from irpo_utils.runs import Stage, write_jsonl
-
     task = get_task(config.task)
-    train = replace(config.train, retrain_with_dev=True, max_steps=6, eval_every=2, batch=4, micro_batch=4)
-    config = replace(config, train=train)
+    train = config.train.but(retrain_with_dev=True, max_steps=6, eval_every=2, batch=4, micro_batch=4)
+    config = config.but(train=train)
     scores = {2: 0.1, 4: 0.9, 6: 0.2}
     dev_pairs = [{**p, "problem": d.id} for p, d in zip(pairs, task.problems("dev"), strict=False)]
     whole = training.train

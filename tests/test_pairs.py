@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from irpo_utils.config import PairsConfig
-from irpo_utils.methods import PARTS
-from irpo_utils.pairs import SELECTIONS, cyclic_pairs, distinct, select
+from irpo_utils.methods.recipes import PARTS
+from irpo_utils.methods.select import SELECTIONS, cyclic_pairs, distinct, select
+from irpo_utils.settings import PairsConfig
 
 
 def sample(token, reward, finished=True, length=2, **more):
@@ -57,7 +57,7 @@ GOLD = sample(40, 1.0, logp=None)
         ("gold", {}, ["r40"]),
         ("correct", {}, ["r5", "r5", "r6", "r7"]),
         ("distinct", {}, ["r5", "r6", "r7"]),
-        ("capped", {"at_most": 3}, ["r5", "r5", "r6"]),
+        ("capped", {"max_per_problem": 3}, ["r5", "r5", "r6"]),
         ("pseudo", {"k": 2}, ["r40", "r5", "r6"]),
         ("gold_against_own", {"k": 3}, [("r40", "r5"), ("r40", "r8"), ("r40", "r6")]),
     ],

@@ -16,18 +16,12 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers import models as kinds
 from transformers import PreTrainedTokenizerFast
 
-from irpo_utils import (
-    evaluation,
-    models,
-    process,
-    reward_model,
-    runs,
-    sampling,
-    scoring,
-    simulation,
-    stages,
-    step_truth,
-)
+from irpo_utils import files, metrics
+from irpo_utils.extras.process import labels, reward_model, simulation, truth
+from irpo_utils.methods import sampler
+from irpo_utils.model import logprobs, sampling, tokens
+from irpo_utils.model.prompts import encode_response
+from irpo_utils.run.driver import run_notebook
 from irpo_utils.tasks.word_problems import Event, Story, make_problem, story_of
 
 
@@ -46,17 +40,17 @@ def merging():
 def test_steps_of_a_solution_end_with_its_lines(tokenizer):
     text = "Half: 12 / 2 = 6\nFind: 6 + 3 = 9\nFinal answer: odd"
     ids = [*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
-    ends = process.step_ends(tokenizer, ids)
+    ends = labels.step_ends(tokenizer, ids)
     said = [tokenizer.decode(ids[: end + 1]) for end in ends]
     assert said == ["Half: 12 / 2 = 6\n", "Half: 12 / 2 = 6\nFind: 6 + 3 = 9\n", text]
-    assert process.step_ends(tokenizer, ids[:-3], finished=False) == ends[:2]  # the last line was cut: no step
-    assert process.step_ends(tokenizer, [tokenizer.eos_token_id]) == []
+    assert labels.step_ends(tokenizer, ids[:-3], finished=False) == ends[:2]  # the last line was cut: no step
+    assert labels.step_ends(tokenizer, [tokenizer.eos_token_id]) == []
 
 
 def test_empty_lines_are_no_steps_of_code(merging):
     code = "def f(a):\n\n    b = a\n    \n\n    return b\n"
     for ids in (merging(code).input_ids, [merging(c).input_ids[0] for c in code]):
-        said = [merging.decode(ids[: end + 1]) for end in process.step_ends(merging, ids, finished=False)]
+        said = [merging.decode(ids[: end + 1]) for end in labels.step_ends(merging, ids, finished=False)]
         assert [len(text.split("\n")) > 1 and text.strip().rpartition("\n")[2].strip() for text in said] == [
             "def f(a):",
             "b = a",
@@ -68,7 +62,7 @@ def test_empty_lines_are_no_steps_of_code(merging):
 @example("\n\nb\n", True)  # which may be one token
 def test_every_line_is_whole_in_the_prefix_of_its_step(merging, text, merged):
     ids = merging(text).input_ids if merged else [merging(c).input_ids[0] for c in text]
-    ends = process.step_ends(merging, [*ids, 0])
+    ends = labels.step_ends(merging, [*ids, 0])
     said = [merging.decode(ids[: end + 1]) for end in ends]
     lines = [line for line in text.split("\n") if line.strip()]
     whole = lambda part, last: sum(bool(line.strip()) for line in (part.split("\n") if last else part.split("\n")[:-1]))  # noqa: E731  # fmt: skip
@@ -81,21 +75,21 @@ def test_every_line_is_whole_in_the_prefix_of_its_step(merging, text, merged):
 def test_path_rewards_by_hand():
     scores = [0.5, 0.8, 0.2]
     wanted = {"mean": 0.5, "min": 0.2, "product": 0.08, "last": 0.2}
-    assert {how: process.path_reward(scores, how) for how in process.PATHS} == pytest.approx(wanted)
-    assert process.path_reward([], "mean") == 0
+    assert {how: labels.path_reward(scores, how) for how in labels.PATHS} == pytest.approx(wanted)
+    assert labels.path_reward([], "mean") == 0
 
 
 @given(st.text("01", min_size=1, max_size=16), st.integers(0, 8), st.integers(1, 16))
 def test_more_is_asked_of_a_step_by_a_larger_delta_and_less_by_more_continuations(outcomes, delta, k):
-    assert process.label(outcomes, delta, k) >= process.label(outcomes, delta + 1, k)
-    assert process.label(outcomes, delta, k) <= process.label(outcomes, delta, k + 1)
-    assert process.label(outcomes, delta) == (outcomes.count("1") > delta)
+    assert labels.label(outcomes, delta, k) >= labels.label(outcomes, delta + 1, k)
+    assert labels.label(outcomes, delta, k) <= labels.label(outcomes, delta, k + 1)
+    assert labels.label(outcomes, delta) == (outcomes.count("1") > delta)
 
 
 @given(st.lists(st.tuples(st.integers(0, 4), st.booleans()), min_size=2, max_size=20))
 def test_auc_is_the_share_of_ordered_pairs(rows):
     right, wrong = [s for s, y in rows if y], [s for s, y in rows if not y]
-    found = evaluation.auc([s for s, _ in rows], [int(y) for _, y in rows])
+    found = metrics.auc([s for s, _ in rows], [int(y) for _, y in rows])
     if not right or not wrong:
         assert found is None
     else:
@@ -106,14 +100,14 @@ def test_auc_is_the_share_of_ordered_pairs(rows):
 def small(config):
     """A configuration that labels and trains in seconds."""
     parts = {"continuations": 4, "max_steps": 6, "batch": 8}
-    return replace(config, process=replace(config.process, **parts), sampling=replace(config.sampling, rows=64))
+    return config.but(process=config.process.but(**parts), sampling=config.sampling.but(rows=64))
 
 
 @pytest.fixture(scope="module")
 def drawn(small, tokenizer, task):
     problems, samples = task.problems("train")[:8], {}
-    with stages.drawing(small, None, tokenizer, task, problems) as draw:
-        batches = stages.graded_samples(small, draw, tokenizer, task, problems, n=4, temperature=1.0, seed=0, label="")
+    with sampler.drawing(small, None, tokenizer, task, problems) as draw:
+        batches = sampler.graded_samples(small, draw, tokenizer, task, problems, n=4, temperature=1.0, seed=0, label="")
         for row in (row for batch in batches for row in batch):
             samples.setdefault(row["problem"], []).append(row)
     return problems, samples
@@ -122,7 +116,7 @@ def drawn(small, tokenizer, task):
 @pytest.fixture(scope="module")
 def labelled(small, tokenizer, task, drawn, tmp_path_factory):
     folder = tmp_path_factory.mktemp("labels")
-    return folder, process.label_steps(small, None, tokenizer, task, *drawn, folder, 5)
+    return folder, labels.label_steps(small, None, tokenizer, task, *drawn, folder, 5)
 
 
 def test_labels_are_those_of_continuations_drawn_one_prefix_at_a_time(labelled, small, tokenizer, task, drawn, seed_model):  # fmt: skip
@@ -159,28 +153,28 @@ def test_labels_of_last_steps_and_gold_solutions_need_no_simulation(labelled, dr
 def test_a_killed_simulation_goes_on(labelled, small, tokenizer, task, drawn, monkeypatch):
     folder, rows = labelled
     monkeypatch.setattr(simulation, "CHUNK", 1)
-    again = process.label_steps(small, None, tokenizer, task, *drawn, folder / "again", 5)
+    again = labels.label_steps(small, None, tokenizer, task, *drawn, folder / "again", 5)
     chunks = sorted((folder / "again").glob("continuations_*.jsonl"))
     assert again == rows and len(chunks) > 1  # however it is cut
     before = chunks[0].stat().st_mtime_ns
     chunks[-1].unlink()
-    assert process.label_steps(small, None, tokenizer, task, *drawn, folder / "again", 5) == rows
+    assert labels.label_steps(small, None, tokenizer, task, *drawn, folder / "again", 5) == rows
     assert chunks[0].stat().st_mtime_ns == before and chunks[-1].exists()
     monkeypatch.setattr(stages, "drawing", None)  # nothing is left to draw
-    assert process.label_steps(small, None, tokenizer, task, *drawn, folder / "again", 5) == rows
+    assert labels.label_steps(small, None, tokenizer, task, *drawn, folder / "again", 5) == rows
 
 
 def test_the_control_labels_every_step_with_the_answer(small, tokenizer, task, drawn, monkeypatch, tmp_path):
     monkeypatch.setattr(stages, "drawing", None)
-    for row in process.label_steps(small, None, tokenizer, task, *drawn, tmp_path, 5, labels="outcome"):
+    for row in labels.label_steps(small, None, tokenizer, task, *drawn, tmp_path, 5, labels="outcome"):
         assert set(row["labels"]) == {int(row["answer_reward"] == 1)}
 
 
 def test_another_simulator_reads_prefixes_as_text(small, tokenizer, task, drawn, tmp_path, monkeypatch):
     """One with its own tokenizer and chat template; what it says here is what the policy's own sampler would be told."""
     other = build("qwen2", tmp_path / "other", [p.question + p.solution for p in drawn[0]])
-    config = replace(small, process=replace(small.process, simulator=str(other)))
-    asked, reader = {}, models.load_tokenizer(replace(small.model, path=str(other)))
+    config = small.but(process=small.process.but(simulator=str(other)))
+    asked, reader = {}, tokens.load_tokenizer(small.model.but(path=str(other)))
     real = sampling.sample
 
     def watched(model, prompts, **settings):
@@ -199,7 +193,7 @@ def test_another_simulator_reads_prefixes_as_text(small, tokenizer, task, drawn,
 @pytest.mark.parametrize("tuning", ["lora", "full"])
 def test_scores_are_those_of_each_response_alone_through_the_model_itself(tuning, small, tokenizer, labelled):
     """transformers' own forward on prompt + response, unpadded and unshared, read at the token that ends the step."""
-    config = replace(small, model=replace(small.model, tuning=tuning))
+    config = small.but(model=small.model.but(tuning=tuning))
     model = reward_model.load_reward_model(config, seed=1)
     torch.manual_seed(0)
     for name, weights in model.named_parameters():
@@ -258,7 +252,7 @@ def test_a_killed_training_goes_on_and_ends_the_same(small, labelled, tmp_path, 
 
 @pytest.mark.parametrize("tuning", ["lora", "full"])
 def test_a_head_in_float32_is_loaded_as_it_was_saved_on_a_base_in_16_bits(tuning, small, labelled, tmp_path):
-    config = replace(small, model=replace(small.model, tuning=tuning, dtype="bfloat16"))
+    config = small.but(model=small.model.but(tuning=tuning, dtype="bfloat16"))
     reward_model.train(config, labelled[1], tmp_path, 3)
     saved = {}
     for file in (tmp_path / "reward_model").glob("*.safetensors"):
@@ -271,7 +265,7 @@ def test_a_head_in_float32_is_loaded_as_it_was_saved_on_a_base_in_16_bits(tuning
 
 @pytest.mark.parametrize("tuning", ["lora", "full"])
 def test_a_reward_model_is_saved_and_loaded_and_the_same_again(tuning, small, labelled, tmp_path, kept):
-    config = replace(small, model=replace(small.model, tuning=tuning))
+    config = small.but(model=small.model.but(tuning=tuning))
     facts = reward_model.train(config, labelled[1], tmp_path / "a", 3)
     assert facts["held_out_steps"] > 0 and 0 <= facts["held_out_accuracy"] <= 1 and facts["steps"] == 6
     assert facts == json.loads((tmp_path / "a" / "reward_model" / "facts.json").read_text())
@@ -288,9 +282,9 @@ def test_a_reward_model_is_saved_and_loaded_and_the_same_again(tuning, small, la
 def test_reward_models_of_other_kinds(family, quantize, small, drawn, task, tmp_path, kept):
     """With their own tokenizer; a head that is not quantized and has no adapter."""
     path = build(family, tmp_path / "base", [p.question + p.solution for p in drawn[0]])
-    config = replace(small, model=replace(small.model, path=str(path), quantize=quantize))
-    reader = models.load_tokenizer(config.model)
-    rows = process.label_steps(config, None, reader, task, drawn[0], {}, tmp_path, 0)  # the gold solutions
+    config = small.but(model=small.model.but(path=str(path), quantize=quantize))
+    reader = tokens.load_tokenizer(config.model)
+    rows = labels.label_steps(config, None, reader, task, drawn[0], {}, tmp_path, 0)  # the gold solutions
     reward_model.train(config, rows, tmp_path, 0)
     assert loaded_scores(config, rows, tmp_path) == [pytest.approx(scores, abs=1e-6) for scores in kept[0]]
     new = reward_model.load_reward_model(config, seed=0)
@@ -302,7 +296,7 @@ def test_reward_models_of_other_kinds(family, quantize, small, drawn, task, tmp_
 def test_a_reward_model_learns_what_can_be_told(small, labelled, tmp_path):
     """Labels that the state at a step's end has for certain: whether the step is the last one."""
     rows = [row | {"labels": [0] * (len(row["ends"]) - 1) + [1]} for row in labelled[1] if row["ends"]]
-    config = replace(small, process=replace(small.process, max_steps=60, max_epochs=60))
+    config = small.but(process=small.process.but(max_steps=60, max_epochs=60))
     facts = reward_model.train(config, rows, tmp_path, 0)
     assert facts["held_out_accuracy"] > 0.95 and facts["held_out_auc"] > 0.98
 
@@ -319,8 +313,8 @@ def test_states_have_read_what_the_docstring_says(seed_model):
     prompt, response = [1, 5, 6, 7], [8, 9, 10]
     with torch.no_grad():
         wanted = seed_model.base_model(torch.tensor([prompt + response])).last_hidden_state[0]
-        batch = scoring.collate([(prompt, response), (prompt, response[:1])])
-        for states in (scoring.response_states, scoring.tree_states, scoring.padded_states):
+        batch = logprobs.collate([(prompt, response), (prompt, response[:1])])
+        for states in (logprobs.response_states, logprobs.tree_states, logprobs.padded_states):
             assert torch.allclose(states(seed_model, batch)[0], wanted[len(prompt) - 1 : -1], atol=1e-4)
 
 
@@ -328,18 +322,18 @@ def test_feedback_end_to_end(small, tokenizer, task, drawn, tmp_path):
     problems, samples = drawn
     unfinished = {**samples[problems[0].id][0], "finished": False, "reward": None, "token_ids": [5, 6], "response": "x"}
     samples = {**samples, problems[0].id: [*samples[problems[0].id], unfinished]}
-    scored, facts = process.feedback(small, None, tokenizer, task, problems, samples, tmp_path, 5)
+    scored, facts = labels.feedback(small, None, tokenizer, task, problems, samples, tmp_path, 5)
     assert {name: len(mine) for name, mine in scored.items()} == {name: len(mine) for name, mine in samples.items()}
     for name, mine in scored.items():
         for before, after in zip(samples[name], mine, strict=True):
             assert after["answer_reward"] == before["reward"] and after["token_ids"] == before["token_ids"]
-            assert after["reward"] == process.path_reward(after["step_scores"], "mean")
+            assert after["reward"] == labels.path_reward(after["step_scores"], "mean")
     assert scored[problems[0].id][-1]["reward"] == 0  # no whole step
     assert facts["solutions"] > 8 and 0 < facts["labelled_right"] < 1
-    again, same = process.feedback(small, None, tokenizer, task, problems, samples, tmp_path, 5)
+    again, same = labels.feedback(small, None, tokenizer, task, problems, samples, tmp_path, 5)
     assert again == scored and same == facts
     with pytest.raises(ValueError, match="process or outcome, not 'both'"):
-        process.feedback(small, None, tokenizer, task, problems, samples, tmp_path, 5, labels="both")
+        labels.feedback(small, None, tokenizer, task, problems, samples, tmp_path, 5, labels="both")
 
 
 EVENTS = (Event("half", 2), Event("bags", 3, 4), Event("finds", 5))
@@ -376,11 +370,11 @@ def test_lines_and_events_are_judged_alike(task, guessable):
 def test_truth_of_a_prefix_is_that_of_all_its_lines(task, tokenizer):
     problem = make_problem("x", Story("Ann", "pens", 12, EVENTS, False))
     text = "Half: 12 / 2 = 6\nBags: 3 + 4 = 7\nBuy: 6 + 7 = 13\nFind: 13 + 5 = 18\nFinal answer: 18"
-    ids = stages.encode_response(tokenizer, text, 2)
-    row = {"problem": "x", "token_ids": ids, "finished": True, "ends": process.step_ends(tokenizer, ids)}
-    assert step_truth.with_truth(task, [problem], tokenizer, [row])[0]["truth"] == [True, False, False, False, False]
+    ids = encode_response(tokenizer, text, 2)
+    row = {"problem": "x", "token_ids": ids, "finished": True, "ends": labels.step_ends(tokenizer, ids)}
+    assert truth.with_truth(task, [problem], tokenizer, [row])[0]["truth"] == [True, False, False, False, False]
     samples = [{"problem": "x", "response": t, "reward": r} for t, r in ((text, 1), (text, 0), (problem.solution, 1))]
-    assert step_truth.right_for_wrong_reason(task, [problem], samples) == {
+    assert truth.right_for_wrong_reason(task, [problem], samples) == {
         "right": 2 / 3,
         "of_them_with_a_wrong_step": 0.5,
     }
@@ -388,7 +382,7 @@ def test_truth_of_a_prefix_is_that_of_all_its_lines(task, tokenizer):
 
 def test_quality_by_hand():
     steps = [{"outcomes": o, "truth": t} for o, t in (("1100", True), ("0010", True), ("1000", False), ("0000", False))]
-    table = {(row["k"], row["delta"]): row for row in step_truth.label_quality(steps, [1, 4])}
+    table = {(row["k"], row["delta"]): row for row in truth.label_quality(steps, [1, 4])}
     assert set(table) == {(1, 0), (4, 0), (4, 1), (4, 2), (4, 3)}
     assert (table[1, 0]["precision"], table[1, 0]["recall"], table[1, 0]["accuracy"]) == (0.5, 0.5, 0.5)
     assert (table[4, 0]["precision"], table[4, 0]["recall"], table[4, 0]["labelled_right"]) == (2 / 3, 1, 0.75)
@@ -397,17 +391,17 @@ def test_quality_by_hand():
 
 
 def test_calibration_by_hand():
-    curve, facts = step_truth.calibration([0.05, 0.05, 0.95, 1.0], [False, True, True, True])
+    curve, facts = truth.calibration([0.05, 0.05, 0.95, 1.0], [False, True, True, True])
     assert [(b["count"], b["right"]) for b in curve] == [(2, 0.5), (2, 1)]
     assert facts["ece"] == pytest.approx((2 * 0.45 + 2 * 0.025) / 4)
     assert facts["auc"] == pytest.approx(2.5 / 3)
-    assert step_truth.calibration([0.25, 0.25, 0.25, 0.25], [True, False, False, False])[1]["ece"] == 0
+    assert truth.calibration([0.25, 0.25, 0.25, 0.25], [True, False, False, False])[1]["ece"] == 0
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.booleans()), min_size=1, max_size=6), st.data())
 def test_best_of_n_is_the_mean_over_all_choices(rows, data):
     n = data.draw(st.integers(1, len(rows)))
-    found = evaluation.best_of_n([r for r, _ in rows], [ok for _, ok in rows], n)
+    found = metrics.best_of_n([r for r, _ in rows], [ok for _, ok in rows], n)
     wanted = []
     for chosen in combinations(rows, n):
         best = [ok for r, ok in chosen if r == max(r for r, _ in chosen)]
@@ -416,31 +410,29 @@ def test_best_of_n_is_the_mean_over_all_choices(rows, data):
 
 
 def test_votes_by_hand():
-    vote = lambda weights, n=3: evaluation.weighted_majority(["a", "b", "b"], weights, [True, False, False], n)  # noqa: E731
+    vote = lambda weights, n=3: metrics.weighted_majority(["a", "b", "b"], weights, [True, False, False], n)  # noqa: E731
     assert [vote(w) for w in ([1, 1, 1], [3, 1, 1], [2, 1, 1])] == [0, 1, 0.5]
     assert vote([0, 0, 0]) == 0.5  # no weight at all: every answer that was given is as good
     assert vote([1, 1, 1], 1) == pytest.approx(1 / 3, abs=0.1)
-    assert evaluation.weighted_majority([None, None], [1, 1], [False, False], 2) == 0
-    assert evaluation.weighted_majority([None, "a"], [9, 1], [False, True], 2) == 1
+    assert metrics.weighted_majority([None, None], [1, 1], [False, False], 2) == 0
+    assert metrics.weighted_majority([None, "a"], [9, 1], [False, True], 2) == 1
     with pytest.raises(ValueError, match="a vote of 4 needs at least 4 samples"):
         vote([1, 1, 1], 4)
     with pytest.raises(ValueError, match="best of 2 needs at least 2"):
-        evaluation.best_of_n([1.0], [True], 2)
+        metrics.best_of_n([1.0], [True], 2)
 
 
 def test_against_n_joins_them():
     record = {"answers": ["a", "b", "b", None], "rewards": [1.0, 0.0, 0.0, None], "path_rewards": [0.9, 0.2, 0.3, 0.1]}
-    one, four = evaluation.against_n([record], [1, 4])
+    one, four = metrics.against_n([record], [1, 4])
     assert one["best_of_n"] == one["pass"] == 0.25
     assert (four["majority"], four["weighted"], four["best_of_n"], four["pass"]) == (0, 1, 1, 1)
 
 
 def test_the_notebook(tmp_path):
-    from irpo_utils.__main__ import run_notebook
-
     sizes = {"problems": 10, "samples": 4, "continuations": 2, "warm_steps": 2, "reward_steps": 3, "test_problems": 4}
     parameters = {"run": str(tmp_path / "run"), **sizes, "candidates": 4}
-    run_notebook(runs.NOTEBOOKS / "07_process_feedback.ipynb", tmp_path / "07.ipynb", parameters, 1)
+    run_notebook(files.NOTEBOOKS / "07_process_feedback.ipynb", tmp_path / "07.ipynb", parameters, 1)
     rows = list(csv.DictReader((tmp_path / "run" / "label_quality.csv").read_text().splitlines()))
     assert [(r["answer"], r["k"], r["delta"]) for r in rows[2:6]] == [("a number", k, d) for k, d in ("10", "20", "21")] + [("odd or even", "1", "0")]  # fmt: skip
     assert not (tmp_path / "run" / "scratch").exists()

@@ -14,10 +14,15 @@ from conftest import DATA, drive
 from small_models import FAMILIES, build
 from transformers import AutoTokenizer
 
-from irpo_utils import models, runs, sampling, scoring, stages, training
-from irpo_utils.config import ModelConfig, dump
-from irpo_utils.presets import load_preset
-from irpo_utils.runs import Stage, read_jsonl
+from irpo_utils.files import read_jsonl
+from irpo_utils.model import load, logprobs, sampling, tokens, training
+from irpo_utils.model.prompts import encode_prompts, stop_ids
+from irpo_utils.run import stages, store
+from irpo_utils.settings import ModelConfig
+from irpo_utils.run.config import dump
+from irpo_utils.run.driver import check_inputs
+from irpo_utils.run.presets import load_preset
+from irpo_utils.run.store import Stage
 from irpo_utils.tasks import get_task
 
 pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason=f"the benchmark records are not at {DATA}")
@@ -33,7 +38,7 @@ def settings(task: str, folder, **more) -> list[str]:
     train, test = FILES[task]
     chosen = {
         "task.train": DATA / train, "task.test": DATA / test, "task.train_size": 12, "task.dev_size": 3, "task.test_size": 4,
-        "model.path": folder, "sampling.n": 12, "sampling.rows": 48, "sampling.max_new_tokens": 48, "sampling.temperature": 1.5,
+        "model.path": folder, "sampling.n": 12, "sampling.max_rows": 48, "sampling.max_new_tokens": 48, "sampling.temperature": 1.5,
         "pairs.gold": "true", "pairs.k": 2, "pairs.max_tokens": 4096, "train.max_steps": 3, "train.batch": 4, "train.micro_batch": 2,
         "train.eval_every": 2, "evaluation.samples": 4, "iterations": 1, "threads": 1,
     }  # fmt: skip
@@ -60,7 +65,7 @@ def test_the_tokenizer_is_the_one_that_auto_tokenizer_loads(family, declared, fo
     folder = shutil.copytree(folders[family], tmp_path / "model")
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"tokenizer_class": declared}))
-    mine, theirs = models.load_tokenizer(ModelConfig(str(folder))), AutoTokenizer.from_pretrained(folder)
+    mine, theirs = tokens.load_tokenizer(ModelConfig(str(folder))), AutoTokenizer.from_pretrained(folder)
     assert type(mine) is type(theirs)
     assert mine.backend_tokenizer.to_str() == theirs.backend_tokenizer.to_str()
     assert (mine.chat_template, mine.special_tokens_map) == (theirs.chat_template, theirs.special_tokens_map)
@@ -76,7 +81,7 @@ def test_the_family_goes_through_its_rounds_on_real_records(family, quantize, me
     config = load_preset("gsm8k-qwen2.5-0.5b", settings("gsm8k", folders[family], **more))
     run = write_run(tmp_path / "run", config)
     calls = {"01_sample": stages.sample_stage, "01b_reward": stages.reward_stage, "02_pairs": stages.pairs_stage, "03_train": lambda s: stages.train_stage(s, show=lambda line: None)}  # fmt: skip
-    for stage in runs.plan(config, run, method, 0):
+    for stage in store.plan(config, run, method, 0):
         if stage.name in calls:
             calls[stage.name](stage.begin())
             stage.finish()
@@ -111,8 +116,8 @@ def test_architectures_go_through_the_loop(family, task, quantize, dtype, folder
     stage = Stage("01_sample", run).begin()
     records = stages.sample_stage(stage)
     stage.finish()
-    tokenizer = models.load_tokenizer(config.model)
-    stops = stages.stop_ids(config.model, tokenizer)
+    tokenizer = tokens.load_tokenizer(config.model)
+    stops = stop_ids(config.model, tokenizer)
     assert tokenizer.convert_ids_to_tokens(stops[0]) == FAMILIES[family][2]
     assert len(records) == 12 * (15 if family == "llama" else 12)
     assert any(r["finished"] for r in records)
@@ -145,10 +150,10 @@ def test_architectures_go_through_the_loop(family, task, quantize, dtype, folder
 def test_greedy_sampling_is_generate(family, folders):
     """Padding, grouped heads, soft-capped attention and several stop tokens make no difference."""
     config = load_preset("gsm8k-qwen2.5-0.5b", settings("gsm8k", folders[family]))
-    task, tokenizer = get_task(config.task), models.load_tokenizer(config.model)
-    model = models.load_policy(config.model, threads=1)
-    prompts = stages.encode_prompts(task, tokenizer, task.problems("train")[:4])
-    stops = stages.stop_ids(config.model, tokenizer)
+    task, tokenizer = get_task(config.task), tokens.load_tokenizer(config.model)
+    model = load.load_policy(config.model, threads=1)
+    prompts = encode_prompts(task, tokenizer, task.problems("train")[:4])
+    stops = stop_ids(config.model, tokenizer)
     for batch in sampling.sample(model, prompts, n=1, temperature=0, seed=0, eos_id=stops, max_new_tokens=24):
         for name, (completion,) in batch.items():
             ids = torch.tensor([prompts[name]])
@@ -160,9 +165,9 @@ def test_greedy_sampling_is_generate(family, folders):
 
 def test_more_samples_than_rows_are_drawn_in_parts(folders):
     config = load_preset("gsm8k-qwen2.5-0.5b", settings("gsm8k", folders["llama"]))
-    task, tokenizer = get_task(config.task), models.load_tokenizer(config.model)
-    model = models.load_policy(config.model, threads=1)
-    prompts = stages.encode_prompts(task, tokenizer, task.problems("train")[:2])
+    task, tokenizer = get_task(config.task), tokens.load_tokenizer(config.model)
+    model = load.load_policy(config.model, threads=1)
+    prompts = encode_prompts(task, tokenizer, task.problems("train")[:2])
     drawn = []
     for rows in (5, 64):
         found = {}
@@ -175,13 +180,15 @@ def test_more_samples_than_rows_are_drawn_in_parts(folders):
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_unpacked_weights_are_the_4_bit_function_and_adapters_stay_float32(family, folders):
     config = load_preset("gsm8k-qwen2.5-0.5b", settings("gsm8k", folders[family], **{"model.quantize": "nf4"})).model
-    packed, unpacked = models.load_base(config).eval(), models.load_policy(config).eval()
+    packed, unpacked = load.load_base(config).eval(), load.load_policy(config).eval()
     assert not any("4bit" in type(module).__name__ for module in unpacked.modules())
-    batch = scoring.collate([([5, 6, 7], [8, 9]), ([5], [6, 7, 8, 9])])
+    batch = logprobs.collate([([5, 6, 7], [8, 9]), ([5], [6, 7, 8, 9])])
     with torch.no_grad():
-        assert torch.allclose(scoring.response_logps(packed, batch), scoring.response_logps(unpacked, batch), atol=1e-4)
-    half = dataclasses.replace(config, dtype="bfloat16")
-    policy = models.load_policy(half, trainable=True)
+        assert torch.allclose(
+            logprobs.response_logps(packed, batch), logprobs.response_logps(unpacked, batch), atol=1e-4
+        )
+    half = config.but(dtype="bfloat16")
+    policy = load.load_policy(half, trainable=True)
     assert {p.dtype for p in policy.parameters() if p.requires_grad} == {torch.float32}
     assert {p.dtype for n, p in policy.named_parameters() if "norm" in n} == {torch.bfloat16}
 
@@ -191,7 +198,7 @@ def test_gradient_checkpointing_changes_nothing_but_memory(folders, tmp_path):
     for checkpointing in ("false", "true"):
         more = {"train.gradient_checkpointing": checkpointing}
         config = load_preset("gsm8k-qwen2.5-0.5b", settings("gsm8k", folders["qwen2"], **more))
-        model = models.load_policy(config.model, trainable=True, seed=0, threads=1)
+        model = load.load_policy(config.model, trainable=True, seed=0, threads=1)
         pair = {"problem": "p", "prompt_ids": [5, 6, 7], "chosen_logp": None, "rejected_logp": None}
         rows = [pair | {"chosen_ids": [8, 9, i], "rejected_ids": [10, i]} for i in range(20, 24)]
         training.train(model, rows, tmp_path / checkpointing, loss="dpo+nll", config=config.train, seed=0, sampled_by_start=False, show=lambda line: None)  # fmt: skip
@@ -203,13 +210,13 @@ def test_exported_model_is_the_policy_up_to_bfloat16(folders, tmp_path):
     from transformers import AutoModelForCausalLM
 
     config = load_preset("gsm8k-qwen2.5-0.5b", settings("gsm8k", folders["llama"], **{"model.quantize": "nf4"})).model
-    policy = models.load_policy(config, trainable=True)
+    policy = load.load_policy(config, trainable=True)
     with torch.no_grad():
         for name, p in policy.named_parameters():
             if "lora_B" in name:
                 p.normal_(std=0.05)
     policy.save_pretrained(tmp_path / "adapter")
-    models.export(config, tmp_path / "adapter", tmp_path / "whole")
+    load.export(config, tmp_path / "adapter", tmp_path / "whole")
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
     assert whole.dtype == torch.bfloat16 and "quantization_config" not in json.loads(
         (tmp_path / "whole" / "config.json").read_text()
@@ -217,7 +224,7 @@ def test_exported_model_is_the_policy_up_to_bfloat16(folders, tmp_path):
     ids = torch.arange(5, 30).unsqueeze(0)
     with torch.no_grad():
         wanted, got = policy.eval()(ids).logits, whole.float()(ids).logits
-        base = models.load_base(config).eval()(ids).logits
+        base = load.load_base(config).eval()(ids).logits
     assert (wanted - got).abs().max() < 0.2 * (wanted - base).abs().max()
 
 
@@ -246,7 +253,7 @@ def test_dropout_in_the_base_is_off(folders, tmp_path):
     facts = json.loads((tmp_path / "model" / "config.json").read_text())
     (tmp_path / "model" / "config.json").write_text(json.dumps(facts | {"attention_dropout": 0.5}))
     config = load_preset("gsm8k-qwen2.5-0.5b", settings("gsm8k", tmp_path / "model")).model
-    model = models.load_policy(config, trainable=True).train()
+    model = load.load_policy(config, trainable=True).train()
     ids = torch.arange(5, 30).unsqueeze(0)
     assert torch.equal(model(ids).logits, model(ids).logits)
 
@@ -268,8 +275,6 @@ def test_dropout_in_the_base_is_off(folders, tmp_path):
 def test_a_model_that_cannot_be_used_is_refused_before_anything_runs(spoil, message, folders, tmp_path):
     import shutil
 
-    from irpo_utils.__main__ import check_inputs
-
     shutil.copytree(folders["llama"], tmp_path / "model")
     spoil(tmp_path / "model")
     with pytest.raises(ValueError, match=message):
@@ -283,9 +288,9 @@ def change(folder, name, **facts):
 
 def test_prompts_run_in_parts_give_the_same_samples(folders, monkeypatch):
     config = load_preset("gsm8k-qwen2.5-0.5b", settings("gsm8k", folders["llama"]))
-    task, tokenizer = get_task(config.task), models.load_tokenizer(config.model)
-    model = models.load_policy(config.model, threads=1)
-    prompts = stages.encode_prompts(task, tokenizer, task.problems("train")[:6])
+    task, tokenizer = get_task(config.task), tokens.load_tokenizer(config.model)
+    model = load.load_policy(config.model, threads=1)
+    prompts = encode_prompts(task, tokenizer, task.problems("train")[:6])
     drawn = []
     for at_once in (1 << 15, 300):
         monkeypatch.setattr(sampling, "PREFILL_TOKENS", at_once)

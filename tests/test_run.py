@@ -13,9 +13,11 @@ import psutil
 import pytest
 from conftest import ROOT, drive, remove_run
 
-from irpo_utils import runs
-from irpo_utils.config import ConfigError
-from irpo_utils.presets import load_preset
+from irpo_utils import files
+from irpo_utils.files import ConfigError
+from irpo_utils.run import store
+from irpo_utils.run.driver import run_notebook
+from irpo_utils.run.presets import load_preset
 
 KILLS = int(os.environ.get("KILLS", "2"))
 
@@ -57,7 +59,7 @@ def test_pairs_load_with_datasets_and_hold_the_sampled_ids(micro_run):
     folder = run / "irpo" / "seed_0" / "iteration_1"
     data = load_dataset("json", data_files=str(folder / "pairs.jsonl"), split="train")
     assert {"prompt", "chosen", "rejected"} <= set(data.column_names)
-    sampled = {(r["problem"], tuple(r["token_ids"])) for r in runs.read_jsonl(run / "m0" / "seed_0" / "samples.jsonl")}
+    sampled = {(r["problem"], tuple(r["token_ids"])) for r in files.read_jsonl(run / "m0" / "seed_0" / "samples.jsonl")}
     for row in data:
         assert (row["problem"], tuple(row["chosen_ids"])) in sampled
         assert (row["problem"], tuple(row["rejected_ids"])) in sampled
@@ -82,14 +84,14 @@ def test_second_run_does_nothing_and_a_changed_parameter_reruns_what_depends_on_
 def test_the_key_of_a_stage_holds_its_task_and_what_grades_it(monkeypatch):
     """Tasks are named by strings, which import statements do not tell: a mended grader must rerun what it graded."""
     sources = {}
-    monkeypatch.setattr(runs, "_meaning", lambda source: sources.setdefault(source, "x"))
+    monkeypatch.setattr(store, "_meaning", lambda source: sources.setdefault(source, "x"))
     for task, wanted in (
         ("math", {"tasks/math.py", "latex.py", "verify.py"}),
         ("gsm8k", {"tasks/gsm8k.py", "answers.py"}),
     ):
         sources.clear()
-        runs.code_hash.__wrapped__(runs.NOTEBOOKS / "01_sample.ipynb", task)
-        seen = {str(p.relative_to(runs.PACKAGE)) for p in runs.PACKAGE.rglob("*.py") if p.read_text() in sources}
+        store.code_hash.__wrapped__(files.NOTEBOOKS / "01_sample.ipynb", task)
+        seen = {str(p.relative_to(files.PACKAGE)) for p in files.PACKAGE.rglob("*.py") if p.read_text() in sources}
         assert wanted | {"tasks/records.py", "sampling.py"} <= seen
         assert not {"plots.py", "tasks/arc.py", "report.py"} & seen
 
@@ -134,22 +136,22 @@ def test_a_damaged_artefact_is_made_again(micro_run):
     pairs = run / "sft_gold" / "seed_0" / "iteration_1" / "pairs.jsonl"
     whole = pairs.read_bytes()
     pairs.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(runs.MissingArtefact, match=r"line \d+ is damaged or cut off; delete it and run 02_pairs"):
-        runs.read_jsonl(pairs, "02_pairs.ipynb")
+    with pytest.raises(files.MissingArtefact, match=r"line \d+ is damaged or cut off; delete it and run 02_pairs"):
+        files.read_jsonl(pairs, "02_pairs.ipynb")
     assert drive("micro", "run=test-micro", "methods=irpo,sft_gold", "iterations=2").returncode == 0
     assert pairs.read_bytes() == whole
 
 
 def test_a_missing_stage_names_its_notebook(tmp_path):
-    runs.write_text(tmp_path / "config.yaml", runs.dump(load_preset("micro")))
-    with pytest.raises(runs.MissingArtefact, match=r"samples.jsonl is missing; run notebooks/01_sample.ipynb first"):
-        runs.Stage("02_pairs", tmp_path).begin()
+    files.write_text(tmp_path / "config.yaml", store.dump(load_preset("micro")))
+    with pytest.raises(files.MissingArtefact, match=r"samples.jsonl is missing; run notebooks/01_sample.ipynb first"):
+        store.Stage("02_pairs", tmp_path).begin()
     with pytest.raises(
-        runs.MissingArtefact, match=r"adapter is missing; run notebooks/03_train.ipynb with iteration = 1"
+        files.MissingArtefact, match=r"adapter is missing; run notebooks/03_train.ipynb with iteration = 1"
     ):
-        runs.Stage("01_sample", tmp_path, iteration=2).begin()
+        store.Stage("01_sample", tmp_path, iteration=2).begin()
     with pytest.raises(ConfigError, match="no method is called 'ipo'"):
-        runs.Stage("02_pairs", tmp_path, method="ipo")
+        store.Stage("02_pairs", tmp_path, method="ipo")
 
 
 @pytest.mark.parametrize(
@@ -188,16 +190,14 @@ def test_help_and_list():
 
 
 def test_an_unknown_notebook_parameter_is_an_error(tmp_path):
-    from irpo_utils.__main__ import run_notebook
-
     with pytest.raises(ConfigError, match="01_sample.ipynb has no parameter iteratoin"):
-        run_notebook(runs.NOTEBOOKS / "01_sample.ipynb", tmp_path / "x.ipynb", {"iteratoin": 2}, 1)
+        run_notebook(files.NOTEBOOKS / "01_sample.ipynb", tmp_path / "x.ipynb", {"iteratoin": 2}, 1)
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", "\udcff", '{"key": 1, "outputs": {}}'])
 def test_a_damaged_manifest_means_not_done(tmp_path, text):
-    runs.write_text(tmp_path / "config.yaml", runs.dump(load_preset("micro")))
-    stage = runs.Stage("01_sample", tmp_path)
+    files.write_text(tmp_path / "config.yaml", store.dump(load_preset("micro")))
+    stage = store.Stage("01_sample", tmp_path)
     stage.manifest_path().parent.mkdir(parents=True)
     stage.manifest_path().write_bytes(text.encode("utf-8", "surrogateescape"))
     assert not stage.is_done()
@@ -205,28 +205,28 @@ def test_a_damaged_manifest_means_not_done(tmp_path, text):
 
 def test_a_record_without_its_fields_is_named(tmp_path):
     (tmp_path / "samples.jsonl").write_text('{"problem": "a", "reward": 1}\n{"problem": "a"}\n')
-    with pytest.raises(runs.MissingArtefact, match="line 2 is damaged"):
-        runs.read_jsonl(tmp_path / "samples.jsonl", "01_sample.ipynb", fields=("problem", "reward"))
+    with pytest.raises(files.MissingArtefact, match="line 2 is damaged"):
+        files.read_jsonl(tmp_path / "samples.jsonl", "01_sample.ipynb", fields=("problem", "reward"))
 
 
 def test_the_second_run_in_a_folder_refuses():
-    with runs.locked(ROOT / "outputs" / "test-busy" / ".lock"):
+    with files.locked(ROOT / "outputs" / "test-busy" / ".lock"):
         done = drive("micro", "run=test-busy")
     assert done.returncode == 2 and "another process is at work in outputs/test-busy; wait for it" in done.stderr
     remove_run("test-busy")
 
 
 def test_notebooks_find_the_run_from_their_own_folder(monkeypatch):
-    monkeypatch.chdir(runs.NOTEBOOKS)
-    folder = runs.resolve("outputs/x")
-    assert folder == runs.resolve(folder) == ROOT / "outputs" / "x"
+    monkeypatch.chdir(files.NOTEBOOKS)
+    folder = files.resolve("outputs/x")
+    assert folder == files.resolve(folder) == ROOT / "outputs" / "x"
 
 
 def test_keys_name_what_a_stage_depends_on_and_no_more(tmp_path):
     def keys(*overrides):
-        runs.write_text(tmp_path / "config.yaml", runs.dump(load_preset("micro", overrides)))
+        files.write_text(tmp_path / "config.yaml", store.dump(load_preset("micro", overrides)))
         arm = {"01b_reward": ("sipf", 0, 2), "03b_extrapolate": ("expo", 0, 2)}
-        return {name: runs.Stage(name, tmp_path, *arm.get(name, ("irpo", 0, 1))).parameters() for name in runs.STAGES}
+        return {name: store.Stage(name, tmp_path, *arm.get(name, ("irpo", 0, 1))).parameters() for name in store.STAGES}
 
     plain = keys()
     expected = {
@@ -235,7 +235,7 @@ def test_keys_name_what_a_stage_depends_on_and_no_more(tmp_path):
         "task.test_size=9": {"04_evaluate"},
         "task.train_size=9": {"01_sample", "01b_reward", "02_pairs"},
         "model.lora_r=4": {"01b_reward", "03_train", "03b_extrapolate", "04_evaluate"},
-        "model.path=elsewhere": set(runs.STAGES),
+        "model.path=elsewhere": set(store.STAGES),
         "evaluation.temperature=1": {"04_evaluate"},
         "pairs.k=1": {"02_pairs"},
         "train.alpha=0.5": {"03_train"},
@@ -272,12 +272,12 @@ def test_killed_and_run_again_ends_with_the_same_metrics(micro_run):
         "m0/seed_0/samples.jsonl",
         *(f"irpo/seed_0/iteration_2/{n}" for n in ("pairs.jsonl", "steps.jsonl", "adapter")),
     ):
-        assert runs.file_hash(ROOT / "outputs" / "test-kill" / name) == runs.file_hash(run / name), name
+        assert files.file_hash(ROOT / "outputs" / "test-kill" / name) == files.file_hash(run / name), name
     remove_run("test-kill")
 
 
 def test_notebooks_are_committed_without_output_and_short():
-    for path in sorted(runs.NOTEBOOKS.glob("*.ipynb")):
+    for path in sorted(files.NOTEBOOKS.glob("*.ipynb")):
         for cell in json.loads(path.read_text())["cells"]:
             if cell["cell_type"] == "code":
                 assert not cell["outputs"] and cell["execution_count"] is None, path.name
@@ -285,11 +285,9 @@ def test_notebooks_are_committed_without_output_and_short():
 
 
 def test_the_tuning_notebook_ranks_its_points(micro_run, tmp_path):
-    from irpo_utils.__main__ import run_notebook
-
     run, _ = micro_run
     parameters = {"run": str(run), "methods": ["irpo", "sft_gold"], "learning_rates": [1e-3, 2e-3], "betas": [0.1]}
-    run_notebook(runs.NOTEBOOKS / "10_tune.ipynb", tmp_path / "10.ipynb", parameters, 1)
+    run_notebook(files.NOTEBOOKS / "10_tune.ipynb", tmp_path / "10.ipynb", parameters, 1)
     rows = list(csv.DictReader((run / "tune.csv").read_text().splitlines()))
     assert [(r["method"], float(r["lr"])) for r in rows] == [
         (m, lr) for m in ("irpo", "sft_gold") for lr in (1e-3, 2e-3)
@@ -297,11 +295,9 @@ def test_the_tuning_notebook_ranks_its_points(micro_run, tmp_path):
 
 
 def test_the_nll_notebook_watches_three_losses(micro_run, tmp_path):
-    from irpo_utils.__main__ import run_notebook
-
     run, _ = micro_run
     parameters = {"run": str(run), "lr": 5e-3, "watched": 16}
-    run_notebook(runs.NOTEBOOKS / "11_why_the_nll.ipynb", tmp_path / "11.ipynb", parameters, 1)
+    run_notebook(files.NOTEBOOKS / "11_why_the_nll.ipynb", tmp_path / "11.ipynb", parameters, 1)
     rows = list(csv.DictReader((run / "nll.csv").read_text().splitlines()))
     assert [(r["loss"], r["step"]) for r in rows] == [
         (x, s) for x in ("dpo", "dpo+nll", "nll") for s in ("0", "3", "6")
@@ -323,9 +319,7 @@ def test_publish_copies_small_files_without_this_machine_s_paths(micro_run):
 
 
 def test_the_seed_notebook_makes_a_model(tmp_path):
-    from irpo_utils.__main__ import run_notebook
-
     target = tmp_path / "model"
     parameters = {"target": str(target), "steps": 3, "stories": 80, "threads": 1}
-    run_notebook(runs.NOTEBOOKS / "00_seed_model.ipynb", tmp_path / "00.ipynb", parameters, 1)
+    run_notebook(files.NOTEBOOKS / "00_seed_model.ipynb", tmp_path / "00.ipynb", parameters, 1)
     assert {"model.safetensors", "tokenizer.json", "facts.json"} <= {p.name for p in target.iterdir()}

@@ -18,8 +18,9 @@ from transformers import (  # fmt: skip
     Qwen2ForCausalLM,
 )
 
-from irpo_utils import prefix, sampling, stages
-from irpo_utils.scoring import collate, response_logps
+from irpo_utils.model import sampling, shared_prompt
+from irpo_utils.model.logprobs import collate, response_logps
+from irpo_utils.model.prompts import encode_prompts
 
 SMALL = dict(vocab_size=97, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False)  # fmt: skip
 STOPS = [2, *range(20, 36)]  # many, so that rows end at different steps
@@ -89,13 +90,13 @@ def test_beginnings_are_counted_once(responses):
 def test_a_window_that_attention_is_not_told_is_found_out():
     shape = dict(SMALL, num_local_experts=2, sliding_window=6)
     with pytest.warns(UserWarning, match="since a phimoe does not tell its attention its window"):
-        assert not prefix.shares_prompts(PhimoeForCausalLM(PhimoeConfig(**shape)).eval())
+        assert not shared_prompt.shares_prompts(PhimoeForCausalLM(PhimoeConfig(**shape)).eval())
 
 
 def test_a_model_that_cannot_share_prompts_says_so():
     with pytest.warns(UserWarning, match="since a falcon does not let its attention be replaced"):
-        assert not prefix.shares_prompts(FAMILIES["falcon"]())
-    assert prefix.shares_prompts(FAMILIES["gemma2"]())
+        assert not shared_prompt.shares_prompts(FAMILIES["falcon"]())
+    assert shared_prompt.shares_prompts(FAMILIES["gemma2"]())
 
 
 @settings(max_examples=8, deadline=None)
@@ -117,7 +118,7 @@ def test_a_zero_probability_token_is_never_drawn():
 
 @pytest.fixture(scope="module")
 def drawn(seed_model, tokenizer, task):
-    prompts = stages.encode_prompts(task, tokenizer, task.problems("train")[:24])
+    prompts = encode_prompts(task, tokenizer, task.problems("train")[:24])
 
     def draw(rows, seed=3, names=None):
         chosen = prompts if names is None else {k: prompts[k] for k in names}
@@ -139,7 +140,7 @@ def test_samples_do_not_depend_on_the_batch_and_do_on_the_seed(drawn):
 
 
 def test_recorded_logps_are_the_model_s_own(seed_model, tokenizer, task):
-    prompts = stages.encode_prompts(task, tokenizer, task.problems("train")[:4])
+    prompts = encode_prompts(task, tokenizer, task.problems("train")[:4])
     for batch in sampling.sample(seed_model, prompts, n=4, temperature=1.0, seed=0, eos_id=tokenizer.eos_token_id, max_new_tokens=64):  # fmt: skip
         for name, completions in batch.items():
             with torch.no_grad():
@@ -148,7 +149,7 @@ def test_recorded_logps_are_the_model_s_own(seed_model, tokenizer, task):
 
 
 def test_the_length_limit_leaves_a_response_unfinished(seed_model, tokenizer, task):
-    prompts = stages.encode_prompts(task, tokenizer, task.problems("train")[:1])
+    prompts = encode_prompts(task, tokenizer, task.problems("train")[:1])
     for batch in sampling.sample(seed_model, prompts, n=2, temperature=1.0, seed=0, eos_id=tokenizer.eos_token_id, max_new_tokens=3):  # fmt: skip
         for completion in next(iter(batch.values())):
             assert len(completion.token_ids) == 3 and not completion.finished
@@ -238,7 +239,7 @@ def test_what_a_beginning_draws_does_not_depend_on_the_others(network):
 
 def test_continuations_have_the_distribution_of_the_next_token(seed_model, tokenizer, task):
     """Chi-square on 4,000 draws of the token behind a given one; logp is that of the drawn token alone."""
-    name, prompt = next(iter(stages.encode_prompts(task, tokenizer, task.problems("train")[:1]).items()))
+    name, prompt = next(iter(encode_prompts(task, tokenizer, task.problems("train")[:1]).items()))
     start = next(sampling.sample(seed_model, {name: prompt}, n=1, temperature=0, seed=0, eos_id=2, max_new_tokens=9))[name][0].token_ids[:4]  # fmt: skip
     drawn = continued(seed_model, {name: prompt}, {name: [start]}, n=4000, temperature=1.5, max_new_tokens=5, eos_id=2)
     with torch.no_grad():
@@ -254,7 +255,7 @@ def test_continuations_have_the_distribution_of_the_next_token(seed_model, token
 
 def test_every_token_of_nested_beginnings_is_run_once(seed_model, tokenizer, task):
     """Four continuations from each of ten prefixes of one solution: 1 + 2 + ... tokens of prefixes, and ten are run."""
-    name, prompt = next(iter(stages.encode_prompts(task, tokenizer, task.problems("train")[:1]).items()))
+    name, prompt = next(iter(encode_prompts(task, tokenizer, task.problems("train")[:1]).items()))
     solution, fed = tokenizer(task.problems("train")[0].solution).input_ids[:10], []
     handle = seed_model.register_forward_pre_hook(lambda m, a, k: fed.append(k["input_ids"].shape), with_kwargs=True)
     try:

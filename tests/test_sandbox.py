@@ -14,8 +14,8 @@ import pytest
 from conftest import ROOT
 from hostile_programs import ATTACKS, CHEATS, DEATHS, TESTS, programs
 
-from irpo_utils import sandbox
-from irpo_utils.sandbox import ACCEPTED, ISOLATED, Job, Refused, Sandbox
+from irpo_utils.extras.code import sandbox
+from irpo_utils.extras.code.sandbox import ACCEPTED, ISOLATED, Job, Refused, Sandbox
 
 ADD = ("add",)
 

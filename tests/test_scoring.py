@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from small_models import SHAPE
 from transformers import AutoModelForCausalLM, BloomConfig, Gemma2Config, LlamaConfig, Qwen2Config
 
-from irpo_utils import scoring
-from irpo_utils.losses import LOSSES
-from irpo_utils.training import batch_losses, kept_reference_logps, training_order
+from irpo_utils.model import logprobs
+from irpo_utils.model.losses import LOSSES
+from irpo_utils.model.training import batch_losses, kept_reference_logps, training_order
 
 KINDS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "gemma2": Gemma2Config}
 
@@ -25,7 +25,7 @@ def networks():
     return found
 
 
-def make_pairs(lengths: list[tuple[int, int, int]]) -> list[scoring.Pair]:
+def make_pairs(lengths: list[tuple[int, int, int]]) -> list[logprobs.Pair]:
     """Pairs with (prompt, chosen, rejected) of these lengths; equal numbers give equal prompts and responses."""
     ids = lambda n, first: [(first + i) % 37 + 3 for i in range(n)]  # noqa: E731
     return [
@@ -38,9 +38,9 @@ def make_pairs(lengths: list[tuple[int, int, int]]) -> list[scoring.Pair]:
 
 
 def gradients(model, pairs, loss, score, monkeypatch):
-    monkeypatch.setattr("irpo_utils.training.response_logps", score)
+    monkeypatch.setattr("irpo_utils.model.training.response_logps", score)
     model.zero_grad()
-    terms, chosen, rejected = batch_losses(model, scoring.pair_batch(pairs), loss, 0.1, 1.0)
+    terms, chosen, rejected = batch_losses(model, logprobs.pair_batch(pairs), loss, 0.1, 1.0)
     terms.total.mean().backward()
     return torch.stack([chosen, rejected]).detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
@@ -51,8 +51,8 @@ def test_gradients_are_those_of_padded_rows(kind, loss, networks, monkeypatch):
     """Unequal lengths, a response in several pairs, two prompts, a prompt of one token, and one pair without a loser."""
     shape = [(9, 5, 7), (9, 5, 3), (4, 12, 7), (1, 6, 2), (30, 1, 4)]
     pairs = make_pairs(shape if loss != "nll" else [*shape, (9, 8, 0)])
-    wanted = gradients(networks[kind], pairs, loss, scoring.padded_logps, monkeypatch)
-    for score in (scoring.response_logps, scoring.tree_logps):
+    wanted = gradients(networks[kind], pairs, loss, logprobs.padded_logps, monkeypatch)
+    for score in (logprobs.response_logps, logprobs.tree_logps):
         found = gradients(networks[kind], pairs, loss, score, monkeypatch)
         assert torch.allclose(found[0], wanted[0], rtol=1e-5, atol=1e-4)
         assert len(found[1]) == len(wanted[1]) > 10
@@ -66,13 +66,13 @@ def test_any_lengths_score_as_each_response_alone(networks, lengths):
     pairs, model = make_pairs(lengths), networks["llama"]
     rows = [(p["prompt_ids"], p[f"{side}_ids"]) for p in pairs for side in ("chosen", "rejected")]
     with torch.no_grad():
-        together = scoring.response_logps(model, scoring.collate(rows))
-        alone = torch.cat([scoring.padded_logps(model, scoring.collate([row])) for row in rows])
+        together = logprobs.response_logps(model, logprobs.collate(rows))
+        alone = torch.cat([logprobs.padded_logps(model, logprobs.collate([row])) for row in rows])
     assert torch.allclose(together, alone, rtol=1e-5, atol=1e-4)
 
 
 def test_a_response_in_several_pairs_is_one_row():
-    batch = scoring.pair_batch(make_pairs([(9, 5, 7), (9, 5, 3), (9, 6, 7)]))
+    batch = logprobs.pair_batch(make_pairs([(9, 5, 7), (9, 5, 3), (9, 6, 7)]))
     assert len(batch["prompts"]) == 1 and len(batch["responses"]) == 4
     assert batch["chosen"].tolist() == [0, 0, 1] and batch["rejected"].tolist() == [2, 3, 2]
 
@@ -92,21 +92,21 @@ def test_pairs_of_a_problem_come_together_and_every_pass_has_every_pair_once(pro
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_chunked_head_changes_nothing(kind, networks, monkeypatch):
     pairs = make_pairs([(9, 5, 7), (4, 12, 7)])
-    whole = gradients(networks[kind], pairs, "dpo+nll", scoring.response_logps, monkeypatch)
-    monkeypatch.setattr(scoring, "CHUNK", 3 * 40)  # three tokens at a time
-    parts = gradients(networks[kind], pairs, "dpo+nll", scoring.response_logps, monkeypatch)
+    whole = gradients(networks[kind], pairs, "dpo+nll", logprobs.response_logps, monkeypatch)
+    monkeypatch.setattr(logprobs, "CHUNK", 3 * 40)  # three tokens at a time
+    parts = gradients(networks[kind], pairs, "dpo+nll", logprobs.response_logps, monkeypatch)
     assert torch.allclose(whole[0], parts[0], rtol=1e-6, atol=1e-5)
     for one, other in zip(whole[1], parts[1], strict=True):
         assert (one - other).norm() <= 1e-5 * other.norm() + 1e-9
 
 
 def test_a_model_with_a_head_of_its_own_kind_is_refused(networks, monkeypatch):
-    scoring.check_head(networks["gemma2"])
+    logprobs.check_head(networks["gemma2"])
     monkeypatch.setattr(networks["gemma2"].config, "final_logit_softcapping", 0.01)
-    scoring.check_head(networks["gemma2"])  # the cap is known
-    monkeypatch.setattr(scoring, "soft_cap", lambda model: None)
+    logprobs.check_head(networks["gemma2"])  # the cap is known
+    monkeypatch.setattr(logprobs, "soft_cap", lambda model: None)
     with pytest.raises(ValueError, match="a gemma2 computes its logits in a way that is not known here"):
-        scoring.check_head(networks["gemma2"])
+        logprobs.check_head(networks["gemma2"])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -115,7 +115,7 @@ def test_log_probabilities_are_those_of_the_model_s_own_logits(kind, networks):
     with torch.no_grad():
         logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
         wanted = logits.log_softmax(-1).gather(-1, torch.tensor(response).unsqueeze(-1)).sum()
-        got = scoring.response_logps(model, scoring.collate([(prompt, response)]))
+        got = logprobs.response_logps(model, logprobs.collate([(prompt, response)]))
     model.train()
     assert got.item() == pytest.approx(wanted.item(), rel=1e-5)
 
@@ -144,12 +144,12 @@ def test_activation_checkpointing_shares_prompts_too(networks, monkeypatch):
     handle = model.base_model.register_forward_pre_hook(lambda m, a, k: widths.append(k["input_ids"].shape), with_kwargs=True)  # fmt: skip
     try:
         pairs = make_pairs([(30, c, c + 1) for c in range(2, 12, 2)])
-        found = gradients(model, pairs, "dpo+nll", scoring.response_logps, monkeypatch)
+        found = gradients(model, pairs, "dpo+nll", logprobs.response_logps, monkeypatch)
         assert widths[-1][0] == 1 and widths[-1][1] > 30 + 2 * 11
     finally:
         handle.remove()
         model.gradient_checkpointing_disable()
-    wanted = gradients(model, pairs, "dpo+nll", scoring.padded_logps, monkeypatch)
+    wanted = gradients(model, pairs, "dpo+nll", logprobs.padded_logps, monkeypatch)
     for one, other in zip(found[1], wanted[1], strict=True):
         assert (one - other).norm() <= 1e-5 * other.norm() + 1e-9
 
@@ -158,7 +158,7 @@ def test_a_model_without_tree_masks_says_so():
     """Bloom's attention biases come from a two-dimensional mask."""
     bloom = AutoModelForCausalLM.from_config(BloomConfig(vocab_size=40, hidden_size=32, n_layer=1, n_head=2)).train()
     with pytest.warns(UserWarning, match="every response runs its prompt again, since a bloom"):
-        assert not scoring.takes_trees(bloom)
+        assert not logprobs.takes_trees(bloom)
     assert all(
-        scoring.takes_trees(AutoModelForCausalLM.from_config(kind(vocab_size=40, **SHAPE))) for kind in KINDS.values()
+        logprobs.takes_trees(AutoModelForCausalLM.from_config(kind(vocab_size=40, **SHAPE))) for kind in KINDS.values()
     )

@@ -13,11 +13,22 @@ from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
-from irpo_utils.answers import marked_answer, reward
-from irpo_utils.config import TaskConfig
-from irpo_utils.stages import encode_prompts
-from irpo_utils.tasks import SPLITS, Problem, check_task, get_task
-from irpo_utils.tasks.word_problems import BUCKETS, MAX_VALUE, careless_choice, draw_problems, draw_story, story_of
+from irpo_utils.answers.marks import marked_answer
+from irpo_utils.model.prompts import encode_prompts
+from irpo_utils.settings import TaskConfig
+from irpo_utils.tasks import check_task, get_task
+from irpo_utils.tasks.base import SPLITS, Problem
+from irpo_utils.tasks.grading import reward
+from irpo_utils.tasks.word_problems import (
+    BUCKETS,
+    MAX_VALUE,
+    WordProblems,
+    careless_choice,
+    draw_problems,
+    draw_story,
+    make_problem,
+    story_of,
+)
 
 
 def test_splits_share_no_problem_even_under_other_names():
@@ -31,7 +42,7 @@ def test_splits_share_no_problem_even_under_other_names():
 def test_problems_are_the_same_every_time_and_others_with_another_seed(config):
     task, again = get_task(config.task), get_task(config.task)
     assert task.problems("train") == again.problems("train")
-    assert get_task(replace(config.task, seed=1)).problems("train") != task.problems("train")
+    assert get_task(config.task.but(seed=1)).problems("train") != task.problems("train")
 
 
 def test_every_gold_answer_grades_right_and_every_step_of_it(task):
@@ -48,8 +59,6 @@ def test_careless_steps_are_judged_careless_and_values_stay_in_range(seed):
     story = draw_story(rng, 0.5)
     careless = careless_choice(story, rng)
     solution, _ = story.solution(careless)
-    from irpo_utils.tasks.word_problems import WordProblems, make_problem
-
     verdicts = WordProblems(None).judge_steps(make_problem("x", story), solution)
     assert [v == "careless" for _, v in verdicts] == list(careless)
     numbers = [int(w) for w in solution.split() if w.isdigit()]
@@ -73,7 +82,7 @@ def test_solutions_survive_the_tokenizer_to_the_letter(task, tokenizer):
 
 
 def test_guessable_share_is_kept(config):
-    task = get_task(replace(config.task, train_size=400, guessable_share=0.3))
+    task = get_task(config.task.but(train_size=400, guessable_share=0.3))
     share = sum(story_of(p).guessable for p in task.problems("train")) / 400
     assert 0.2 < share < 0.4
 
@@ -181,8 +190,8 @@ def test_dev_comes_out_of_training_and_no_question_is_in_two_splits(tmp_path):
     assert not (asked[0] & asked[1] or asked[0] & asked[2] or asked[1] & asked[2])
     assert task.notes == ["task.train: 10 questions of dev or test are left out of training"]
     assert task.problems("train") == get_task(config).problems("train")
-    assert get_task(replace(config, seed=1)).problems("dev") != task.problems("dev")
-    assert get_task(replace(config, train_size=7)).problems("train") == task.problems("train")[:7]
+    assert get_task(config.but(seed=1)).problems("dev") != task.problems("dev")
+    assert get_task(config.but(train_size=7)).problems("train") == task.problems("train")[:7]
 
 
 def test_gold_gsm8k_solutions_lose_their_calculator_marks_and_end_marked(tmp_path):

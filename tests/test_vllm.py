@@ -13,10 +13,14 @@ import pytest
 import torch
 from conftest import ROOT, drive
 
-from irpo_utils import models, runs, sampling, stages, vllm_engine
-from irpo_utils.config import ConfigError
-from irpo_utils.presets import load_preset
-from irpo_utils.scoring import collate, response_logps
+from irpo_utils import files
+from irpo_utils.extras.vllm import engine as vllm
+from irpo_utils.files import ConfigError
+from irpo_utils.model import load, sampling
+from irpo_utils.model.logprobs import collate, response_logps
+from irpo_utils.model.prompts import encode_prompts
+from irpo_utils.run import stages, store
+from irpo_utils.run.presets import load_preset
 
 HERE = importlib.util.find_spec("vllm") is not None
 needs_vllm = pytest.mark.skipif(not (HERE or os.environ.get("IRPO_VLLM_PYTHON")), reason="no vLLM (IRPO_VLLM_PYTHON)")
@@ -34,7 +38,7 @@ def ids(completions):
 
 @pytest.fixture(scope="module")
 def prompts(tokenizer, task):
-    return stages.encode_prompts(task, tokenizer, task.problems("train")[:20])
+    return encode_prompts(task, tokenizer, task.problems("train")[:20])
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +48,7 @@ def longest(prompts):
 
 @pytest.fixture(scope="module")
 def engine(config, longest):
-    with vllm_engine.Engine(config, None, longest) as engine:
+    with vllm.Engine(config, None, longest) as engine:
         yield engine
 
 
@@ -116,52 +120,52 @@ def test_what_vllm_would_silently_change_is_refused(engine, prompts, longest):
 
 @needs_vllm
 def test_an_adapter_by_its_path_and_a_process_that_is_killed(config, prompts, longest, seed_model, tmp_path):
-    policy = models.load_policy(config.model, trainable=True, seed=0)
+    policy = load.load_policy(config.model, trainable=True, seed=0)
     torch.manual_seed(1)
     for name, weights in policy.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weights, std=0.2)
     policy.save_pretrained(tmp_path)
-    wanted = ids(collected(sampling.sample(models.load_policy(config.model, tmp_path, threads=1), prompts, **GREEDY)))
+    wanted = ids(collected(sampling.sample(load.load_policy(config.model, tmp_path, threads=1), prompts, **GREEDY)))
     assert wanted != ids(collected(sampling.sample(seed_model, prompts, **GREEDY)))
-    with vllm_engine.Engine(config, tmp_path, longest) as engine:
+    with vllm.Engine(config, tmp_path, longest) as engine:
         assert ids(collected(engine.sample(prompts, **GREEDY))) == wanted
         os.kill(engine._process.pid, signal.SIGKILL)
-        with pytest.raises(vllm_engine.EngineError, match="ended by signal 9"):
+        with pytest.raises(vllm.EngineError, match="ended by signal 9"):
             next(engine.sample(prompts, **GREEDY))
 
 
 @needs_vllm
 def test_a_whole_model_by_its_path(config, prompts, longest, tmp_path):
-    full = replace(config, model=replace(config.model, tuning="full"))
-    policy = models.load_policy(full.model)
+    full = config.but(model=config.model.but(tuning="full"))
+    policy = load.load_policy(full.model)
     torch.manual_seed(1)
     with torch.no_grad():
         for weights in policy.parameters():
             weights.add_(0.05 * torch.randn_like(weights))
     policy.save_pretrained(tmp_path)
     wanted = ids(collected(sampling.sample(policy, prompts, **GREEDY)))
-    with vllm_engine.Engine(full, tmp_path, longest) as engine:
+    with vllm.Engine(full, tmp_path, longest) as engine:
         assert ids(collected(engine.sample(prompts, **GREEDY))) == wanted
 
 
 @needs_vllm
 def test_a_model_that_vllm_cannot_load_is_told_with_its_log(config, longest, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama", "architectures": ["Unheard"]}')
-    with pytest.raises(vllm_engine.EngineError, match="(?s)ended with exit code 1.*Unheard"):
-        vllm_engine.Engine(config, tmp_path, longest)
+    with pytest.raises(vllm.EngineError, match="(?s)ended with exit code 1.*Unheard"):
+        vllm.Engine(config, tmp_path, longest)
 
 
 @needs_vllm
 def test_the_stages_sample_and_evaluate_with_it(tmp_path):
     settings = ["sampling.engine=vllm", "task.train_size=6", "task.dev_size=4", "task.test_size=4", "sampling.n=4"]
-    runs.write_text(tmp_path / "config.yaml", runs.dump(load_preset("micro", [*settings, "evaluation.samples=4"])))
-    stage = runs.Stage("01_sample", tmp_path, iteration=1).begin()
+    files.write_text(tmp_path / "config.yaml", store.dump(load_preset("micro", [*settings, "evaluation.samples=4"])))
+    stage = store.Stage("01_sample", tmp_path, iteration=1).begin()
     records = stages.sample_stage(stage)
     assert len(records) == 24 and all((r["token_ids"][-1] == 2) == r["finished"] for r in records)
     assert stage.finish()["key"]["versions"]["vllm"].startswith("vllm")
     assert stage.is_done()
-    summary, judged = stages.evaluate_stage(runs.Stage("04_evaluate", tmp_path, iteration=0).begin())
+    summary, judged = stages.evaluate_stage(store.Stage("04_evaluate", tmp_path, iteration=0).begin())
     assert len(judged) == 8 and all(len(r["answers"]) == 4 and "greedy" in r for r in judged)
     assert set(summary) == {"dev", "test"}
 
@@ -177,12 +181,12 @@ def test_a_missing_vllm_is_refused_before_the_run(monkeypatch):
 
 def test_an_engine_without_vllm_says_so(config, monkeypatch):
     monkeypatch.setenv("IRPO_VLLM_PYTHON", "no/such/python")
-    with pytest.raises(vllm_engine.EngineError, match="no/such/python cannot be run .*; see IRPO_VLLM_PYTHON"):
-        vllm_engine.Engine(config, None, 50)
+    with pytest.raises(vllm.EngineError, match="no/such/python cannot be run .*; see IRPO_VLLM_PYTHON"):
+        vllm.Engine(config, None, 50)
     monkeypatch.setenv("IRPO_VLLM_PYTHON", sys.executable)
     if not HERE:
-        with pytest.raises(vllm_engine.EngineError, match="ended with exit code 1. Is it installed there"):
-            vllm_engine.Engine(config, None, 50)
+        with pytest.raises(vllm.EngineError, match="ended with exit code 1. Is it installed there"):
+            vllm.Engine(config, None, 50)
 
 
 @pytest.mark.parametrize(

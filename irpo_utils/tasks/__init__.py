@@ -4,59 +4,22 @@ from __future__ import annotations
 
 import importlib.util
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from importlib import import_module
-from pathlib import Path
-from typing import Any, Protocol
 
-ROOT = Path(__file__).parent.parent.parent
-SPLITS = ("train", "dev", "test")
+from ..files import local_path
+from .base import SPLITS, Problem, Task
+
 # Task name -> "module:Class". `task.name=path/to/file.py:Class` names a class of your own.
 TASKS = {
     "word_problems": "irpo_utils.tasks.word_problems:WordProblems",
     "gsm8k": "irpo_utils.tasks.gsm8k:GSM8K",
     "math": "irpo_utils.tasks.math:MATH",
     "arc_challenge": "irpo_utils.tasks.arc:ARC",
-    "mbpp": "irpo_utils.tasks.code:MBPP",
-    "humaneval": "irpo_utils.tasks.code:HumanEval",
+    "mbpp": "irpo_utils.extras.code.tasks:MBPP",
+    "humaneval": "irpo_utils.extras.code.tasks:HumanEval",
     "mmlu_math": "irpo_utils.tasks.mmlu_math:MMLUMath",
     "jsonl": "irpo_utils.tasks.jsonl:JsonLines",
 }
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One problem. `solution` is the gold chain of thought *and* final answer, or "" where none exists."""
-
-    id: str
-    question: str
-    answer: str
-    solution: str = ""
-    meta: dict[str, Any] = field(default_factory=dict)
-
-
-class Task(Protocol):
-    """Four small methods, and a constructor that takes the `TaskConfig`; `gsm8k.py` is a short example."""
-
-    def problems(self, split: str) -> list[Problem]:
-        """The problems of "train", "dev" or "test", always in the same order; no question in two of them."""
-
-    def prompt(self, problem: Problem) -> str:
-        """The text that the model continues, or the user's turn where the tokenizer has a chat template."""
-
-    def extract(self, response: str, problem: Problem, flexible: bool = False) -> str | None:
-        """The final answer in a response, or None when there is none to be found (unparsed).
-
-        Strict is the marked answer alone; `flexible` may fall back on what looks like one.
-        """
-
-    def equal(self, answer: str, problem: Problem) -> bool:
-        """Whether an extracted answer is the problem's."""
-
-
-def local_path(source: str) -> Path:
-    """A file that a parameter names; relative paths are relative to the project, wherever the process was started."""
-    return ROOT / Path(source).expanduser()
 
 
 def get_task(config) -> Task:

@@ -9,8 +9,8 @@ import re
 import unicodedata
 from typing import ClassVar
 
-from ..answers import LONGEST, candidates
-from . import Problem
+from ..answers.marks import LONGEST, candidates
+from .base import Problem
 from .records import RecordTask
 
 LETTERS = "ABCDE"

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from typing import ClassVar
 
-from ..answers import candidates, last_number, number, plain
-from . import Problem
+from ..answers.marks import candidates
+from ..answers.numbers import last_number, number, plain
+from .base import Problem
 from .records import RecordTask
 
 CALCULATOR = re.compile(r"<<[^<>\n]*>>")

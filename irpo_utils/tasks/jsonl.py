@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from ..answers import candidates, last_number, number, plain
-from . import Problem
+from ..answers.marks import candidates
+from ..answers.numbers import last_number, number, plain
+from .base import Problem
 from .records import RecordTask
 
 PROMPT = (

@@ -6,9 +6,10 @@ import hashlib
 from functools import cached_property
 from typing import ClassVar
 
-from ..answers import boxed, candidates, last_number, plain
-from ..latex import Equality, normal, unwrap
-from . import Problem
+from ..answers.latex import Equality, normal, unwrap
+from ..answers.marks import boxed, candidates
+from ..answers.numbers import last_number, plain
+from .base import Problem
 from .records import RecordTask
 
 HUB_SUBJECTS = (

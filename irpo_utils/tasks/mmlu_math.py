@@ -8,8 +8,8 @@ from __future__ import annotations
 import re
 from typing import ClassVar
 
-from ..answers import number
-from . import Problem
+from ..answers.numbers import number
+from .base import Problem
 from .gsm8k import GSM8K
 
 

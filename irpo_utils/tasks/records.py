@@ -12,7 +12,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
-from . import ROOT, Problem, local_path
+from ..files import ROOT, local_path
+from .base import Problem
 
 FORMS = (".jsonl", ".json", ".jsonl.gz", ".parquet")
 

@@ -17,14 +17,13 @@ import re
 from dataclasses import asdict, dataclass
 from itertools import product
 
-from ..answers import marked_answer
-from . import Problem
+from ..answers.marks import marked_answer
+from .base import Problem
 
 MAX_VALUE = 39  # every value on every careless path stays in 1..MAX_VALUE: the numbers are a closed vocabulary
 NAMES = ("Ann", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gus", "Hana")
 ITEMS = ("pens", "coins", "cards", "shells", "eggs", "books", "stamps", "apples")
 TIMES = {2: "twice", 3: "three times", 4: "four times"}
-
 # How often the careless solver misreads each kind of event. Above one half, greedy decoding of M_0 is wrong.
 MISCONCEPTIONS = {
     "half": 0.95,  # "sells half" read as "sells 2"

@@ -1,0 +1,340 @@
+r"""Whether two mathematical answers written in LaTeX are the same: cheap exact rules first, the symbolic check last.
+
+The rules decide numbers (exactly, as fractions), words, lists, tuples and intervals (element by element); only an
+expression that they cannot decide goes to math-verify, in a process of its own with a limit on its time and memory
+(`verify`). String equality alone would call about one right MATH answer in twelve wrong.
+"""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+
+from .marks import boxed, braced
+from .verify import Verifier
+
+LONGEST = 400  # characters of an answer that are compared by more than their letters
+_SPACES = re.compile(
+    r"(?<!\\)\\[,;:!> ]|\\q?quad\b|\\(?:displaystyle|textstyle|limits)\b|~|\\(?:left|right|[bB]igg?[lr]?)(?![a-zA-Z])"
+)
+_TEXT = re.compile(r"\\(?:text(?:bf|it|rm|normal|tt)?|mbox|mathrm|mathbf|mathit|operatorname)\s*\{([^{}]*)\}")
+_UNIT_TEXT = re.compile(_TEXT.pattern + r"\s*(?:\^\s*\{?\s*[0-9]\s*\}?)?")
+_WORDS = re.compile(r"[a-z][a-z' -]*[a-z]")
+_UNITS = frozenset(
+    [
+        "cm",
+        "mm",
+        "km",
+        "in",
+        "inch",
+        "inches",
+        "ft",
+        "foot",
+        "feet",
+        "yd",
+        "yard",
+        "yards",
+        "mi",
+        "mile",
+        "miles",
+        "meter",
+        "meters",
+        "metre",
+        "metres",
+        "centimeter",
+        "centimeters",
+        "kilometer",
+        "kilometers",
+        "unit",
+        "units",
+        "sq",
+        "square",
+        "cubic",
+        "degree",
+        "degrees",
+        "deg",
+        "radian",
+        "radians",
+        "second",
+        "seconds",
+        "sec",
+        "minute",
+        "minutes",
+        "min",
+        "hour",
+        "hours",
+        "hr",
+        "hrs",
+        "day",
+        "days",
+        "week",
+        "weeks",
+        "month",
+        "months",
+        "year",
+        "years",
+        "dollar",
+        "dollars",
+        "cent",
+        "cents",
+        "pound",
+        "pounds",
+        "lb",
+        "lbs",
+        "ounce",
+        "ounces",
+        "oz",
+        "gram",
+        "grams",
+        "kg",
+        "kilogram",
+        "kilograms",
+        "mph",
+        "kph",
+        "liter",
+        "liters",
+        "litre",
+        "litres",
+        "gallon",
+        "gallons",
+        "percent",
+        "people",
+        "students",
+        "ways",
+        "times",
+        "points",
+        "books",
+        "marbles",
+        "socks",
+        "cubes",
+        "per",
+    ]
+)  # other words after a number are letters that are multiplied: 5ab
+_FUNCTIONS = re.compile(r"pi|sqrt|sin|cos|tan|cot|sec|csc|log|ln|exp|e|infty|infinity|frac|cup|cap|mod|and|or|in|i")
+_UNIT = re.compile(
+    r"([-+]?(?:[0-9][0-9.,]*|\\frac\{-?[0-9]+\}\{[0-9]+\}))\s*((?:[a-zA-Z]{2,}\.?\s*){1,4}(?:\^\{?[23]\}?)?)"
+)
+_NUMBER = re.compile(r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)")
+_RATIO = re.compile(r"([-+]?)(?:\\frac\{([-+]?[0-9]+)\}\{([0-9]+)\}|([0-9]+)/([0-9]+))")
+_MIXED = re.compile(r"([-+]?)([0-9]+)(?:\\frac\{([0-9]+)\}\{([0-9]+)\}|(?: |\\ )([0-9]+)/([0-9]+))")
+_PERIODIC = re.compile(r"([-+]?)([0-9]*)\.([0-9]*)\\overline\{([0-9]+)\}")
+_THOUSANDS = re.compile(r"[-+]?[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?")
+_SAME = {
+    "\\dfrac": "\\frac", "\\tfrac": "\\frac", "\\cfrac": "\\frac", "\\leq": "\\le", "\\geq": "\\ge", "\\neq": "\\ne",
+    "\\varnothing": "\\emptyset", "\\cdot": "*", "\\times": "*", "\\lbrace": "\\{", "\\rbrace": "\\}", "\\mid": "|",
+    "\\pmb": "", "π": "\\pi", "∞": "\\infty", "√": "\\sqrt", "≤": "\\le", "≥": "\\ge", "∪": "\\cup", "∅": "\\emptyset",
+    "²": "^2", "³": "^3", "½": "\\frac{1}{2}", "¼": "\\frac{1}{4}", "¾": "\\frac{3}{4}", "−": "-", "–": "-", "×": "*", "·": "*", "°": "", "\\degree": "", "\\$": "", "\\%": "", "%": "", "{,}": ",",
+}  # fmt: skip
+_COMMAND = re.compile(
+    "|".join(
+        re.escape(k) + (r"(?![a-zA-Z])" if k[1:].isalpha() and k[0] == "\\" else "")
+        for k in sorted(_SAME, key=len, reverse=True)
+    )
+)
+_BARE_FRACTION = re.compile(r"\\frac\s*(?:([0-9a-z])\s*([0-9a-z])|([0-9a-z])\s*\{([^{}]*)\}|\{([^{}]*)\}\s*([0-9a-z]))")
+_NAME = re.compile(r"(?:[a-zA-Z]|[a-zA-Z]\([a-z]\)|\\theta|\\alpha|[a-zA-Z]_\{?[0-9a-z]\}?)\s*(?:=|\\in(?![a-zA-Z]))")
+
+
+def unwrap(text: str) -> str:
+    r"""The mathematics of a marked answer: without `\boxed`, the dollar signs or brackets around it, and the full stop."""
+    text = text.strip().replace("\\$", "")
+    text = boxed(text) or text
+    text = _unbraced(text)
+    if text.count("$") % 2:
+        text = text.replace("$", "")  # one dollar sign is money
+    parts = [part for part in re.findall(r"\$+([^$]+)\$+|\\\((.+?)\\\)|\\\[(.+?)\\\]", text[:2000])]
+    inside = [next(x for x in part if x).strip() for part in parts]
+    if len(inside) == 1:
+        text = inside[0]
+    elif inside and not any(re.search(r"[-+*/=]$", part) for part in inside):
+        text = ", ".join(inside)
+    return _unbraced(text.replace("$", "").strip().rstrip(".").strip())
+
+
+def _unbraced(text: str) -> str:
+    while text.startswith("{") and braced(text, 0) == text[1:-1]:
+        text = text[1:-1].strip()
+    return text
+
+
+def normal(text: str) -> str:
+    """An answer in a common spelling, spaces gone. What is equal is equal; what differs may still be the same."""
+    text = unwrap(text)
+    text = re.sub(r"(?<=[0-9])(?:\{,\}|,\\!)(?=[0-9]{3})", "", text)  # 5,\!525 and 5{,}525
+    text = _COMMAND.sub(lambda m: _SAME[m[0]], _SPACES.sub(" " if "\\ " in text else "", text))
+    text = re.sub(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![a-zA-Z]))", "", text)
+    for _ in range(3):
+        text = _BARE_FRACTION.sub(
+            lambda m: "\\frac{{{}}}{{{}}}".format(*tuple(g for g in m.groups() if g is not None)), text
+        )
+    text = re.sub(r"\\sqrt\s*([0-9a-zA-Z])", r"\\sqrt{\1}", text)
+    texts = [m.strip() for m in _TEXT.findall(text)]
+    without = _UNIT_TEXT.sub(" ", text).strip()
+    if (
+        texts
+        and without
+        and not any(t.lower() in ("and", "or", ",") for t in texts)
+        and re.search(r"[0-9a-zA-Z]", without)
+    ):
+        text = without  # a unit
+    else:
+        text = _TEXT.sub(lambda m: "," if m[1].strip().lower() in ("and", "or") else m[1], text)
+    text = re.sub(r"(?:\s*,)+", ",", re.sub(r"\s+(?:and|or)\s+", ",", text)).strip().rstrip(".").strip()
+    unit = _UNIT.fullmatch(text)
+    if unit and all(word.lower().rstrip(".") in _UNITS for word in re.findall(r"[a-zA-Z.]+", unit[2])):
+        text = unit[1]
+    if text.count("=") + len(re.findall(r"\\in(?![a-zA-Z])", text)) == 1 and (name := _NAME.match(text)):
+        text = text[name.end() :]
+    if _MIXED.fullmatch(text.strip()) is None:
+        text = re.sub(r"\s+", "", text) if not re.fullmatch(r"[A-Za-z][A-Za-z' .-]+", text) else text.lower()
+    if _THOUSANDS.fullmatch(text):
+        text = text.replace(",", "")
+    text = re.sub(r"([\^_])\{([0-9a-zA-Z])\}", r"\1\2", text)
+    return text.replace("bmatrix", "pmatrix").strip()
+
+
+def rational(text: str) -> Fraction | None:
+    """The value of a normal answer that is one number: an integer, a decimal, a fraction or a mixed number."""
+    if len(text) > 100:
+        return None
+    if _NUMBER.fullmatch(text):
+        return Fraction(text)
+    if ratio := _RATIO.fullmatch(text):
+        top, bottom = (ratio[2], ratio[3]) if ratio[2] else (ratio[4], ratio[5])
+        value = Fraction(int(top), int(bottom)) if int(bottom) else None
+        return -value if value is not None and ratio[1] == "-" else value
+    if periodic := _PERIODIC.fullmatch(text):
+        whole, fixed, again = (periodic[i] or "" for i in (2, 3, 4))
+        value = Fraction(
+            int(f"{whole}{fixed}{again}") - int(f"{whole}{fixed}" or 0), (10 ** len(again) - 1) * 10 ** len(fixed)
+        )
+        return -value if periodic[1] == "-" else value
+    if mixed := _MIXED.fullmatch(text.strip()):
+        top, bottom = mixed[3] or mixed[5], mixed[4] or mixed[6]
+        value = int(mixed[2]) + Fraction(int(top), int(bottom)) if int(bottom) else None
+        return -value if value is not None and mixed[1] == "-" else value
+    return None
+
+
+def elements(text: str) -> list[str]:
+    """A normal answer split at its commas outside of all brackets."""
+    parts, depth, start, i = [], 0, 0, 0
+    while i < len(text):
+        if text[i] == "\\" and text[i + 1 : i + 2] in ("{", "}"):
+            depth += 1 if text[i + 1] == "{" else -1
+            i += 1
+        elif text[i] in "([{":
+            depth += 1
+        elif text[i] in ")]}":
+            depth -= 1
+        elif text[i] == "," and depth == 0:
+            parts.append(text[start:i])
+            start = i + 1
+        i += 1
+    return [*parts, text[start:]]
+
+
+def signed(parts: list[str]) -> list[str]:
+    r"""A list's elements with `\pm` written out, once with each sign."""
+    out = []
+    for part in parts:
+        several = part.count("\\pm") == 1
+        out += [part.replace("\\pm", sign).removeprefix("+") for sign in "+-"] if several else [part]
+    return out
+
+
+def _bracketed(text: str) -> tuple[str, str, str] | None:
+    r"""(opening, inside, closing) of an answer that is one bracket: a tuple, an interval, a set."""
+    for opening, closing in (("\\{", "\\}"), ("(", ")"), ("[", "]"), ("(", "]"), ("[", ")")):
+        if text.startswith(opening) and text.endswith(closing) and len(text) > len(opening) + len(closing):
+            inside, depth = text[len(opening) : len(text) - len(closing)], 0
+            for c in inside.replace("\\{", "(").replace("\\}", ")"):
+                depth += (c in "([{") - (c in ")]}")
+                if depth < 0:
+                    return None
+            return (opening, inside, closing) if depth == 0 else None
+    return None
+
+
+def decide(first: str, second: str) -> bool | None:
+    """Whether two normal answers are the same, by the cheap rules; None where only the symbolic check can tell."""
+    if first == second:
+        return True
+    if max(len(first), len(second)) > LONGEST or not first or not second:
+        return False
+    one, two = rational(first), rational(second)
+    if one is not None and two is not None:
+        return one == two
+    if (one is None) != (two is None):
+        letters = re.fullmatch(r"[-+]?[0-9.]*([a-zA-Z]{1,3})", first if one is None else second)
+        if letters and not _FUNCTIONS.fullmatch(letters[1].lower()):
+            return False  # a product of letters, which math-verify may take for a unit
+    products = [re.fullmatch(r"([-+]?[0-9.]*)([a-zA-Z]{2,3})", t) for t in (first, second)]
+    if all(products) and not any(_FUNCTIONS.fullmatch(m[2].lower()) for m in products):
+        return products[0][1] == products[1][1] and sorted(products[0][2]) == sorted(products[1][2])  # ab = ba
+    words = [_WORDS.fullmatch(t.lower()) is not None and not _FUNCTIONS.fullmatch(t.lower()) for t in (first, second)]
+    if any(words):
+        return first.lower().strip(" .()") == second.lower().strip(" .()")
+    if re.fullmatch(r"\(?[A-Za-z]\)?", first) and re.fullmatch(r"\(?[A-Za-z]\)?", second):
+        return first.strip("()") == second.strip("()")  # an option
+    bases = [re.findall(r"(?<=[0-9])_([0-9]+|\{[0-9]+\})", t) for t in (first, second)]
+    if bases[0] != bases[1]:
+        return False  # 52_8 is not 52
+    sides = [_bracketed(t) for t in (first, second)]
+    if all(sides) and "\\}" not in (sides[0][2], sides[1][2]):
+        (a, left, z), (b, right, y) = sides
+        left, right = elements(left), elements(right)
+        if max(len(left), len(right)) > 1:
+            if (a, z) != (b, y) or len(left) != len(right):
+                return False
+            return _all(decide(p, q) for p, q in zip(left, right, strict=True))
+    lists = [
+        elements(s[1]) if s and s[2] == "\\}" else elements(t) for s, t in zip(sides, (first, second), strict=True)
+    ]
+    lists = [signed(parts) for parts in lists]
+    if max(map(len, lists)) > 1 and "\\begin" not in first + second:
+        return _same_set(*lists)
+    return None
+
+
+def _all(results) -> bool | None:
+    found = list(results)
+    return False if False in found else None if None in found else True
+
+
+def _same_set(left: list[str], right: list[str]) -> bool | None:
+    """Whether two lists hold the same elements in any order."""
+    if len(left) != len(right):
+        return False
+    open_questions, rest = False, list(right)
+    for p in left:
+        answers = [decide(p, q) for q in rest]
+        if True in answers:
+            rest.pop(answers.index(True))
+        elif None in answers:
+            open_questions = True
+        else:
+            return False
+    return None if open_questions else True
+
+
+class Equality:
+    """Answers an "are these the same?" for many pairs; remembers, and asks the symbolic check only where it must."""
+
+    def __init__(self, seconds: float = 3.0):
+        self.verifier = Verifier(seconds)
+        self.known: dict[tuple[str, str], bool] = {}
+
+    def __call__(self, pairs: list[tuple[str, str]]) -> list[bool]:
+        """For every (answer, gold), whether they are the same; a check that runs out of its time is a no."""
+        normals = [(normal(answer), normal(gold)) for answer, gold in pairs]
+        todo = {}
+        for pair in dict.fromkeys(normals):
+            if pair not in self.known:
+                decided = decide(*pair)
+                if decided is None:
+                    todo[pair] = None
+                else:
+                    self.known[pair] = decided
+        self.known.update(zip(todo, self.verifier(list(todo)), strict=True))
+        return [self.known[pair] for pair in normals]

@@ -1,0 +1,103 @@
+"""Where the final answer of a response stands: the marks that announce it, and the text behind them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+LONGEST = 1000  # characters of an answer; what is longer is cut, and equals nothing
+MARK = re.compile(r"Final answer:[ \t]*(.*)", re.IGNORECASE)
+# The marks of a final answer, the surest first. What follows one, on its line or on the next that says something, is the
+# answer; `[\s*_]` steps over Markdown's emphasis.
+MARKS = {
+    "final answer": re.compile(r"final\s{1,3}answer(?:[\s*_]{0,6}[:：]|[ \t*_]{0,4}\n)", re.IGNORECASE),
+    "boxed": re.compile(r"\\f?box(?:ed)?(?![a-zA-Z])"),
+    "####": re.compile(r"####(?=[ \t]{0,8}[^\s#])"),
+    "the answer is": re.compile(r"\b(?:answer|option|choice)\s{1,3}is\b[\s*_]{0,4}[:：]?", re.IGNORECASE),
+    "A:": re.compile(r"^[ \t*_#]{0,8}(?:A|Answer)[ \t*_]{0,4}:", re.MULTILINE),
+}
+_FRAME = re.compile(r"[\s*_]*(?:\\\[|\$\$|`{3}[a-z]*|[*_\s])*")  # a line that only opens a formula or a block
+PREFIX = re.compile(
+    r"(?:so[, ]\s?|thus[, ]\s?)?(?:the|my|our)?\s{0,2}(?:final |correct )?(?:answer|result) is[: ]\s{0,3}",
+    re.IGNORECASE,
+)
+_RETRACTED = re.compile(r"\b(?:actually|wait|correction|recheck)\b", re.IGNORECASE)
+
+
+def marked_answer(response: str) -> str | None:
+    """The text after the last "Final answer:" of a response, to the end of its line; None where there is none.
+
+    The last mark counts, since a chain of thought may mention one before it concludes.
+    """
+    found = MARK.findall(response)
+    answer = found[-1].strip().rstrip(".") if found else ""
+    return answer or None
+
+
+def braced(text: str, at: int, longest: int = LONGEST) -> str | None:
+    """What stands between the brace at `text[at]` and the one that closes it; None where none does within `longest`."""
+    depth, i, end = 0, at, min(len(text), at + longest + 2)
+    while i < end:
+        if text[i] == "\\":
+            i += 1
+        elif text[i] == "{":
+            depth += 1
+        elif text[i] == "}":
+            depth -= 1
+            if depth == 0:
+                return text[at + 1 : i]
+        i += 1
+    return None
+
+
+def boxed(text: str) -> str | None:
+    r"""The content of the last whole `\boxed{...}` (or `\fbox{...}`, or `\boxed 5`); of several in a row ("\boxed{5} and \boxed{6}") all."""
+    spans: list[tuple[int, int, str]] = []
+    for match in list(MARKS["boxed"].finditer(text))[-20:]:
+        at = match.end()
+        while text[at : at + 1] == " ":
+            at += 1
+        if text[at : at + 1] != "{":
+            bare = re.match(r"[^\s$.,{}]{1,50}", text[at : at + 50])
+            if bare:
+                spans.append((match.start(), at + bare.end(), bare[0]))
+        elif (inside := braced(text, at)) is not None:
+            spans.append((match.start(), at + len(inside) + 2, inside))
+    found: list[str] = []
+    for i, (_, end, inside) in reversed(list(enumerate(spans))):
+        if found and not re.fullmatch(r"[\s$,;]{0,6}(?:and|or)?[\s$,;]{0,6}", text[end : spans[i + 1][0]]):
+            break
+        found.append(inside)
+    return ", ".join(reversed(found)) if found else None
+
+
+def candidates(response: str) -> Iterator[str]:
+    """The marked final answers of a response, the surest kind of mark first and of each kind the last, at most one a kind."""
+    for kind, pattern in MARKS.items():
+        if kind == "boxed":
+            found = boxed(response)
+        else:
+            ends = [match.end() for match in pattern.finditer(response)][-20:]
+            found = next((text for end in reversed(ends) if (text := _after(response, end))), None)
+        if found and found.strip():
+            yield found.strip()
+
+
+def _after(response: str, at: int) -> str | None:
+    """The answer that stands behind a mark: the rest of its line, or the first of the next lines that says something."""
+    for i, line in enumerate(response[at : at + LONGEST].split("\n")[:6]):
+        said = line.strip(" \t*_\r")
+        said = re.sub(r"^[-•] (?=\S)", "", said) if i else said  # a bullet
+        if said.strip(".$") and not _FRAME.fullmatch(said):
+            return boxed(said) or _concluded(said) or None
+    return None
+
+
+def _concluded(text: str) -> str:
+    """ "The final answer is $18$. I hope it is correct." -> "$18$" """
+    text = text.strip().strip("*_` \t")
+    prefix = PREFIX.match(text)
+    text = text[prefix.end() :] if prefix else text
+    if _RETRACTED.search(text):
+        return text
+    return re.split(r"(?<=[^\s.])\.(?=\s+[A-Z])", text, maxsplit=1)[0].rstrip(". \t*_`")

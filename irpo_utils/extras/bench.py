@@ -1,0 +1,367 @@
+"""How fast this project samples and trains beside what a user would run otherwise: same model, same work, one run.
+
+./run_all.sh --bench [quick|full]      writes outputs/bench/bench.json and prints the table
+IRPO_VLLM_PYTHON=vllm-env/bin/python ./run_all.sh --bench       with vLLM beside it (pyproject.toml: how to install it)
+
+Contenders take turns, so that a machine that slows down slows all of them; the figure is the median. Nothing of loading,
+tokenizing or importing is timed. Random weights do not change how much work there is for the others, but they do for this
+project's sampler: samples of random weights part at once, so the random shapes show what sharing prompts is worth, and
+the embedded model, which was trained, also what sharing beginnings is worth. Responses have a fixed length in the random
+shapes, so that every contender draws the same number of tokens.
+
+Peak memory is that of one training in a process of its own, over what the process holds with model and pairs loaded.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    PrinterCallback,
+    TrainingArguments,
+    set_seed,
+)
+
+from ..files import OUTPUTS, write_json
+from ..model import load as models, logprobs, sampling, tokens
+from ..model.prompts import encode_prompts
+from ..model.training import PreferenceTrainer
+from ..run.presets import load_preset
+from ..tasks import get_task
+from .vllm import engine as vllm
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A size of problem: tokens of prompts and responses, N samples and K pairs per problem, and the model."""
+
+    name: str
+    prompt: int
+    response: int
+    n: int
+    k: int
+    problems: int  # how many are sampled
+    hidden: int = 0  # 0: the embedded model on its own problems
+    layers: int = 6
+
+
+EMBEDDED = [Shape("embedded", 0, 64, 16, 8, 64), Shape("embedded, N = 30", 0, 64, 30, 10, 64)]
+SHAPES = {
+    "quick": [
+        *EMBEDDED,
+        Shape("gsm8k", 120, 130, 30, 10, 8, 256, 4),
+        Shape("math", 700, 220, 20, 15, 4, 192, 4),
+    ],
+    "full": [
+        *EMBEDDED,
+        Shape("gsm8k", 120, 130, 30, 10, 8, 384),
+        Shape("gsm8k, 30 M", 120, 130, 30, 10, 8, 512, 8),
+        Shape("math", 700, 220, 20, 15, 4, 384),
+    ],
+    "gpu": [
+        *EMBEDDED,
+        Shape("gsm8k, 0.5 B", 120, 130, 30, 10, 32, 1024, 32),
+        Shape("math, 0.5 B", 700, 220, 20, 15, 16, 1024, 32),
+        Shape("gsm8k, 7 B", 120, 130, 30, 10, 16, 4096, 32),
+    ],
+}
+TRAINED = 2  # problems of a random shape that are trained on
+WORDS = 4000
+ROWS = 256  # responses that this project runs at once
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer whose text is its ids, so that a contender that tokenizes gets the very tokens that the others get."""
+    from tokenizers import Tokenizer, pre_tokenizers
+    from tokenizers.models import WordLevel
+
+    vocabulary = {"<pad>": 0, "<eos>": 1, "<unk>": 2, **{f"w{i}": i for i in range(3, WORDS)}}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+
+
+def load(shape: Shape) -> tuple[LlamaForCausalLM, Any, dict[str, list[int]], int]:
+    """Model, tokenizer, prompts, and the id that ends a response (-1: none does)."""
+    if not shape.hidden:
+        config = load_preset("tiny", ["task.train_size=200"])
+        tokenizer = tokens.load_tokenizer(config.model)
+        task = get_task(config.task)
+        prompts = encode_prompts(task, tokenizer, task.problems("train")[: shape.problems])
+        return models.load_policy(config.model), tokenizer, prompts, tokenizer.eos_token_id
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=WORDS, hidden_size=shape.hidden, intermediate_size=3 * shape.hidden, num_hidden_layers=shape.layers,
+        num_attention_heads=shape.hidden // 64, max_position_embeddings=2048, tie_word_embeddings=True, eos_token_id=1, pad_token_id=0,
+    )  # fmt: skip
+    rng = random.Random(0)
+    prompts = {
+        f"p{i}": [rng.randrange(3, WORDS) for _ in range(shape.prompt + rng.randint(-5, 5))]
+        for i in range(shape.problems)
+    }
+    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    return LlamaForCausalLM(config).to(models.device(), dtype).eval(), word_tokenizer(), prompts, -1
+
+
+def alternate(contenders: dict[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
+    """Every contender's result of `repeats` rounds, after one round that does not count."""
+    found: dict[str, list[float]] = {name: [] for name in contenders}
+    for round_ in range(repeats + 1):
+        for name, work in contenders.items():
+            value = work()
+            if round_:
+                found[name].append(value)
+    return found
+
+
+def samplers(shape: Shape, stack: ExitStack) -> dict[str, Callable[[], float]]:
+    """What draws N responses to every prompt and returns tokens per second: this project, `generate`, vLLM where it is installed.
+
+    What `stack` holds is needed until they have run.
+    """
+    model, tokenizer, prompts, eos = load(shape)
+
+    def rate(draw: Callable[..., Any]) -> float:
+        started, tokens = time.perf_counter(), 0
+        stops = [eos] if eos >= 0 else []
+        for batch in draw(prompts, n=shape.n, temperature=1.0, seed=0, eos_id=stops, max_new_tokens=shape.response, rows=ROWS):  # fmt: skip
+            tokens += sum(len(c.token_ids) for completions in batch.values() for c in completions)
+        return tokens / (time.perf_counter() - started)
+
+    def generate(size: int) -> float:
+        """One batch after the other: where nothing differs between batches, two of them have the rate of all."""
+        set_seed(0)
+        started, tokens = time.perf_counter(), 0
+        todo = sorted(prompts.values(), key=len)
+        for i in range(0, len(todo) if eos >= 0 else min(len(todo), 2 * size), size):
+            part = todo[i : i + size]
+            width = max(map(len, part))
+            ids = torch.tensor([[0] * (width - len(p)) + p for p in part], device=model.device)
+            mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in part], device=model.device)
+            out = model.generate(
+                ids, attention_mask=mask, do_sample=True, top_k=0, num_return_sequences=shape.n,
+                max_new_tokens=shape.response, min_new_tokens=None if eos >= 0 else shape.response, pad_token_id=0,
+            )[:, width:]  # fmt: skip
+            ended = (out == eos).int().cumsum(-1) - (out == eos).int()
+            tokens += int((ended == 0).sum())
+        return tokens / (time.perf_counter() - started)
+
+    sizes = [s for s in ((8, 16) if eos >= 0 else (1, 2)) if s <= shape.problems]  # the best ones of a longer search
+    found = {
+        "ours": lambda: rate(partial(sampling.sample, model)),
+        **{f"generate, {s} prompts a batch": lambda s=s: generate(s) for s in sizes},
+    }
+    if vllm.version() and not torch.cuda.is_available():  # on a GPU it wants the memory that this process holds
+        engine = stack.enter_context(start_vllm(shape, model, tokenizer, prompts, stack))
+        found["vLLM"] = lambda: rate(engine.sample)
+    return found
+
+
+def start_vllm(
+    shape: Shape, model: Any, tokenizer: Any, prompts: dict[str, list[int]], stack: ExitStack
+) -> vllm.Engine:
+    """vLLM in its process with this model, with the same number of rows and threads as this project has."""
+    folder = stack.enter_context(tempfile.TemporaryDirectory())
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    dtype = "float32" if model.dtype == torch.float32 else "bfloat16"
+    settings = [f"model.path={folder}", f"model.dtype={dtype}", f"sampling.max_rows={ROWS}", f"sampling.max_new_tokens={shape.response}"]  # fmt: skip
+    config = load_preset("tiny", [*settings, f"threads={torch.get_num_threads()}"])
+    return vllm.Engine(config, None, max(map(len, prompts.values())))
+
+
+def make_pairs(shape: Shape, prompts: dict[str, list[int]]) -> list[logprobs.Pair]:
+    """K pairs per problem, as the cyclic walk makes them of four winners and six losers, of random tokens."""
+    rng, pairs = random.Random(1), []
+    words = WORDS if shape.hidden else 130
+    for name, prompt in prompts.items():
+        length = shape.response if shape.hidden else 45
+        drawn = [
+            [rng.randrange(3, words) for _ in range(length + rng.randint(-length // 5, length // 5))] + [1]
+            for _ in range(10)
+        ]
+        for i in range(shape.k):
+            pairs.append(
+                {"problem": name, "prompt_ids": prompt, "chosen_ids": drawn[i % 4], "rejected_ids": drawn[4 + i % 6]}
+            )
+    return pairs
+
+
+def trainers(shape: Shape) -> dict[str, Callable[[], float]]:
+    """What trains on the pairs and returns pairs per second, reference pass included: this project, TRL in several set-ups.
+
+    All take one optimizer step (AdamW) per K pairs, all weights trained, from the same start.
+    """
+    import copy
+
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+
+    class TimedTrainer(DPOTrainer):
+        """Notes how long the reference pass takes that TRL makes while it is set up."""
+
+        seconds = 0.0
+
+        def _precompute_ref_logps(self, *args, **kwargs):
+            started = time.perf_counter()
+            found = super()._precompute_ref_logps(*args, **kwargs)
+            self.seconds += time.perf_counter() - started
+            return found
+
+    model, _, prompts, _ = load(shape)
+    tokenizer = word_tokenizer()
+    prompts = dict(list(prompts.items())[: TRAINED if shape.hidden else 32])
+    if not shape.hidden:  # TRL tokenizes text: words stand for the embedded model's ids
+        prompts = {name: [max(3, i) for i in ids] for name, ids in prompts.items()}
+    pairs = make_pairs(shape, prompts)
+    text = lambda ids: "".join(f" w{i}" for i in ids if i > 2)  # noqa: E731 - TRL adds the EOS itself
+    data = Dataset.from_list(
+        [{side: text(p[f"{side}_ids"]) for side in ("prompt", "chosen", "rejected")} for p in pairs]
+    )
+    common = {
+        "learning_rate": 1e-5, "num_train_epochs": 1, "save_strategy": "no", "logging_strategy": "no", "report_to": [],
+        "disable_tqdm": True, "use_cpu": not torch.cuda.is_available(), "bf16": False,
+    }  # fmt: skip
+
+    def ours() -> float:
+        policy, started = copy.deepcopy(model), time.perf_counter()
+        rows = [dict(p) for p in pairs]
+        for row, (chosen, rejected) in zip(rows, logprobs.reference_logps(policy, rows, 2 * shape.k), strict=True):
+            row["reference_chosen"], row["reference_rejected"] = chosen, rejected
+        policy.train()
+        arguments = TrainingArguments(
+            tempfile.mkdtemp(), per_device_train_batch_size=shape.k, train_sampling_strategy="sequential",
+            remove_unused_columns=False, dataloader_pin_memory=False, **common,
+        )  # fmt: skip
+        PreferenceTrainer(
+            policy,
+            arguments,
+            train_dataset=rows,
+            data_collator=logprobs.pair_batch,
+            loss="dpo+nll",
+            beta=0.1,
+            alpha=1.0,
+        ).train()
+        return len(pairs) / (time.perf_counter() - started)
+
+    def trl(size: int, precompute: bool) -> float:
+        policy, reference = copy.deepcopy(model), None if precompute else copy.deepcopy(model)
+        arguments = DPOConfig(
+            tempfile.mkdtemp(), loss_type=["sigmoid", "sft"], loss_weights=[1.0, 1.0], beta=0.1, max_length=None,
+            per_device_train_batch_size=size, gradient_accumulation_steps=shape.k // size, gradient_checkpointing=False,
+            precompute_ref_log_probs=precompute, **common,
+        )  # fmt: skip
+        trainer = TimedTrainer(policy, reference, arguments, train_dataset=data, processing_class=tokenizer)
+        trainer.remove_callback(PrinterCallback)
+        started = time.perf_counter()
+        trainer.train()
+        return len(pairs) / (time.perf_counter() - started + trainer.seconds)
+
+    found = {"ours": ours}
+    for size in (1, 3) if shape.k % 2 else (2, shape.k):
+        for precompute in (False, True):
+            name = f"TRL, micro-batch {size}{', reference before' if precompute else ''}"
+            found[name] = lambda size=size, precompute=precompute: trl(size, precompute)
+    return found
+
+
+def peak(shape: Shape, name: str) -> int | None:
+    """The most bytes that training by the contender `name` takes over what model and pairs take; None if it cannot be told."""
+    contenders = trainers(shape)
+    small = Shape("small", 12, 8, n=4, k=shape.k, problems=2, hidden=64, layers=1)
+    trainers(small)[name]()  # imports what it imports later
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        contenders[name]()
+        return torch.cuda.max_memory_allocated() - before
+    if not Path("/proc/self/clear_refs").exists():
+        return None
+    held = lambda field: 1024 * int(Path("/proc/self/status").read_text().partition(f"{field}:")[2].split()[0])  # noqa: E731
+    Path("/proc/self/clear_refs").write_text("5")  # sets the mark of the highest memory to what it is now
+    before = held("VmRSS")
+    contenders[name]()
+    return held("VmHWM") - before
+
+
+def quiet() -> None:
+    """Keep the libraries from writing between the lines of the table."""
+    import logging
+    import warnings
+
+    import datasets
+    import transformers
+
+    warnings.filterwarnings("ignore")
+    for library in ("transformers", "trl"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def default_job() -> dict[str, float]:
+    """Seconds of each kind of stage of the last whole run of the default preset, as far as there is one."""
+    file = OUTPUTS / "tiny" / "timing.csv"
+    seconds: dict[str, float] = {}
+    for line in file.read_text().splitlines()[1:] if file.exists() else []:
+        stage, _, value = line.split(",")
+        seconds[stage] = seconds.get(stage, 0.0) + float(value)
+    return seconds
+
+
+def main(size: str = "quick", repeats: int = 5) -> int:
+    """Run the benchmark of that size (its GPU shapes where there is a GPU) and write its table."""
+    quiet()
+    rows, size = [], "gpu" if torch.cuda.is_available() else size
+    for shape in SHAPES[size]:
+        for kind, unit in (("sampling", "tokens/s"), ("training", "pairs/s")):
+            if kind == "training" and (shape.name.endswith("N = 30") or shape.hidden > 2000):
+                continue  # trained on already; and all weights of 7 B do not fit with their optimizer
+            with ExitStack() as stack:
+                contenders = samplers(shape, stack) if kind == "sampling" else trainers(shape)
+                found = {n: statistics.median(values) for n, values in alternate(contenders, repeats).items()}
+                del contenders
+            others = sorted((name for name in found if name != "ours"), key=found.get)
+            row = {"shape": shape.name, "kind": kind, "unit": unit, "medians": found, "ratio": found["ours"] / found[others[-1]]}  # fmt: skip
+            said = "; ".join(
+                f"{name} {found[name]:,.1f} ({found['ours'] / found[name]:.1f} times)" for name in others[::-1]
+            )
+            line = f"{shape.name}, {kind}: ours {found['ours']:,.1f} {unit}; {said}"
+            if kind == "training":
+                with ProcessPoolExecutor(1, get_context("spawn"), quiet, max_tasks_per_child=1) as pool:
+                    row["peak_bytes"] = {name: pool.submit(peak, shape, name).result() for name in ("ours", others[-1])}
+                if row["peak_bytes"]["ours"] is not None:
+                    line += "; peak memory {:,.0f} and {:,.0f} MiB".format(*(b / 2**20 for b in row["peak_bytes"].values()))  # fmt: skip
+            rows.append(row)
+            print(line, flush=True)
+    facts = {
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "repeats": repeats,
+        "torch": torch.__version__,
+        "size": size,
+        "rows": rows,
+        "default_job_seconds": default_job(),
+    }
+    if facts["default_job_seconds"]:
+        said = ", ".join(f"{stage} {value:.0f} s" for stage, value in facts["default_job_seconds"].items())
+        print(f"the last default run, by kind of stage: {said}")
+    target = OUTPUTS / "bench" / "bench.json"
+    write_json(target, facts)
+    print(f"-> {target.relative_to(OUTPUTS.parent)}")
+    return 0

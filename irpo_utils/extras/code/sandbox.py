@@ -1,0 +1,175 @@
+"""Run a program on its tests in an isolated child process, and believe only the tests.
+
+`bwrap` (bubblewrap) makes the walls: namespaces of its own for processes, network, IPC and host name, no capabilities,
+and a file system that holds Python and the system's libraries, read-only, and an empty /tmp in memory. Inside, limits on CPU
+time, memory, processes, open files and file size; outside, a limit on the wall clock. What a program prints goes to
+/dev/null. When the judge ends or is killed, the kernel kills whatever is left in its process namespace. Why the verdict
+cannot be forged is in `sandbox_judge.py`.
+
+Not covered. Flaws of the kernel: no system call is filtered, and as root a program may still make user namespaces.
+Memory in sum: it is limited for each process, so that `PROCESSES` of them can hold that many times `MEMORY`, and shared
+segments or a user namespace's own file systems more, until the wall clock ends it; a cgroup around the whole run is
+the mend. Timing: the CPU's caches and the clock are the host's, and a program near its limit may pass on an idle machine
+alone. Meaning: a program that fits the tests without solving the task passes, as does one that calls on chance and is lucky.
+
+`execution="i-accept-the-risk"` goes without bwrap: the same judge and limits in a plain child process, in a temporary
+folder, killed with its process group. Such a program can read and delete files, use the network and signal any process of
+the user's; as root the limit on processes does not bind. Only for programs that are known to mean no harm.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext, suppress
+from functools import cached_property, partial
+from pathlib import Path
+from typing import NamedTuple
+
+from ...settings import EXECUTIONS
+from . import test_runner
+
+ISOLATED, ACCEPTED = EXECUTIONS
+MEMORY = 512 << 20  # bytes of address space of a process
+FILE = 4 << 20  # bytes of a file
+FOLDER = 16 << 20  # bytes of all files
+PROCESSES = 8  # and threads; without isolation none, since the limit counts all that the user runs
+LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/nix/store", "/etc/ld.so.cache")
+PATIENCE = 10  # seconds for starting and ending; the judge ends itself when its time is up
+JUDGE = Path(test_runner.__file__)
+
+
+class Refused(ValueError):
+    """Programs cannot be run in isolation on this machine; the message says what is missing."""
+
+
+class Job(NamedTuple):
+    """A program, and tests that take `names` from it. `before` is source of the tests' own that is run before them."""
+
+    program: str
+    tests: str
+    names: tuple[str, ...]
+    before: str = ""
+
+
+PROBE = Job("import math, heapq\ndef twice(x): return 2 * x", "assert twice(2) == 4", ("twice",))
+
+
+class Sandbox:
+    """Runs jobs, some side by side. `cpu` and `wall` are the seconds that a program and its tests may take.
+
+    Raises (from a call):
+        Refused: `execution` is "isolated", and bwrap is missing or does not work here.
+    """
+
+    def __init__(self, execution: str = ISOLATED, cpu: int = 3, wall: float = 15.0, workers: int | None = None):
+        self.execution, self.cpu, self.wall = execution, cpu, wall
+        self.workers = workers or min(8, os.cpu_count() or 1)
+
+    def __call__(self, jobs: list[Job]) -> list[bool]:
+        """For every job, whether its program passes its tests."""
+        _ = self.command
+        with ThreadPoolExecutor(self.workers) as threads:
+            return list(threads.map(self.run, jobs))
+
+    @cached_property
+    def command(self) -> list[str]:
+        """What stands before the judge's arguments. Tried once. Raises Refused."""
+        python = os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)
+        # -I without the part that would ignore PYTHONHASHSEED: the order of a set is the same in every run.
+        judge = [python, "-s", "-S", "-P", "-B", "-c", JUDGE.read_text()]
+        if self.execution == ACCEPTED:
+            return judge
+        mend = (
+            "Programs are not run without isolation. Install bubblewrap 0.8 or newer (apt install bubblewrap) on a Linux that lets you "
+            f"make namespaces; or, for programs that are known to mean no harm, set task.execution={ACCEPTED} (grade: --execution {ACCEPTED})"
+        )
+        bwrap = shutil.which("bwrap")
+        if bwrap is None:
+            raise Refused(f"bwrap is not installed. {mend}")
+        command = [bwrap, *walls(python), "--", *judge]
+        try:
+            passed, why = self._attempt(command, PROBE), "a program that is right fails in it"
+        except RuntimeError as error:
+            passed, why = False, str(error)
+        if not passed:
+            raise Refused(f"bwrap does not work on this machine ({why}). {mend}")
+        return command
+
+    def run(self, job: Job) -> bool:
+        """Whether a program passes its tests. Raises RuntimeError where the judge does not start, three times."""
+        for last in (False, False, True):
+            try:
+                return self._attempt(self.command, job)
+            except RuntimeError:
+                if last:
+                    raise
+
+    def _attempt(self, command: list[str], job: Job) -> bool:
+        isolated = self.execution == ISOLATED
+        limits = {
+            "isolated": isolated,
+            # A user that nobody is, so that a limit on its processes counts those of this program alone.
+            "user": (1 << 30) + secrets.randbelow(1 << 29) if isolated and os.getuid() == 0 else 0,
+            "processes": PROCESSES if isolated else 0,
+            "wall": self.wall,
+            "rlimits": {
+                "RLIMIT_CPU": self.cpu, "RLIMIT_AS": MEMORY, "RLIMIT_FSIZE": FILE, "RLIMIT_NOFILE": 64, "RLIMIT_CORE": 0,
+            },
+        }  # fmt: skip
+        tests = json.dumps({"before": job.before, "tests": job.tests, "names": job.names})
+        frames = [job.program.encode("utf-8", "surrogatepass"), tests.encode()]
+        sent = b"".join(len(frame).to_bytes(4, "big") + frame for frame in frames)
+        temporary = partial(tempfile.TemporaryDirectory, prefix="irpo-", ignore_cleanup_errors=True)
+        with nullcontext("/") if isolated else temporary() as folder:  # isolated, it has a /tmp of its own
+            process = subprocess.Popen(
+                [*command, json.dumps(limits)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                cwd=folder,
+                env={"PYTHONHASHSEED": "0"},
+                start_new_session=True,
+            )
+            try:
+                out, err = process.communicate(sent, self.wall + PATIENCE)
+            except subprocess.TimeoutExpired as error:
+                out, err = error.stdout or b"", error.stderr or b""
+                process.kill()
+                with suppress(subprocess.TimeoutExpired):
+                    process.communicate(timeout=PATIENCE)
+            finally:
+                with suppress(ProcessLookupError, PermissionError):
+                    os.killpg(process.pid, signal.SIGKILL)
+        said = out.split()
+        if said[:1] != [b"ready"]:
+            told = err.decode(errors="replace").strip().splitlines()[-1:] or [f"exit status {process.returncode}"]
+            raise RuntimeError(f"the judge of programs does not start: {told[0]}")
+        return said == [b"ready", b"passed"]
+
+
+def walls(python: str) -> list[str]:
+    """The arguments that make bwrap isolate: only Python and libraries, read-only, and an empty /tmp."""
+    seen = [p for p in LIBRARIES if os.path.exists(p)]
+    seen += [p for p in dict.fromkeys((sys.base_prefix, sys.base_exec_prefix)) if p not in seen]
+    if not python.startswith(tuple(f"{p}/" for p in seen)):
+        seen.append(python)
+    above = dict.fromkeys(str(folder) for path in seen for folder in [*Path(path).parents][-2::-1])
+    binds = [text for folder in above for text in ("--dir", folder)]  # which others than root may enter, too
+    binds += [text for path in seen for text in ("--ro-bind", path, path)]
+    # As root the judge becomes a user of its own (root's processes are not counted), for which it needs two capabilities.
+    user = ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"] if os.getuid() == 0 else ["--unshare-user", "--disable-userns"]  # fmt: skip
+    return [
+        "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try", "--cap-drop", "ALL", *user,
+        "--die-with-parent", "--new-session", "--as-pid-1",  # nobody inside can kill process 1, and all end with it
+        *binds,
+        "--dir", "/dev", "--dev-bind", "/dev/null", "/dev/null", "--dev-bind", "/dev/urandom", "/dev/urandom",
+        "--perms", "1777", "--size", str(FOLDER), "--tmpfs", "/tmp", "--remount-ro", "/", "--chdir", "/tmp",
+    ]  # fmt: skip

@@ -1,0 +1,99 @@
+"""How good step labels are, on a task that knows the truth of every line (`word_problems`).
+
+The truth that labels are held against is that of a *prefix*: every line up to the end of the step is right. It is what
+simulation asks (can the right answer still be reached from here?), and the mark of a solution that is right for the right
+reason. Whether a line is right given the lines before it is another question: a right line on top of a wrong one is not
+counted as right here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ...metrics import auc
+from ...tasks.base import Problem, Task
+from .labels import label
+
+Record = dict[str, Any]
+
+
+def prefix_truth(task: Task, problem: Problem, tokenizer, token_ids: list[int], ends: list[int]) -> list[bool]:
+    """Whether every line up to each step's end is right, [steps]."""
+    verdicts = task.judge_lines(problem, tokenizer.decode(token_ids))
+    counts = [sum(bool(line.strip()) for line in tokenizer.decode(token_ids[: e + 1]).split("\n")) for e in ends]
+    return [all(verdicts[:count]) for count in counts]
+
+
+def with_truth(task: Task, problems: list[Problem], tokenizer, rows: list[Record]) -> list[Record]:
+    """The records of `process.label_steps` with `truth` [steps]."""
+    by_id = {p.id: p for p in problems}
+    body = lambda row: row["token_ids"][:-1] if row["finished"] else row["token_ids"]  # noqa: E731
+    return [row | {"truth": prefix_truth(task, by_id[row["problem"]], tokenizer, body(row), row["ends"])} for row in rows]  # fmt: skip
+
+
+def simulated_steps(rows: list[Record]) -> list[Record]:
+    """Every step that was simulated, of every distinct solution: its `outcomes`, `truth`, and its `answer`'s verdict."""
+    return [
+        {"outcomes": outcomes, "truth": truth, "answer": row["answer_reward"] == 1}
+        for row in rows
+        for outcomes, truth in zip(row["outcomes"], row["truth"], strict=True)
+        if outcomes
+    ]
+
+
+def quality(labels: Sequence[int], truth: Sequence[bool]) -> dict[str, float | None]:
+    """Precision, recall and accuracy of `labels` [steps], the share labelled right, and the share that is right.
+
+    Precision is None where nothing is labelled right, recall where nothing is.
+    """
+    both = sum(bool(y) and t for y, t in zip(labels, truth, strict=True))
+    said, true, n = sum(map(bool, labels)), sum(truth), len(truth)
+    return {
+        "precision": both / said if said else None,
+        "recall": both / true if true else None,
+        "accuracy": sum(bool(y) == t for y, t in zip(labels, truth, strict=True)) / n,
+        "labelled_right": said / n,
+        "right": true / n,
+        "steps": n,
+    }
+
+
+def label_quality(steps: list[Record], ks: Sequence[int]) -> list[Record]:
+    """`quality` of the labels that the first K outcomes give, for each K in `ks` and each delta below it."""
+    truth = [s["truth"] for s in steps]
+    return [
+        {"k": k, "delta": delta, **quality([label(s["outcomes"], delta, k) for s in steps], truth)}
+        for k in ks
+        for delta in range(k)
+    ]
+
+
+def calibration(scores: Sequence[float], truth: Sequence[bool], bins: int = 10) -> tuple[list[Record], dict[str, Any]]:
+    """The reliability curve of `scores` [steps] in [0, 1] in bins of equal width, and what sums it up.
+
+    Returns:
+        a record for each bin that is not empty: mean score, share that is right, count; and the expected calibration
+        error (the mean over steps of a bin's distance of the two; Naeini et al., 2015), AUC, and the Brier score.
+    """
+    held: dict[int, list[tuple[float, bool]]] = {}
+    for score, right in zip(scores, truth, strict=True):
+        held.setdefault(min(int(score * bins), bins - 1), []).append((score, right))
+    curve = [
+        {"score": sum(s for s, _ in mine) / len(mine), "right": sum(t for _, t in mine) / len(mine), "count": len(mine)}
+        for _, mine in sorted(held.items())
+    ]
+    n = len(truth)
+    return curve, {
+        "ece": sum(b["count"] * abs(b["score"] - b["right"]) for b in curve) / n,
+        "auc": auc(scores, [int(t) for t in truth]),
+        "brier": sum((s - t) ** 2 for s, t in zip(scores, truth, strict=True)) / n,
+    }
+
+
+def right_for_wrong_reason(task: Task, problems: list[Problem], samples: list[Record]) -> dict[str, float]:
+    """Of samples with their answer's `reward`: the share that is right, and the share of those that have a wrong line."""
+    by_id = {p.id: p for p in problems}
+    right = [s for s in samples if s["reward"] == 1]
+    wrong = sum(not all(task.judge_lines(by_id[s["problem"]], s["response"])) for s in right)
+    return {"right": len(right) / len(samples), "of_them_with_a_wrong_step": wrong / max(1, len(right))}

@@ -1,0 +1,278 @@
+"""Sample with vLLM, `sampling.engine=vllm`: the interface of `sampling.sample`, the model in a process of its own.
+
+A process of its own, because vLLM does not give memory back; and an interpreter of its own where `IRPO_VLLM_PYTHON` names
+one, because vLLM pins other versions of transformers than this project. pyproject.toml says how to make that environment.
+
+What differs from `sampling.sample`: the random numbers (so the samples; greedy ones agree up to rounding), and an adapter
+on a 16-bit base, which vLLM rounds to 16 bits. Each problem has seeds of its own, so its samples do not depend on its
+batch where logits do not: in float32. The dev score while training stays with `sampling.sample`, on the model in memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from ...files import ROOT, ConfigError
+from ...model import load, tokens
+from ...model.sampling import Completion, check_greedy, check_starts, stream
+from ...run import estimate
+from ...settings import LORA_RANKS
+from . import child
+
+GIB = 1 << 30
+COLDEST = 0.01  # vLLM takes a temperature below this, 0 apart, for this one
+MOST_ROWS = 1024  # vLLM's own choice for large GPUs; more rows than tokens of a batch would be refused
+TAIL = 30  # lines of its log that are shown when it fails
+
+
+class EngineError(RuntimeError):
+    """The vLLM process did not start, or ended before it had answered; the message has the end of its log."""
+
+
+def interpreter() -> str:
+    """The Python that runs vLLM: `IRPO_VLLM_PYTHON` (a relative path is relative to the project), else this one."""
+    named = os.environ.get("IRPO_VLLM_PYTHON")
+    if not named:
+        return sys.executable
+    return str(ROOT / Path(named).expanduser()) if os.sep in named else named
+
+
+def cache_gib(config, context: int) -> int:
+    """GiB of a CPU engine's cache: room for all its rows of `context` tokens, or a quarter of the machine's memory."""
+    shape = estimate.Shape.of(load.load_shape(config.model), config.model.trust_remote_code)
+    width = 4 if config.model.dtype == "float32" else 2
+    wanted = min(config.sampling.max_rows, MOST_ROWS) * context * shape.cache * width
+    quarter = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
+    return max(1, min(math.ceil(wanted / GIB), quarter // GIB))
+
+
+def environment(threads: int, cache: int) -> dict[str, str]:
+    """The process's environment variables; threads and `cache` (GiB) are of an engine that computes on a CPU."""
+    return {
+        **os.environ,
+        "PYTHONSAFEPATH": "1",  # else the modules beside vllm_child.py could be taken for others of the same name
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # one process, that ends with all that it holds
+        # Threads are counted, not tied to cores: arms side by side would be tied to the same ones.
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "OMP_NUM_THREADS": str(threads),
+        "VLLM_CPU_KVCACHE_SPACE": str(cache),
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+
+
+@cache
+def _version(python: str) -> str | None:
+    code = """
+from importlib.metadata import PackageNotFoundError, version
+for name in ("vllm", "vllm-cpu"):
+    try:
+        print(name, version(name))
+        break
+    except PackageNotFoundError:
+        pass
+"""
+    try:
+        done = subprocess.run([python, "-c", code], capture_output=True, text=True, cwd=os.sep)
+    except OSError:
+        return None
+    return done.stdout.strip() or None
+
+
+def version() -> str | None:
+    """vLLM's package and version as the interpreter has them, without importing it; None where it has none."""
+    return _version(interpreter())
+
+
+def check(config, jobs: int = 1) -> None:
+    """Look, before a run, whether it can sample with vLLM. Raises a ConfigError that names the mend."""
+    if version() is None:
+        raise ConfigError(
+            f"sampling.engine: {interpreter()} has no vLLM; make an environment that has it (pyproject.toml says how) and "
+            "set IRPO_VLLM_PYTHON to its python, or set sampling.engine=transformers"
+        )
+    if jobs > 1:
+        import torch
+
+        if torch.cuda.is_available():
+            raise ConfigError("jobs: vLLM takes the whole GPU; set jobs=1, or sampling.engine=transformers")
+
+
+def problem_seed(seed: int, problem_id: str) -> int:
+    """The seed of the problem's first sample, whatever batch it is in; vLLM counts on from there."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{problem_id}".encode()).digest()[:6], "little")
+
+
+class Engine:
+    """A vLLM process that holds M_t. `with Engine(...) as engine` ends it, and gives its memory back.
+
+    Args:
+        config: a `Config`. policy: the folder of M_t (an adapter or a whole model), None for the base.
+        longest: tokens of the longest prompt that will be asked; vLLM sizes its cache and batches by it.
+
+    Raises:
+        EngineError: vLLM is not there, or cannot load the model.
+    """
+
+    def __init__(self, config, policy: Path | None, longest: int):
+        self._orders = 0
+        self.context = longest + config.sampling.max_new_tokens
+        adapter = policy if policy is not None and load.is_adapter(policy) else None
+        path = Path(tokens.base_path(config.model) if policy is None or adapter else policy).expanduser()
+        settings: dict[str, Any] = {
+            "model": str(path.absolute()) if path.is_dir() else tokens.base_path(config.model),
+            "dtype": config.model.dtype,
+            "trust_remote_code": config.model.trust_remote_code,
+            "skip_tokenizer_init": True,
+            "generation_config": "vllm",  # else the model's own could change temperature, top-p and so on
+            "max_model_len": self.context,
+            "max_num_seqs": min(config.sampling.max_rows, MOST_ROWS),
+            "enable_prefix_caching": True,
+            "logprobs_mode": "raw_logprobs",  # before the temperature
+            "seed": 0,
+        }
+        if adapter:
+            rank = next(r for r in LORA_RANKS if r >= config.model.lora_r)
+            settings |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank}
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the process
+        reading, writing = os.pipe()
+        self._replies = os.fdopen(reading)
+        try:
+            self._process = subprocess.Popen(
+                [interpreter(), child.__file__, str(writing)],
+                stdin=subprocess.PIPE,
+                stdout=self._log,
+                stderr=self._log,
+                pass_fds=[writing],
+                env=environment(config.threads, cache_gib(config, self.context)),
+                text=True,
+            )
+        except OSError as error:
+            raise EngineError(f"{interpreter()} cannot be run ({error.strerror}); see IRPO_VLLM_PYTHON") from None
+        finally:
+            os.close(writing)
+        try:
+            self._order({"model": settings, "adapter": str(adapter.absolute()) if adapter else None})
+            self._reply()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the process."""
+        for pipe in (self._replies, self._process.stdin):
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()
+        self._process.kill()
+        self._process.wait()
+        self._log.close()
+
+    def _order(self, order: dict[str, Any]) -> None:
+        try:
+            self._process.stdin.write(json.dumps(order) + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            self._fail()
+
+    def _reply(self) -> dict[str, Any]:
+        line = self._replies.readline()
+        return json.loads(line) if line.endswith("\n") else self._fail()
+
+    def _fail(self) -> Any:
+        try:
+            code = self._process.wait(timeout=30)
+        except subprocess.TimeoutExpired:  # it hangs while it ends
+            self._process.kill()
+            code = self._process.wait()
+        self._log.seek(0)
+        log = self._log.read().decode(errors="replace").splitlines()
+        how = f"by signal {-code}" + " (out of memory?)" * (code == -9) if code < 0 else f"with exit code {code}"
+        mend = " Is it installed there? See IRPO_VLLM_PYTHON." if "No module named 'vllm'" in "".join(log[-1:]) else ""
+        told = "\n".join(log[-TAIL:])
+        raise EngineError(f"vLLM ({interpreter()}) ended {how}.{mend} The end of its log:\n{told}")
+
+    def sample(
+        self,
+        prompts: dict[str, list[int]],
+        *,
+        n: int,
+        temperature: float,
+        seed: int,
+        eos_id: int | Sequence[int],
+        max_new_tokens: int,
+        rows: int = 512,
+        progress: Callable[[int, int, float], None] | None = None,
+        starts: dict[str, list[list[int]]] | None = None,
+    ) -> Iterator[dict[str, list[Completion]]]:
+        """Sample `n` responses for every prompt, or beginning; arguments and completions are those of `sampling.sample`.
+
+        vLLM gets all prompts at once and fills its own batches (of up to `sampling.max_rows` responses). `rows` is about how
+        many responses are yielded at a time, a problem's together, in the order in which problems are done. A beginning is
+        one more part of the prompt, whose cache vLLM itself shares.
+
+        Raises:
+            ValueError: greedy decoding with n > 1, a temperature that vLLM would change, or responses beyond what the engine was started for.
+            EngineError: the process ended.
+        """
+        check_greedy(n, temperature)
+        if 0 < temperature < COLDEST:
+            raise ValueError(f"vLLM samples at a temperature of at least {COLDEST}, not {temperature}; 0 is greedy")
+        names = sorted(prompts, key=lambda name: (len(prompts[name]), name))
+        if names and len(prompts[names[-1]]) + max_new_tokens > self.context:
+            raise ValueError(
+                f"prompts of up to {len(prompts[names[-1]])} tokens and {max_new_tokens} new ones exceed the {self.context} "
+                "that the engine was started for"
+            )
+        stops = [eos_id] if isinstance(eos_id, int) else list(eos_id)
+        begin = {name: [[]] for name in prompts} if starts is None else starts
+        check_starts(begin, prompts, stops, max_new_tokens)
+        asked = [(name, start) for name in names for start in begin[name]]
+        self._orders += 1
+        order = {
+            "order": self._orders,
+            "n": n,
+            "temperature": temperature,
+            "stops": stops,
+            "max_new_tokens": [max_new_tokens - len(start) for _, start in asked],
+        }
+        order["prompts"] = [prompts[name] + start for name, start in asked]
+        order["seeds"] = [problem_seed(seed, stream(name, start)) for name, start in asked]
+        self._order(order)
+        batch: dict[str, list[Completion]] = {}
+        parts: dict[str, dict[int, list[Completion]]] = {name: {} for name in names}  # of problems that are not done
+        started, tokens, done = time.perf_counter(), 0, 0
+        for _ in asked:
+            while (reply := self._reply())["order"] != self._orders:
+                pass  # of a call that was left before its end
+            name, start = asked[reply["number"]]
+            parts[name][reply["number"]] = [
+                Completion(start + ids, logp, ids[-1] in stops) for ids, logp in reply["samples"]
+            ]
+            tokens += sum(len(ids) for ids, _ in reply["samples"])
+            if len(parts[name]) < len(begin[name]):
+                continue
+            done += 1
+            batch[name] = [c for _, completions in sorted(parts.pop(name).items()) for c in completions]
+            if sum(map(len, batch.values())) >= rows or done == len(names):
+                if progress:
+                    progress(done, len(names), tokens / (time.perf_counter() - started))
+                yield batch
+                batch = {}

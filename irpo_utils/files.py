@@ -1,0 +1,160 @@
+"""Where the project is, files that are there whole or not at all, hashes, locks, and the errors that a user sees."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+PACKAGE = Path(__file__).parent
+ROOT = PACKAGE.parent
+NOTEBOOKS = ROOT / "notebooks"
+OUTPUTS = ROOT / "outputs"
+
+
+def local_path(source: str) -> Path:
+    """A file that a parameter names; relative paths are relative to the project, wherever the process was started."""
+    return ROOT / Path(source).expanduser()
+
+
+class ConfigError(ValueError):
+    """A parameter is unknown, mistyped or out of range; the message names it and the mend."""
+
+
+class MissingArtefact(FileNotFoundError):
+    """An input is not there, or is damaged; the message names the notebook that makes it."""
+
+
+class Busy(RuntimeError):
+    """Another process is at work in the same folder."""
+
+
+def resolve(folder: str | Path) -> Path:
+    """A folder given relative to the project, wherever the notebook's kernel was started."""
+    return ROOT / folder
+
+
+def relative(path: Path) -> str:
+    """A path as it is printed: relative to the project, so that an executed notebook reads the same elsewhere."""
+    return os.path.relpath(path, ROOT)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that it is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def read_jsonl(path: Path, made_by: str = "the stage before", fields: Iterable[str] = ()) -> list[dict[str, Any]]:
+    """The records of a JSON-lines file.
+
+    Raises:
+        MissingArtefact: the file is missing or empty, or a line is no whole record with `fields`; names line and mend.
+    """
+    if not path.exists():
+        raise MissingArtefact(f"{path} is missing; run {made_by} first")
+    if not path.stat().st_size:
+        raise MissingArtefact(f"{path} is empty; delete it and run {made_by} again")
+    rows = []
+    for number, line in enumerate(path.read_bytes().removesuffix(b"\n").split(b"\n"), 1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict) or not set(fields) <= set(row):
+            raise MissingArtefact(f"{path}, line {number} is damaged or cut off; delete it and run {made_by} again")
+        rows.append(row)
+    return rows
+
+
+def file_hash(path: Path, suffixes: tuple[str, ...] = (), sampled_above: int | None = None) -> str:
+    """SHA-256 of a file, or of a folder's files with their names (those that end in one of `suffixes`, if there are any).
+
+    Of a file with more than `sampled_above` bytes only the size and both ends count: the weights of a large model do not
+    change in place, and reading them whole at every stage would take longer than some stages.
+    """
+    digest = hashlib.sha256()
+    inside = sorted(p for p in path.rglob("*") if p.is_file() and (not suffixes or p.suffix in suffixes))
+    for part in inside if path.is_dir() else [path]:
+        digest.update(part.relative_to(path).as_posix().encode())
+        size = part.stat().st_size
+        with open(part, "rb") as f:
+            if sampled_above is not None and size > sampled_above:
+                digest.update(f"{size}".encode() + f.read(1 << 20))
+                f.seek(-(1 << 20), os.SEEK_END)
+            while block := f.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+@contextmanager
+def locked(path: Path, patience: float = 0.0) -> Iterator[None]:
+    """Hold `path` as a lock, given back when the block or the process ends, however it ends. Raises Busy after `patience` seconds."""
+    lock = lock_at(path)
+    take(lock, patience)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def lock_at(path: Path) -> FileLock:
+    """The lock that `path` is. Within one process it can be taken again, so that "Run All" twice does not wait for itself."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(path, is_singleton=True)
+
+
+def take(lock: FileLock, patience: float) -> None:
+    """Take a lock. Raises Busy if another process holds it for `patience` seconds."""
+    try:
+        lock.acquire(timeout=patience)
+    except Timeout:
+        folder = relative(Path(lock.lock_file).parent)
+        raise Busy(f"another process is at work in {folder}; wait for it or stop it, or choose another run=") from None
+
+
+def source_of(where: str) -> Path | None:
+    """The Python file of an object of the user's, "file.py:name"; None for "module:name"."""
+    file, _, name = where.rpartition(":")
+    return local_path(file) if file.endswith(".py") and name else None
+
+
+def load_object(where: str) -> Any:
+    """What "module:name" or "file.py:name" names; a relative file is relative to the project.
+
+    Raises:
+        ConfigError: there is no such file or object, or the file cannot be run.
+    """
+    module_name, _, name = where.rpartition(":")
+    path = source_of(where)
+    if path is None:
+        return getattr(import_module(module_name), name)
+    if not path.is_file():
+        raise ConfigError(f"{where}: {path} is missing")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:  # code of the user's may raise anything
+        raise ConfigError(f"{where}: {path} fails: {type(error).__name__}: {error}") from error
+    if not hasattr(module, name):
+        raise ConfigError(f"{where}: {path} has no {name!r}")
+    return getattr(module, name)

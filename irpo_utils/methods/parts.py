@@ -1,0 +1,126 @@
+"""The table of parts: every reward, selection, loss and engine, by name. A recipe names a row, or a function of your own.
+
+A row says where the function is, as "module:function", and what has to be known of it before it is loaded: checks, keys and
+errors read that here. So nothing is imported until it is used, and a part of `extras` is named here only.
+
+A part of your own is a function in a Python file, `my_parts.py:hardest` (a relative path is relative to the project):
+
+    selection  (samples, gold, settings, rng) -> pairs          as in `select.py`; it makes pairs
+    loss       (scores, <parameters of `train` by name>) -> PairLosses   as in `model/losses.py`; it takes pairs
+    reward     (job) -> (samples, facts)                        as in `rationalize.py`; it gives a number
+
+What its kind says behind the arrow is taken for granted; an attribute on the function says otherwise (`hardest.pairs = False`).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+from ..files import ConfigError, load_object, source_of
+
+
+@dataclass(frozen=True)
+class Part:
+    """One row: a function by its place."""
+
+    where: str  # "module:function", or "file.py:function"
+
+    def load(self) -> Callable[..., Any]:
+        """The function. Raises ConfigError where there is none."""
+        return load_object(self.where)
+
+
+@dataclass(frozen=True)
+class Reward(Part):
+    """(job) -> (samples, facts), for a `rationalize.Job`. `answer` has no function: the answer's verdict is in the samples."""
+
+    number: bool = True  # not just right or wrong
+    section: str = ""  # its part of the configuration
+    train: tuple[str, ...] = ()  # parameters of the `train` section that it looks at
+    files: tuple[str, ...] = ()  # what it leaves beside the samples
+
+
+@dataclass(frozen=True)
+class Selection(Part):
+    """(samples of a problem, its gold solution, the `pairs` section, a random generator) -> [(chosen, rejected or None)]."""
+
+    pairs: bool = True  # or single responses
+    samples: bool = True  # whether it looks at samples, or at gold solutions alone
+    gold: bool = False  # whether it is nothing without gold solutions
+    rewards: bool = True  # whether it looks at what samples are worth
+
+
+@dataclass(frozen=True)
+class Loss(Part):
+    """(scores, parameters of the `train` section) -> PairLosses."""
+
+    pairs: bool = True
+    reference: bool = True  # whether the reference's log-probabilities are needed
+    parameters: tuple[str, ...] = ()  # of the `train` section
+
+
+REWARD_TRAINING = ("micro_batch", "warmup", "max_grad_norm", "optimizer", "gradient_checkpointing")
+REWARDS = {
+    "none": Reward("", number=False),
+    "answer": Reward("", number=False),
+    "rationalized": Reward("irpo_utils.methods.rationalize:rationalized", number=False),
+    "process": Reward("irpo_utils.extras.process.labels:process", section="process", train=REWARD_TRAINING, files=("labels.jsonl", "reward_model")),
+    "judge": Reward("irpo_utils.extras.judge:judged", section="judge", train=("micro_batch",)),
+}  # fmt: skip
+SELECTIONS = {
+    "none": Selection("", pairs=False, samples=False, rewards=False),
+    "pairs": Selection("irpo_utils.methods.select:pairs_of"),
+    "chosen": Selection("irpo_utils.methods.select:chosen_of", pairs=False),
+    "gold": Selection("irpo_utils.methods.select:gold_of", pairs=False, samples=False, gold=True, rewards=False),
+    "correct": Selection("irpo_utils.methods.select:correct_of", pairs=False),
+    "distinct": Selection("irpo_utils.methods.select:distinct_of", pairs=False),
+    "capped": Selection("irpo_utils.methods.select:capped_of", pairs=False),
+    "pseudo": Selection("irpo_utils.methods.select:pseudo_of", pairs=False),
+    "gold_against_own": Selection("irpo_utils.methods.select:gold_against_own_of", gold=True, rewards=False),
+    "best_against_worst": Selection("irpo_utils.methods.select:best_against_worst_of"),
+    "margin": Selection("irpo_utils.methods.select:margin_of"),
+}
+LOSSES = {
+    "dpo+nll": Loss("irpo_utils.model.losses:dpo_nll", parameters=("beta", "alpha")),
+    "dpo": Loss("irpo_utils.model.losses:dpo", parameters=("beta",)),
+    "nll": Loss("irpo_utils.model.losses:nll", pairs=False, reference=False),
+    "orpo": Loss("irpo_utils.model.losses:orpo", reference=False, parameters=("odds_weight",)),
+    "extrapolate": Loss("irpo_utils.extras.expo:extrapolated", pairs=False, reference=False, parameters=("extrapolation",)),
+}  # fmt: skip
+KINDS: dict[str, tuple[dict[str, Any], type[Part]]] = {
+    "reward": (REWARDS, Reward),
+    "selection": (SELECTIONS, Selection),
+    "loss": (LOSSES, Loss),
+}
+# What draws responses, and what trains on pairs.
+SAMPLERS = {
+    "transformers": Part("irpo_utils.methods.sampler:opened"),
+    "vllm": Part("irpo_utils.extras.vllm.engine:opened"),
+}
+TRAINERS = {
+    "own": Part("irpo_utils.model.training:train"),
+    "trl": Part("irpo_utils.extras.trl_trainer:train"),
+}
+
+
+def part(kind: str, name: str) -> Any:
+    """The row of a part: one of the table, or one for a function of your own, `file.py:function`.
+
+    Raises:
+        ConfigError: there is no such part, or the file has no such function.
+    """
+    table, row = KINDS[kind]
+    if name in table:
+        return table[name]
+    if source_of(name) is None:
+        raise ConfigError(
+            f"no {kind} is called {name!r}; there is: {', '.join(table)}, or your own as in my_parts.py:mine"
+        )
+    function = row(name).load()
+    facts = {f.name: getattr(function, f.name) for f in fields(row) if hasattr(function, f.name)}
+    if row is Loss:  # its weights are what it takes beside the scores
+        facts.setdefault("parameters", tuple(inspect.signature(function).parameters)[1:])
+    return row(name, **facts)

@@ -1,0 +1,213 @@
+"""Load the base model and one iteration's policy.
+
+A policy is one directory: a LoRA adapter on the frozen base (`adapter_config.json`), or, with `model.tuning: full`, a
+whole small model. M_0 is the base itself. Nothing is ever merged back into quantized weights: they would be quantized
+anew, and the model that is sampled would not be the one that was trained. Adapters are float32 whatever the base is
+(peft casts them so), since a LoRA step is smaller than what bfloat16 can tell apart.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+)
+
+from .tokens import base_path, load, load_tokenizer
+
+
+def causal_model(model: Any) -> PreTrainedModel:
+    """The model without the adapter's wrapper; its layers hold the adapter all the same."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def load_shape(config) -> Any:
+    """The base model's configuration: its architecture and sizes, without its weights."""
+    return load(AutoConfig, config)
+
+
+def check_weights(config) -> None:
+    """Look at a local model's weight files without loading them. Raises a ValueError that names the model and the mend."""
+    from safetensors import SafetensorError, safe_open
+
+    shape = load_shape(config)
+    if getattr(shape, "quantization_config", None):
+        raise ValueError(
+            f"model.path: {config.path} holds quantized weights; give the model they were made from, and model.quantize=nf4"
+        )
+    path = Path(base_path(config)).expanduser()
+    if not path.is_dir():
+        return  # on the hub
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        raise ValueError(
+            f"model.path: {config.path} has no *.safetensors; only that format is loaded (convert other weights)"
+        )
+    for file in files:
+        try:
+            with safe_open(file, "pt") as weights:
+                weights.keys()
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"model.path: {file} is damaged or cut off ({error}); copy it again") from None
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load_base(config, kind: Any = AutoModelForCausalLM, whole: tuple[str, ...] = (), **options: Any) -> PreTrainedModel:
+    """The frozen base: in NF4 with double quantization for `quantize: nf4`, else in `dtype`.
+
+    `kind` may be another Auto class, with `options` for it, whose modules named in `whole` are not quantized.
+    """
+    dtype = DTYPES[config.dtype]
+    quantization = None
+    if config.quantize == "nf4":
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=list(whole) or None,
+        )
+    model = load(
+        kind,
+        config,
+        dtype=dtype,
+        quantization_config=quantization,
+        device_map={"": device()},
+        use_safetensors=True,
+        **options,
+    )
+    for module in model.modules():
+        # Dropout would make of the policy another function than the one that was sampled, and than its own reference.
+        for name, value in list(vars(module).items()):
+            if "drop" in name or (name == "p" and isinstance(module, torch.nn.Dropout)):
+                setattr(module, name, 0.0 if isinstance(value, float) else value)
+        # bitsandbytes repacks 4-bit weights at the first forward in eval mode on some CPUs, for a kernel that computes
+        # in bfloat16 and has no gradient: sampling would run another function than training, and training after a dev
+        # score would silently get wrong gradients.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
+def unpacks(parameters: int, room: float) -> bool:
+    """Whether a 4-bit base is unpacked to sample from it: where 16-bit weights leave at least half of `room` bytes."""
+    return 2 * parameters < room / 2
+
+
+def memory() -> float:
+    """Free bytes of the GPU, or the bytes of the machine where there is none."""
+    if torch.cuda.is_available():
+        # What PyTorch has set aside for tensors to come is free, too.
+        return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def is_adapter(policy: Path) -> bool:
+    return (policy / "adapter_config.json").exists()
+
+
+def load_policy(
+    config, policy: Path | None = None, trainable: bool = False, seed: int = 0, threads: int = 0
+) -> PreTrainedModel:
+    """M_t: the base for `policy=None`, else what the directory `policy` holds.
+
+    With `trainable`, the same function ready for training: a fresh adapter (which starts as the identity) on M_0, or
+    the adapter of M_t going on. For inference a 4-bit base is unpacked where memory allows, and an adapter on a float32 base is folded in, both in memory only; folded into 16 bits, an adapter would be rounded away.
+
+    Raises:
+        FileNotFoundError: `policy` holds neither an adapter nor a model.
+    """
+    if threads:
+        torch.set_num_threads(threads)  # sums round differently with another number of threads
+    if policy is not None and not is_adapter(policy) and not (policy / "config.json").exists():
+        raise FileNotFoundError(
+            f"{policy} holds no policy (neither adapter_config.json nor config.json); run 03_train first"
+        )
+    if policy is not None and not is_adapter(policy):
+        return AutoModelForCausalLM.from_pretrained(
+            policy,
+            dtype=DTYPES[config.dtype],
+            device_map={"": device()},
+            use_safetensors=True,
+            trust_remote_code=config.trust_remote_code,
+        )
+    model = load_base(config)
+    if not trainable and config.quantize == "nf4" and unpacks(model.num_parameters(), memory()):
+        # Every forward of a 4-bit layer unpacks its weights first; sampling would do that for every token.
+        model = model.dequantize()
+    if policy is None and (not trainable or config.tuning == "full"):
+        return model
+
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    # Not prepare_model_for_kbit_training: it puts embeddings and head in float32, so that the model that is trained
+    # would not be the one that was sampled. peft itself freezes the base.
+    if policy is not None:
+        model = PeftModel.from_pretrained(model, policy, is_trainable=trainable)
+        if not trainable and config.quantize == "none" and config.dtype == "float32":
+            model = model.merge_and_unload()
+        return model
+    torch.manual_seed(seed)  # LoRA's A is random; B is zero, so theta_0 = M_0
+    lora = LoraConfig(
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        target_modules="all-linear",
+        lora_dropout=0.0,
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, lora)
+
+
+def save(model: PreTrainedModel, folder: Path) -> None:
+    """Write a policy or a reward model; the same model gives the same bytes."""
+    model.save_pretrained(folder)
+    path = folder / "adapter_config.json"
+    if path.exists():  # peft writes a set's own order, which differs from process to process
+        facts = json.loads(path.read_text())
+        facts["target_modules"] = sorted(facts["target_modules"])
+        path.write_text(json.dumps(facts, indent=1, sort_keys=True))
+
+
+def load_line(config, policy: Path) -> str:
+    """One line of Python that loads M_t elsewhere."""
+    if config.tuning == "full":
+        return f'AutoModelForCausalLM.from_pretrained("{policy}")'
+    base = '"irpo_utils/assets/seed_model"' if config.path == "seed" else f'"{config.path}", dtype="{config.dtype}"'
+    if config.trust_remote_code:
+        base += ", trust_remote_code=True"
+    if config.quantize == "nf4":  # the adapter was trained on these weights, not on the ones that they are made from
+        base += ', quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", '
+        base += f'bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype="{config.dtype}")'
+    return f'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base}), "{policy}")'
+
+
+def export(config, policy: Path, target: Path) -> None:
+    """Write M_t as one whole model in bfloat16, with its tokenizer, for engines that take no adapter.
+
+    The adapter is added to the weights that it was trained on (for a 4-bit base: those, unpacked) in float32, and the sum
+    is rounded once. It is a rounding of M_t, not M_t. Needs 4 bytes of the machine's memory for every weight.
+    """
+    if not is_adapter(policy):
+        model = load_policy(config, policy)
+    else:
+        from peft import PeftModel
+
+        base = load_base(config)
+        base = base.dequantize() if config.quantize == "nf4" else base
+        model = PeftModel.from_pretrained(base.cpu().float(), policy).merge_and_unload()
+    model.to(torch.bfloat16).save_pretrained(target)
+    load_tokenizer(config).save_pretrained(target)

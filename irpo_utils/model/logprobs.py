@@ -1,0 +1,292 @@
+"""Log-probabilities of responses, each prompt run once and each distinct response once.
+
+The K pairs of a problem share one prompt, and K pairs hold fewer than 2K distinct responses. Here a batch's distinct
+prompts run first, without their last token; their cache, graph and all, is expanded to the distinct responses as rows,
+and a row runs the prompt's last token and the response on it. So all logits belong to response tokens, and none is made
+for a prompt. With activation checkpointing no cache can be kept; there a prompt and its responses are one row with a tree
+mask (`tree_states`). The result is that of the padded rows prompt + response (`padded_states`), which is the fall-back for
+a model that takes no such mask, and for batches in which hardly a prompt is shared.
+
+The vocabulary is the widest thing in a batch (Qwen2.5: 151,936). Hidden states of response tokens are projected to it a
+chunk at a time, and the backward pass makes a chunk's logits anew instead of keeping them.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from accelerate.utils.memory import should_reduce_batch_size
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers import DynamicCache, PreTrainedModel
+
+from .load import causal_model
+
+CHUNK = 1 << 25  # logits that are made at once (128 MiB in float32); fewer than that are kept for the backward pass
+Row = tuple[list[int], list[int]]  # prompt ids, response ids
+Pair = dict[str, Any]
+
+
+def _padded(rows: list[list[int]], left: bool = False) -> tuple[Tensor, Tensor]:
+    """Padded ids and mask, [rows, length]. The pad id is never looked at, so pad and EOS may be the same."""
+    width = max(map(len, rows))
+
+    def pad(row: list[int]) -> list[int]:
+        return [0] * (width - len(row)) + row if left else row + [0] * (width - len(row))
+
+    return torch.tensor([pad(row) for row in rows]), torch.tensor([pad([1] * len(row)) for row in rows])
+
+
+def collate(rows: list[Row]) -> dict[str, Tensor]:
+    """Distinct prompts [prompts, length], and for every row its response [rows, length] and which prompt it has [rows].
+
+    Prompts come without their last token, which begins its responses' rows: `fed` is what a row runs on the prompt's cache, and
+    `responses` what it should say, EOS included. The prompt is conditioned on, never scored.
+    """
+    prompts = list(dict.fromkeys(tuple(prompt) for prompt, _ in rows))
+    number = {prompt: i for i, prompt in enumerate(prompts)}
+    # On the left, so that a prompt's end and its responses' beginning are neighbours, as a sliding window wants them.
+    heads, head_mask = _padded([list(prompt[:-1]) or [0] for prompt in prompts], left=True)
+    head_mask[[len(prompt) == 1 for prompt in prompts]] = 0  # a prompt of one token leaves nothing to share
+    responses, scored = _padded([response for _, response in rows])
+    fed, _ = _padded([[prompt[-1], *response[:-1]] for prompt, response in rows])
+    owner = torch.tensor([number[tuple(prompt)] for prompt, _ in rows])
+    return {
+        "prompts": heads,
+        "prompt_mask": head_mask,
+        "fed": fed,
+        "responses": responses,
+        "scored": scored,
+        "owner": owner,
+    }
+
+
+def response_logps(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
+    """log p(response | prompt), the sum over response tokens in nats, [rows], for a batch made by `collate`."""
+    return summed_logps(model, response_states(model, batch), batch["responses"], batch["scored"])
+
+
+def response_states(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
+    """The last hidden states at the `fed` tokens of a batch made by `collate`, [rows, length, width].
+
+    State number i of a row has read the prompt and the response's tokens before number i, which it predicts.
+    """
+    if model.training and getattr(model, "is_gradient_checkpointing", False):  # no cache outlives a layer then
+        rows, width = batch["fed"].shape
+        problems, prompt = batch["prompts"].shape
+        most = int(torch.bincount(batch["owner"]).max())
+        hidden = causal_model(model).config.get_text_config().hidden_size
+        # Weights cost 24 h^2 operations per token and layer, attention 4 h for each token that it looks at.
+        cost = lambda count, length: count * length * (6 * hidden + length)  # noqa: E731
+        if cost(problems, prompt + most * width) < cost(rows, prompt + width) and takes_trees(model):
+            return tree_states(model, batch)
+        return padded_states(model, batch)
+    mask, owner, fed = batch["prompt_mask"], batch["owner"], batch["fed"]
+    backbone = causal_model(model).base_model
+    cache = DynamicCache()
+    backbone(
+        input_ids=batch["prompts"],
+        attention_mask=mask,
+        position_ids=(mask.cumsum(-1) - 1).clamp_(min=0),
+        past_key_values=cache,
+        use_cache=True,
+    )
+    for layer in cache.layers:
+        layer.keys, layer.values = layer.keys.index_select(0, owner), layer.values.index_select(0, owner)
+    start = mask.sum(-1)[owner].unsqueeze(-1)
+    return backbone(
+        input_ids=fed,
+        attention_mask=torch.cat([mask[owner], torch.ones_like(fed)], -1),
+        position_ids=start + torch.arange(fed.shape[1], device=fed.device),
+        past_key_values=cache,
+        use_cache=True,
+    ).last_hidden_state
+
+
+def tree_logps(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
+    """`response_logps` from the states of `tree_states`."""
+    return summed_logps(model, tree_states(model, batch), batch["responses"], batch["scored"])
+
+
+def padded_logps(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
+    """`response_logps` from the states of `padded_states`."""
+    return summed_logps(model, padded_states(model, batch), batch["responses"], batch["scored"])
+
+
+def tree_states(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
+    """The same from one row for each prompt: the prompt, then its responses, each of which sees the prompt and itself only."""
+    heads, mask, owner, fed = batch["prompts"], batch["prompt_mask"], batch["owner"], batch["fed"]
+    problems, prompt = heads.shape
+    rows, width = fed.shape
+    number = torch.stack([(owner[:i] == owner[i]).sum() for i in range(rows)])  # of a response among its prompt's
+    most = int(number.max()) + 1
+    columns = prompt + number.unsqueeze(-1) * width + torch.arange(width, device=fed.device)  # [rows, width]
+    at = (owner.unsqueeze(-1).expand_as(columns), columns)
+
+    length = prompt + most * width
+    ids, place = heads.new_zeros(problems, length), heads.new_zeros(problems, length)
+    ids[:, :prompt], ids[at] = heads, fed
+    place[:, :prompt] = (mask.cumsum(-1) - 1).clamp_(min=0)
+    place[at] = mask.sum(-1)[owner].unsqueeze(-1) + torch.arange(width, device=fed.device)
+    part = torch.arange(length, device=fed.device).sub(prompt).div(width, rounding_mode="floor").clamp_(min=-1)
+    seen = (part.unsqueeze(-1) == part) | (part == -1)  # of the same response, or of the prompt
+    seen = seen.tril() & torch.cat([mask.bool(), mask.new_ones(problems, length - prompt).bool()], -1).unsqueeze(1)
+    seen = seen | torch.eye(length, dtype=torch.bool, device=seen.device)  # padding sees itself, or it would be NaN
+
+    config = causal_model(model).config.get_text_config()
+    bias = lambda seen: torch.zeros(seen.shape, dtype=model.dtype, device=seen.device).masked_fill_(~seen, torch.finfo(model.dtype).min).unsqueeze(1)  # noqa: E731  # fmt: skip
+    kinds, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
+    attention = bias(seen)
+    if window and (kinds is None or "sliding_attention" in kinds):
+        near = bias(seen & (place.unsqueeze(-1) - place.unsqueeze(1) < window))
+        attention = {"full_attention": attention, "sliding_attention": near} if kinds else near
+    hidden = causal_model(model).base_model(input_ids=ids, attention_mask=attention, position_ids=place, use_cache=False).last_hidden_state  # fmt: skip
+    return hidden[at]
+
+
+_tried: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
+
+
+@torch.no_grad()
+def takes_trees(model: PreTrainedModel) -> bool:
+    """Whether `tree_states` gives what padded rows give for this model; says so, once, if it does not."""
+    if model not in _tried:
+        ids = [i % causal_model(model).config.get_text_config().vocab_size for i in range(3, 12)]
+        batch = to_device(collate([(ids[:4], ids[4:6]), (ids[:4], ids[5:9]), (ids[:2], ids[6:8])]), model)
+        kind, why = causal_model(model).config.model_type, ""
+        try:
+            where = batch["scored"].bool()
+            tree, padded = (states(model, batch)[where].float() for states in (tree_states, padded_states))
+            off = ((tree - padded).norm() / padded.norm()).item()
+            if not off < (1e-3 if model.dtype == torch.float32 else 5e-2):
+                why = f"computes other states with a tree mask (off by {off:.1e} of their size)"
+        except Exception as error:
+            if should_reduce_batch_size(error):  # that says nothing of the model
+                raise
+            why = f"takes no tree mask ({type(error).__name__}: {error})"
+        _tried[model] = not why
+        if why:
+            warnings.warn(f"every response runs its prompt again, since a {kind} {why}", stacklevel=2)
+    return _tried[model]
+
+
+def padded_states(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
+    """The same from one row of prompt and response for each response."""
+    heads, mask, owner = batch["prompts"], batch["prompt_mask"], batch["owner"]
+    lengths = mask.sum(-1)[owner]
+    count, width = batch["fed"].shape
+    ids = batch["fed"].new_zeros(count, int(lengths.max()) + width)
+    columns = lengths.unsqueeze(-1) + torch.arange(width, device=ids.device)
+    for row, (head, length) in enumerate(zip(heads[owner], lengths.tolist(), strict=True)):
+        ids[row, :length] = head[heads.shape[1] - length :]
+    ids.scatter_(1, columns, batch["fed"])
+    # What is right of a row's end is seen by nothing before it.
+    hidden = causal_model(model).base_model(input_ids=ids, use_cache=False).last_hidden_state
+    return hidden.gather(1, columns.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
+
+
+def summed_logps(model: PreTrainedModel, hidden: Tensor, tokens: Tensor, scored: Tensor) -> Tensor:
+    """The sum of the log-probabilities of `tokens` [rows, length] where `scored`, given the states [rows, length, width] that predict them."""
+    where = scored.bool()
+    states, wanted = hidden[where], tokens[where]
+    head, cap = causal_model(model).get_output_embeddings(), soft_cap(model)
+    vocabulary = causal_model(model).config.get_text_config().vocab_size
+    size = max(1, CHUNK // vocabulary)
+    if len(states) <= size or not torch.is_grad_enabled():
+        parts = [_logps(head, cap, h, w) for h, w in zip(states.split(size), wanted.split(size), strict=True)]
+    else:
+        parts = [
+            checkpoint(_logps, head, cap, h, w, use_reentrant=False)
+            for h, w in zip(states.split(size), wanted.split(size), strict=True)
+        ]
+    logps = torch.cat(parts)
+    return torch.zeros_like(scored, dtype=logps.dtype).masked_scatter(where, logps).sum(-1)
+
+
+def soft_cap(model: PreTrainedModel) -> float | None:
+    """The bound that Gemma 2 and 3 put on their logits, tanh-wise."""
+    return getattr(causal_model(model).config.get_text_config(), "final_logit_softcapping", None)
+
+
+def _logps(head: torch.nn.Module, cap: float | None, states: Tensor, tokens: Tensor) -> Tensor:
+    logits = head(states)
+    return token_logps(logits if cap is None else torch.tanh(logits / cap) * cap, tokens)
+
+
+@torch.no_grad()
+def check_head(model: PreTrainedModel) -> None:
+    """See that hidden states and output embeddings give the model's own logits; some architectures scale them as well.
+
+    Raises:
+        ValueError: they do not, so that this module cannot score the model's responses.
+    """
+    device = next(model.parameters()).device
+    ids = torch.arange(4, device=device).unsqueeze(0)
+    causal = causal_model(model)
+    wanted = token_logps(causal(input_ids=ids, use_cache=False).logits[:, :-1], ids[:, 1:])
+    hidden = causal.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
+    got = _logps(causal.get_output_embeddings(), soft_cap(model), hidden, ids[:, 1:])
+    near = 1e-3 if wanted.dtype == causal.dtype else 5e-2  # 16-bit weights round
+    if not torch.allclose(wanted, got, rtol=near, atol=near):
+        raise ValueError(
+            f"a {causal.config.model_type} computes its logits in a way that is not known here; use another architecture"
+        )
+
+
+def to_device(batch: dict[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
+    device = next(model.parameters()).device
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+@torch.no_grad()
+def reference_logps(model: PreTrainedModel, pairs: list[Pair], rows: int = 64) -> list[tuple[float, float]]:
+    """log M_t of every pair's chosen and rejected response (0 where there is none); each distinct response is scored once."""
+    keys = {(p["problem"], tuple(p[f"{side}_ids"])): p["prompt_ids"] for p in pairs for side in ("chosen", "rejected")}
+    # A problem's responses come together, so that they share its prompt; problems by length, so that padding is small.
+    todo = sorted((k for k in keys if k[1]), key=lambda k: (len(keys[k]), k[0], len(k[1]), k))
+    scores: dict[Any, float] = {}
+    model.eval()
+    for i in range(0, len(todo), rows):
+        part = todo[i : i + rows]
+        batch = to_device(collate([(keys[k], list(k[1])) for k in part]), model)
+        scores.update(zip(part, response_logps(model, batch).tolist(), strict=True))
+    return [
+        tuple(scores.get((p["problem"], tuple(p[f"{side}_ids"])), 0.0) for side in ("chosen", "rejected"))
+        for p in pairs
+    ]
+
+
+def pair_batch(pairs: list[Pair]) -> dict[str, Tensor]:
+    """A batch of pairs: the distinct responses of `collate`, and where each pair finds its two.
+
+    `chosen` and `rejected` [pairs] are row numbers (`rejected` is -1 where there is none), `reference` [pairs, 2] the
+    reference log-probabilities where the pairs have them, `lengths` and `rejected_lengths` [pairs] the numbers of tokens of
+    the chosen and the rejected responses.
+    """
+    rows: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
+
+    def row(pair: Pair, side: str) -> int:
+        return rows.setdefault((tuple(pair["prompt_ids"]), tuple(pair[f"{side}_ids"])), len(rows))
+
+    chosen = [row(p, "chosen") for p in pairs]
+    rejected = [row(p, "rejected") if p["rejected_ids"] else -1 for p in pairs]
+    batch = {
+        **collate([(list(prompt), list(response)) for prompt, response in rows]),
+        "chosen": torch.tensor(chosen),
+        "rejected": torch.tensor(rejected),
+        "lengths": torch.tensor([len(p["chosen_ids"]) for p in pairs]),
+        "rejected_lengths": torch.tensor([len(p["rejected_ids"]) for p in pairs]),
+    }
+    if "reference_chosen" in pairs[0]:  # a loss without a reference has none scored
+        batch["reference"] = torch.tensor([[p["reference_chosen"], p["reference_rejected"]] for p in pairs])
+    return batch
+
+
+def token_logps(logits: Tensor, tokens: Tensor) -> Tensor:
+    """log p of `tokens` [..., length] under `logits` [..., length, vocabulary] that predict them, in float32 or wider."""
+    logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+    picked = logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    return picked - logits.logsumexp(-1)

@@ -1,0 +1,68 @@
+"""Text to token ids: prompts through the chat template, responses as the sampler would have drawn them, and what ends one."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import GenerationConfig
+
+from ..tasks.base import Problem, Task
+from .tokens import base_path
+
+
+def encode_prompts(task: Task, tokenizer, problems: list[Problem]) -> dict[str, list[int]]:
+    """Problem id -> prompt token ids: through the chat template where there is one, else plain text. One BOS either way."""
+    if not tokenizer.chat_template:
+        return {p.id: tokenizer(task.prompt(p)).input_ids for p in problems}
+    turns = (
+        [{"role": "user", "content": task.prompt(p)}] for p in problems
+    )  # no system turn: some templates have none
+    texts = [chat_text(tokenizer, turn, add_generation_prompt=True) for turn in turns]
+    return {p.id: tokenizer(t, add_special_tokens=False).input_ids for p, t in zip(problems, texts, strict=True)}
+
+
+def chat_text(tokenizer, turns: list[dict[str, str]], **options: Any) -> str:
+    """A conversation in the tokenizer's template. The date is fixed, since some templates would write today's."""
+    try:
+        return tokenizer.apply_chat_template(turns, tokenize=False, date_string="26 Jul 2024", **options)
+    except TemplateError as error:
+        raise ValueError(f"model.path: the tokenizer's chat template cannot write this conversation: {error}") from None
+
+
+def stop_ids(config, tokenizer) -> list[int]:
+    """The tokens that end a response; the first is the one that gold solutions are ended with.
+
+    A chat model ends its turn with the token that its template puts behind an answer, which need not be the
+    tokenizer's EOS (Gemma: `<end_of_turn>`).
+    """
+    known = list(dict.fromkeys([tokenizer.eos_token_id, *generation_stops(config)]))
+    if not tokenizer.chat_template:
+        return known
+    turns = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "@@"}]
+    behind = chat_text(tokenizer, turns).rpartition("@@")[2]
+    ending = [
+        i for i in tokenizer(behind, add_special_tokens=False).input_ids if i in tokenizer.all_special_ids or i in known
+    ]
+    return list(dict.fromkeys([*ending[:1], *known]))
+
+
+def encode_response(tokenizer, text: str, end: int) -> list[int]:
+    """A response's token ids as the sampler would have drawn them: no BOS, the `end` token at the end."""
+    return [*tokenizer(text, add_special_tokens=False).input_ids, end]
+
+
+def generation_stops(config) -> list[int]:
+    """The ids that end a generation according to the model's own generation_config.json, if it has one."""
+    return _generation_stops(str(Path(base_path(config)).expanduser()))
+
+
+@cache
+def _generation_stops(path: str) -> list[int]:
+    try:
+        stops = GenerationConfig.from_pretrained(path).eos_token_id
+    except (OSError, ValueError):  # it has none
+        return []
+    return [] if stops is None else [stops] if isinstance(stops, int) else list(stops)

@@ -1,0 +1,249 @@
+"""One prompt, many responses: a cache that holds every prompt once, and the attention that reads it.
+
+Decoding is reading: at every step attention reads all keys and values of every row. N samples of a problem have the same
+prompt, so here its keys and values lie in memory once, and the queries of a step meet them in one matrix product; only
+what a row has said itself is read for that row alone. The scores of both parts go through one softmax, so the result is
+that of ordinary attention.
+
+Models of transformers take it as one more attention function. Whether a model computes the same with it is tried on a
+few tokens before it is used (`shares_prompts`); for a model that does not, every row gets a copy of its prompt's cache.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from accelerate.utils.memory import should_reduce_batch_size
+from torch import Tensor
+from transformers import AttentionInterface, DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from .load import causal_model
+
+KNOWN_LAYERS = {"full_attention", "sliding_attention"}
+
+
+def numbered(groups: np.ndarray) -> np.ndarray:
+    """The number of each member within its group, from 0 on, for members of `groups` [members]."""
+    order = np.argsort(groups, kind="stable")
+    numbers = np.empty_like(groups)
+    numbers[order] = np.arange(len(groups)) - np.searchsorted(groups[order], groups[order])
+    return numbers
+
+
+class SampleLayer(DynamicLayer):
+    """One layer's keys and values, with room for the tokens to come.
+
+    `prompt` are those of the prompts [problems, heads, length, width]; `buffers` those of the responses
+    [capacity, heads, room, width], of which `rows` rows and `length` tokens are in use.
+    """
+
+    def __init__(self, prompt: tuple[Tensor, Tensor], capacity: int, room: int, shared: bool):
+        super().__init__()
+        self.dtype, self.device, self.is_initialized = prompt[0].dtype, prompt[0].device, True
+        self.rows, heads, length, _ = prompt[0].shape
+        self.length = 0 if shared else length  # unless shared, the prompt stands in front of every response
+        self.buffers = [p.new_empty(capacity, heads, self.length + room, p.shape[-1]) for p in prompt]
+        self.prompt = prompt if shared else None
+        if not shared:
+            for buffer, part in zip(self.buffers, prompt, strict=True):
+                buffer[: self.rows, :, :length] = part
+        self._expose()
+
+    def _expose(self) -> None:
+        self.keys, self.values = (buffer[: self.rows, :, : self.length] for buffer in self.buffers)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        for buffer, new in zip(self.buffers, (key_states, value_states), strict=True):
+            buffer[: self.rows, :, self.length] = new[:, :, 0]
+        self.length += 1
+        self._expose()
+        return self.keys, self.values
+
+    def copy(self, sources: Tensor, targets: Tensor | slice, rows: int) -> None:
+        """Put what is in the rows `sources` into the rows `targets`; after it `rows` rows are in use."""
+        for buffer in self.buffers:
+            buffer[targets, :, : self.length] = buffer[sources, :, : self.length]
+        self.rows = rows
+        self._expose()
+
+
+class SampleCache(DynamicCache):
+    """The cache of a batch: some prompts, and rows that each go on from one of them.
+
+    It begins with one row for each prompt, in their order.
+
+    Args:
+        prompts: the prompts' caches, in parts. mask: [problems, length], 0 where a prompt is padded (on its left).
+        capacity: rows that there may be. room: tokens that each of them may have.
+        shared: whether rows read one copy of their prompt (with `attend`) or each its own (with any attention).
+    """
+
+    def __init__(self, prompts: list[DynamicCache], mask: Tensor, capacity: int, room: int, shared: bool):
+        super().__init__()
+        self.mask, self.biases, self.windows = mask, {}, set()
+        self.place(np.arange(len(mask)))
+        for parts in zip(*(prompt.layers for prompt in prompts), strict=True):
+            whole = tuple(torch.cat([getattr(part, side) for part in parts]) for side in ("keys", "values"))
+            self.layers.append(SampleLayer(whole, capacity, room, shared))
+
+    def place(self, owner: np.ndarray) -> None:
+        """Say which prompt each row has, `owner` [rows]."""
+        self.owner = torch.from_numpy(owner).to(self.mask.device)
+        number = numbered(owner)
+        self.width = int(number.max()) + 1
+        slots = owner * self.width + number
+        dense = len(slots) == len(self.mask) * self.width and bool((np.diff(slots) == 1).all())
+        self.slots = None if dense else torch.from_numpy(slots).to(self.mask.device)
+        self.biases = {}
+
+    def copy(self, sources: np.ndarray, targets: np.ndarray | slice, owner: np.ndarray) -> None:
+        """Let rows `targets` go on where rows `sources` are; after it the rows have the prompts `owner`."""
+        sources = torch.from_numpy(sources).to(self.mask.device)
+        if isinstance(targets, np.ndarray):
+            targets = torch.from_numpy(targets).to(self.mask.device)
+        for layer in self.layers:
+            layer.copy(sources, targets, len(owner))
+        self.place(owner)
+
+    def by_prompt(self, rows: Tensor) -> Tensor:
+        """What belongs to rows [rows, heads, group, n], as [problems, heads, most rows of one prompt x group, n]."""
+        _, heads, group, n = rows.shape
+        if self.slots is not None:
+            rows = rows.new_zeros(len(self.mask) * self.width, heads, group, n).index_copy_(0, self.slots, rows)
+        rows = rows.view(len(self.mask), self.width, heads, group, n).transpose(1, 2)
+        return rows.reshape(len(self.mask), heads, self.width * group, n)
+
+    def by_row(self, grid: Tensor) -> Tensor:
+        """The other way round."""
+        problems, heads, _, n = grid.shape
+        grid = grid.view(problems, heads, self.width, -1, n).transpose(1, 2)
+        if self.slots is None:
+            return grid.flatten(0, 1)
+        return grid.reshape(problems * self.width, heads, -1, n).index_select(0, self.slots)
+
+    def bias(self, window: int | None, length: int) -> Tensor | None:
+        """What is added to the scores [rows, prompt + response keys]: -inf where a key is padding or out of the window.
+
+        The query is the response's token number `length`, whose own key is the last one. None if all keys are seen.
+        """
+        if (window, length) not in self.biases:
+            lengths = self.mask.sum(-1, keepdim=True)
+            seen = self.mask.bool()
+            own = torch.ones(len(seen), length, dtype=torch.bool, device=seen.device)
+            if window is not None:
+                seen = seen & (lengths + length - self.mask.cumsum(-1) < window)
+                own[:, : max(0, length - window)] = False
+            seen = torch.cat([seen, own], -1)[self.owner]
+            bias = torch.zeros(seen.shape, device=seen.device).masked_fill_(~seen, -torch.inf)
+            self.biases = {k: v for k, v in self.biases.items() if k[1] == length}  # of this step
+            self.biases[window, length] = None if bool(seen.all()) else bias
+        return self.biases[window, length]
+
+
+def attend(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    shared: SampleCache | None = None,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """Attention of one new token a row, `query` [rows, query heads, 1, width], over its prompt and its own response.
+
+    `key` and `value` are the responses' of a `SampleLayer` [rows, heads, length, width]. Returns [rows, 1, query heads, width].
+    """
+    rows, heads, length, width = key.shape
+    prompt_keys, prompt_values = shared.layers[module.layer_idx].prompt
+    prompt = prompt_keys.shape[2]
+    query = query.reshape(rows, heads, -1, width) * (scaling or width**-0.5)
+    on_prompt = shared.by_prompt(query) @ prompt_keys.transpose(-1, -2)
+    scores = torch.cat([shared.by_row(on_prompt), query @ key.transpose(-1, -2)], -1)
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    shared.windows.add(sliding_window)
+    bias = shared.bias(sliding_window, length)
+    if bias is not None:
+        scores += bias[:, None, None]
+    weights = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
+    out = weights[..., prompt:] @ value
+    out += shared.by_row(shared.by_prompt(weights[..., :prompt]) @ prompt_values)
+    return out.reshape(rows, 1, -1, value.shape[-1]), None
+
+
+AttentionInterface.register("shared_prefix", attend)
+
+
+@contextmanager
+def shared_attention(model: PreTrainedModel, shared: bool = True) -> Iterator[None]:
+    """Within it the model's attention is `attend`; with `shared` false it stays as it is."""
+    model = causal_model(model)
+    before = model.config._attn_implementation
+    if shared:
+        model.set_attn_implementation("shared_prefix")
+    try:
+        yield
+    finally:
+        if shared:
+            model.set_attn_implementation(before)
+
+
+_tried: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
+
+
+@torch.inference_mode()
+def shares_prompts(model: PreTrainedModel) -> bool:
+    """Whether the model computes the same logits when samples share their prompt; says so, once, if it does not."""
+    if model not in _tried:
+        why = _why_not(model)
+        _tried[model] = why is None
+        if why:
+            kind = causal_model(model).config.model_type
+            warnings.warn(f"every sample gets a prompt cache of its own, since a {kind} {why}", stacklevel=2)
+    return _tried[model]
+
+
+def _why_not(model: PreTrainedModel) -> str | None:
+    config = causal_model(model).config.get_text_config()
+    if other := set(getattr(config, "layer_types", None) or KNOWN_LAYERS) - KNOWN_LAYERS:
+        return f"has layers of another kind ({', '.join(sorted(other))})"
+    if not causal_model(model)._can_set_attn_implementation():
+        return "does not let its attention be replaced"
+    device, vocabulary = next(model.parameters()).device, config.vocab_size
+    ids = (torch.arange(3 * 6, device=device).view(3, 6) * 7 + 3) % vocabulary
+    ids[2, :4] = ids[0, :4]  # rows 0 and 2 have the same prompt, row 1 a shorter one
+    mask = torch.ones_like(ids)
+    mask[1, :2] = 0
+    place = (mask.cumsum(-1) - 1).clamp_(min=0)
+    wanted = model(input_ids=ids, attention_mask=mask, position_ids=place, use_cache=False).logits[:, 4:]
+    prompts = DynamicCache()
+    model(input_ids=ids[:2, :4], attention_mask=mask[:2, :4], position_ids=place[:2, :4], past_key_values=prompts, use_cache=True)  # fmt: skip
+    try:
+        cache = SampleCache([prompts], mask[:2, :4], capacity=3, room=2, shared=True)
+        cache.copy(np.array([0]), np.array([2]), np.array([0, 1, 0]))
+        with shared_attention(model):
+            steps = [
+                model(input_ids=ids[:, i : i + 1], position_ids=place[:, i : i + 1], past_key_values=cache, use_cache=True, shared=cache).logits
+                for i in (4, 5)
+            ]  # fmt: skip
+    except Exception as error:
+        if should_reduce_batch_size(error):  # that says nothing of the model
+            raise
+        return f"cannot ({type(error).__name__}: {error})"
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
+    slides = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    if slides and "sliding_attention" in kinds and cache.windows == {None}:
+        return "does not tell its attention its window"
+    got, wanted = torch.cat(steps, 1).float(), wanted.float()
+    near = 1e-4 if next(model.parameters()).dtype == torch.float32 else 5e-2  # 16-bit weights round
+    off = (got - wanted).norm() / wanted.norm()
+    return None if off < near else f"computes other logits then (off by {off:.1e} of their size)"

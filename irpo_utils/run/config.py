@@ -1,0 +1,306 @@
+"""A run's configuration: read from a YAML preset and `key=value` overrides, and checked once. What is wrong with it is said in one line.
+
+The parameters are in `settings.py`. Here are the methods that a run has, hyper-parameters of one method alone
+(`irpo.train.lr=1e-3`), and the messages.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
+from typing import Any, get_origin
+
+import yaml
+from pydantic import Field, TypeAdapter, ValidationError, model_validator
+
+from ..files import ConfigError, load_object
+from ..methods.recipes import KeyTwice, Loader, Method, catalogue
+from ..settings import Names, Section, Settings
+from ..tasks import TASKS
+
+PER_METHOD = ("pairs", "process", "judge", "train")  # sections that may differ between methods
+AUTO = {  # what "auto" stands for where CUDA is, and where it is not
+    "model.quantize": ("nf4", "none"),
+    "model.dtype": ("bfloat16", "float32"),
+    "train.optimizer": ("paged_adamw_8bit", "adamw"),
+}
+
+
+class Config(Settings):
+    methods: Names = ("irpo",)  # or all
+    recipes: Names = ()  # files of methods of your own, in the form of methods/recipes.yaml
+    method_settings: dict[str, dict[str, Any]] = Field(default={})
+
+    @cached_property
+    def catalogue(self) -> dict[str, Method]:
+        """The methods that there are, by name."""
+        return catalogue(self.recipes)
+
+    @model_validator(mode="after")
+    def _runnable(self) -> Config:
+        if self.task.name not in TASKS and ".py:" not in self.task.name:
+            raise ValueError(
+                f"task.name: no task is called {self.task.name!r}; there is: {', '.join(sorted(TASKS))}, or a class of your own as in my_task.py:MyTask"
+            )
+        if not self.methods:
+            raise ValueError("methods: expected at least one value")
+        if len(set(self.methods)) < len(self.methods):
+            raise ValueError("methods: each one once")
+        for name in self.methods:
+            if name not in self.catalogue:
+                raise ValueError(
+                    f"methods: no method is called {name!r}; there is: all, {', '.join(self.catalogue)}"
+                    "; a file with methods of your own is named by recipes=my_methods.yaml"
+                )
+            if self.iterations < (least := len(self.catalogue[name].rounds)):
+                raise ValueError(
+                    f"iterations: {name} makes rounds of {least} kinds; set iterations={least}, or leave it out of methods"
+                )
+        for name, own in self.method_settings.items():
+            try:
+                changed(self, {**own, "method_settings": {}})
+            except ConfigError as error:
+                raise ValueError(f"{name}: {error}") from None
+        return self
+
+    def recipe(self, method: str) -> Method:
+        """Raises ConfigError for a method that there is not."""
+        if method not in self.catalogue:
+            raise ConfigError(f"method: no method is called {method!r}; there is: {', '.join(self.catalogue)}")
+        return self.catalogue[method]
+
+    def rounds(self, method: str) -> int:
+        return self.recipe(method).count(self.iterations)
+
+    def for_round(self, method: str, t: int) -> Config:
+        """This configuration with the hyper-parameters of a method's round t: those of the method that it inherits from, then its own.
+
+        Its own do not count in the rounds that come once before those that repeat (a warm start).
+        """
+        recipe = self.recipe(method)
+        inherits = recipe.round(t).inherits if t else ""
+        warm = inherits and recipe.repeat and t <= len(recipe.rounds) - recipe.repeat
+        own = self.method_settings.get(inherits, {}) | ({} if warm else self.method_settings.get(method, {}))
+        config, budget = changed(self, own), recipe.budget(self.iterations)
+        longer = {f"train.{name}": budget * getattr(config.train, name) for name in ("max_steps", "max_epochs")}
+        return changed(config, longer) if budget > 1 else config
+
+
+def sections() -> dict[str, type[Section]]:
+    return {
+        name: f.annotation
+        for name, f in Config.model_fields.items()
+        if isinstance(f.annotation, type) and issubclass(f.annotation, Section)
+    }
+
+
+def parameter_names() -> list[str]:
+    """Every settable key, as in `train.lr`."""
+    names = []
+    for name in Config.model_fields:
+        section = sections().get(name)
+        names += [f"{name}.{leaf}" for leaf in section.model_fields] if section else [name]
+    return [name for name in names if name != "method_settings"]
+
+
+def changed(config: Config, settings: dict[str, Any]) -> Config:
+    """A copy of `config` with dotted `settings` in it, checked. Raises ConfigError."""
+    if not settings:
+        return config
+    raw = config.values()
+    for name, value in settings.items():
+        section, _, leaf = name.partition(".")
+        if leaf:
+            before = raw[section]
+            raw[section] = {**(before if isinstance(before, dict) else before.values()), leaf: value}
+        else:
+            raw[name] = value
+    return checked(raw)
+
+
+def checked(raw: dict[str, Any]) -> Config:
+    """The configuration that nested sections of values make. Raises ConfigError with the first thing that is wrong."""
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError(message(error.errors()[0])) from None
+
+
+def message(error: Any) -> str:
+    """One of pydantic's errors in words: the parameter, what it takes, and what it was given."""
+    name = ".".join(str(part) for part in error["loc"] if isinstance(part, str))
+    kind, given, limits = error["type"], error["input"], error.get("ctx") or {}
+    if kind == "value_error":
+        return str(limits["error"])
+    if kind == "extra_forbidden":
+        return unknown(name, parameter_names())
+    if kind == "float_type" and isinstance(given, str):
+        return f"{name}: expected a number, got the text {given!r}; YAML reads 1e-5 as text, write 1.0e-5"
+    if kind == "too_short":
+        return f"{name}: expected at least one value"
+    if kind == "string_too_short":
+        return f"{name}: expected text that is not empty"
+    if kind in ("greater_than_equal", "greater_than", "less_than_equal"):
+        low = f"at least {limits['ge']}" if "ge" in limits else f"above {limits['gt']:g}" if "gt" in limits else ""
+        section, _, leaf = name.partition(".")
+        share = leaf and any(getattr(m, "le", None) == 1 for m in sections()[section].model_fields[leaf].metadata)
+        return f"{name}: {'between 0 and 1' if share else low}, got {given}"
+    what = {
+        "literal_error": f"one of {limits.get('expected', '').replace(chr(39), '').replace(' or ', ', ')}",
+        "finite_number": "expected a finite number",
+    }
+    types = {"int": "int", "float": "float", "bool": "bool", "string": "text"}
+    return f"{name}: {what.get(kind) or 'expected ' + types.get(kind.partition('_')[0], kind)}, got {given!r}"
+
+
+def unknown(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(known), 1)
+    return f"no parameter is called {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+
+
+def from_text(name: str, text: str) -> Any:
+    """A value of the command line as its parameter's type. Raises ConfigError."""
+    section, _, leaf = name.partition(".")
+    field = (sections()[section] if leaf else Config).model_fields[leaf or section]
+    if get_origin(field.annotation) is tuple:
+        kind = field.annotation.__args__[0]
+        return [_read(name, item.strip(), kind) for item in text.split(",") if item.strip()]
+    return _read(name, text, field.annotation)
+
+
+def _read(name: str, text: str, kind: Any) -> Any:
+    kind = getattr(kind, "__origin__", None) if hasattr(kind, "__metadata__") else kind  # without its range
+    if kind not in (int, float, bool):
+        return text
+    try:
+        return TypeAdapter(kind).validate_python(text, strict=False)
+    except ValidationError:
+        raise ConfigError(f"{name}: expected {kind.__name__}, got {text!r}") from None
+
+
+def configured(base: dict[str, Any], overrides: Iterable[tuple[str, str]] = ()) -> Config:
+    """The configuration that a file's parameters and `overrides` of the command line make, with every "auto" resolved.
+
+    A general override (`train.lr`) reaches methods that have settings of their own; a method's own (`irpo.train.lr`) wins
+    over it, in any order.
+
+    Args:
+        base: what a YAML file holds, sections nested or dotted.
+
+    Raises:
+        ConfigError: a parameter is unknown, mistyped, out of range or not to be set for one method.
+    """
+    flat = flatten(base)
+    texts = dict(overrides)
+    recipes = from_text("recipes", texts["recipes"]) if "recipes" in texts else flat.get("recipes", ())
+    methods = catalogue(recipes if isinstance(recipes, list | tuple) else [recipes])
+    names, own = parameter_names(), {}
+    for name in [*flat, *texts]:
+        head, _, rest = name.partition(".")
+        if head in methods:
+            own.setdefault(head, {})
+            check_own(head, rest, names)
+        elif name not in names:
+            raise ConfigError(unknown(name, names))
+    for name, value in flat.items():
+        head, _, rest = name.partition(".")
+        if head in methods:
+            own[head][rest] = value
+    for name in texts:
+        if name.partition(".")[0] in PER_METHOD:  # asked for on the command line: for every method
+            for settings in own.values():
+                settings.pop(name, None)
+    for name, text in texts.items():
+        head, _, rest = name.partition(".")
+        if head in methods:
+            own[head][rest] = _named(head, rest, text)
+    values = {name: value for name, value in flat.items() if name.partition(".")[0] not in methods}
+    values |= {name: from_text(name, text) for name, text in texts.items() if name in names}
+    asked = values.get("methods", ())
+    if "all" in (asked if isinstance(asked, list | tuple) else [asked]):
+        values["methods"] = list(methods)
+    config = changed(Config(), values | {"method_settings": {name: found for name, found in own.items() if found}})
+    return resolve_auto(config)
+
+
+def _named(method: str, name: str, text: str) -> Any:
+    try:
+        return from_text(name, text)
+    except ConfigError as error:
+        raise ConfigError(f"{method}.{error}") from None
+
+
+def check_own(method: str, name: str, names: list[str]) -> None:
+    """Raise a ConfigError unless a parameter may be set for one method alone."""
+    if name not in names:
+        raise ConfigError(unknown(f"{method}.{name}", [f"{method}.{known}" for known in names]))
+    if name.partition(".")[0] not in PER_METHOD:
+        raise ConfigError(
+            f"{method}.{name}: only {', '.join(f'{part}.*' for part in PER_METHOD)} can differ between methods, so that they share their samples"
+        )
+    if name == "train.retrain_with_dev":
+        raise ConfigError(f"{method}.{name}: {name} is for all methods, since it decides what is sampled")
+
+
+def flatten(raw: Any) -> dict[str, Any]:
+    """Nested sections as dotted names with their values. Raises ConfigError."""
+    if not isinstance(raw, dict):
+        raise ConfigError(f"expected parameters as `key: value`, got {type(raw).__name__}")
+    flat: dict[str, Any] = {}
+    for key, value in raw.items():
+        if key == "method_settings":
+            if not isinstance(value, dict) or not all(isinstance(part, dict) for part in value.values()):
+                raise ConfigError("method_settings: expected `method: {train.lr: ...}` for each method")
+            flat |= {f"{m}.{k}": v for m, part in value.items() for k, v in part.items()}
+        elif isinstance(value, dict):
+            flat |= {f"{key}.{k}": v for k, v in value.items()}
+        else:
+            flat[str(key)] = value
+    return flat
+
+
+def resolve_auto(config: Config) -> Config:
+    """The configuration with every "auto" replaced by what this machine has, so that a run's record says what was used."""
+    asked = {name: both for name, both in AUTO.items() if value_of(config, name) == "auto"}
+    if not asked:
+        return config
+    cuda = load_object("torch:cuda").is_available()  # torch takes seconds to import
+    return changed(config, {name: both[not cuda] for name, both in asked.items()})
+
+
+def value_of(config: Settings, name: str) -> Any:
+    """The value of a parameter, as of "train.lr"."""
+    for part in name.split("."):
+        config = getattr(config, part)
+    return config
+
+
+def read_yaml(path: Path) -> Any:
+    """What a YAML file holds. Raises ConfigError."""
+    try:
+        raw = yaml.load(path.read_text(), Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not YAML: {error}") from None
+    except KeyTwice as error:
+        raise ConfigError(f"{path}: {error}") from None
+    return {} if raw is None else raw
+
+
+def read_config(path: Path) -> Config:
+    """A configuration from a YAML file.
+
+    Raises:
+        ConfigError: the file is not YAML, or a parameter in it is unknown or mistyped.
+    """
+    raw = read_yaml(path)
+    try:
+        return configured(raw)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def dump(config: Config) -> str:
+    """The whole configuration as YAML that `read_config` reads back."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)

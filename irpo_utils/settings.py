@@ -1,0 +1,208 @@
+"""Every parameter of a run, with its type, its range and its default: one section a class. Frozen, and checked when it is made.
+
+`run/config.py` reads them from presets and from the command line, and says in plain words what is wrong with one.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM has room for
+EXECUTIONS = ("isolated", "i-accept-the-risk")  # how sampled programs are run, see extras/code/sandbox.py
+
+
+def _several(value: Any) -> Any:
+    """A value alone is a list of one; an empty one is none."""
+    values = list(value) if isinstance(value, list | tuple) else [value]
+    return tuple(v for v in values if v != "")
+
+
+Count = Annotated[int, Field(ge=1)]
+Size = Annotated[int, Field(ge=0)]  # 0 takes all there are, or sets no limit
+Positive = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Names = Annotated[tuple[str, ...], BeforeValidator(_several)]
+
+
+class Section(BaseModel):
+    """Parameters that belong together. A change makes a new one, which is checked again: `section.but(lr=1e-3)`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, validate_default=True)
+
+    def but(self, **changes: Any) -> Self:
+        return type(self).model_validate(self.values() | changes)
+
+    def values(self) -> dict[str, Any]:
+        """The parameters by name, sections as they are."""
+        return {name: getattr(self, name) for name in type(self).model_fields}
+
+
+class TaskConfig(Section):
+    name: str = "word_problems"  # one of tasks.TASKS, or a class of your own: my_task.py:MyTask
+    train: Names = ()  # files or hub data sets; none: the task's own
+    dev: Names = ()  # none: `dev_size` problems are held out of training
+    test: Names = ()
+    train_size: Size = 1000  # problems; 0 takes all there are
+    dev_size: Size = 200
+    test_size: Size = 300
+    seed: int = 0  # which problems are held out, and which are taken when a size cuts
+    flexible: bool = False  # whether the reward, too, accepts an answer that is not marked
+    execution: Literal["isolated", "i-accept-the-risk"] = (
+        "isolated"  # of sampled programs; the latter is without isolation
+    )
+    guessable_share: Share = 0.8  # word_problems: share of problems that ask "odd or even?"
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if self.name == "jsonl" and not (self.train and self.test):
+            raise ValueError(
+                "task.train and task.test: the jsonl task needs the file of each, as in task.train=problems.jsonl"
+            )
+        if self.name == "word_problems" and min(self.train_size, self.dev_size, self.test_size) < 1:
+            raise ValueError("task: train_size, dev_size and test_size at least 1, since word problems are drawn")
+        return self
+
+
+class ModelConfig(Section):
+    path: Annotated[str, Field(min_length=1)] = "seed"  # a hub name, a folder, or "seed": the model in the package
+    tuning: Literal["lora", "full"] = "lora"  # "full" for a model small enough to save whole
+    quantize: Literal["none", "nf4", "auto"] = "none"  # "nf4": 4-bit base (QLoRA); "auto": nf4 where CUDA is, else none
+    dtype: Literal["float32", "bfloat16", "auto"] = (
+        "float32"  # "auto": bfloat16 where CUDA is. Adapters are float32 in any case
+    )
+    trust_remote_code: bool = False  # whether code that comes with the model may run
+    lora_r: Count = 32
+    lora_alpha: Count = 64
+
+    @model_validator(mode="after")
+    def _trainable(self) -> Self:
+        if self.quantize != "none" and self.tuning == "full":
+            raise ValueError("model.quantize: 4-bit weights cannot be trained; set model.tuning=lora")
+        return self
+
+
+class SamplingConfig(Section):
+    # What samples and evaluates: "transformers" in this process, or "vllm" in one of its own, for which IRPO_VLLM_PYTHON
+    # may name a Python that has it (pyproject.toml: how to make one). Dev scores while training: always the former.
+    engine: Literal["transformers", "vllm"] = "transformers"
+    n: Count = 16
+    temperature: Annotated[tuple[Positive, ...], BeforeValidator(_several), Field(min_length=1)] = (
+        0.8,
+    )  # per iteration; the last one goes on
+    max_new_tokens: Count = 64
+    max_rows: Count = 512  # responses at once, at most
+
+
+class PairsConfig(Section):
+    k: Count = 8
+    eta: Positive = 0.2  # least difference of two rewards that makes a pair, where rewards are not just right and wrong
+    max_per_problem: Count = 10  # correct samples of a problem that ReST-EM takes
+    gold: bool = False  # whether the gold solution joins the winners
+    max_tokens: Count = 128  # longer prompt + response: dropped and counted, never cut
+    max_pairs: Size = 0  # random cap on pairs per iteration, 0 for none
+
+
+class ProcessConfig(Section):
+    """Process feedback (SIPF): step labels by simulation, and the process reward model that is trained on them."""
+
+    continuations: Count = 8  # K: from the end of every step; the paper's code implies 8 for maths, 6 for code
+    delta: Size = 0  # a step is right if more than so many of its continuations reach the right answer
+    temperature: Positive = 1.0
+    simulator: str = ""  # who continues: "" is the policy M_t itself, else a hub name or a folder
+    labels: Literal["process", "outcome"] = (
+        "process"  # "outcome", the control: every step has its answer's label, and nothing is simulated
+    )
+    path: Literal["mean", "min", "product", "last"] = (
+        "mean"  # a path's reward from its steps' scores; mean is the paper's
+    )
+    lr: Positive = 5.0e-5  # the paper's
+    lora_r: Count = 16  # the paper's
+    batch: Count = 32  # solutions per optimizer step
+    max_steps: Count = 2000
+    max_epochs: Count = 3
+
+    @model_validator(mode="after")
+    def _reachable(self) -> Self:
+        if self.delta >= self.continuations:
+            raise ValueError("process.delta: at least 0 and below process.continuations")
+        return self
+
+
+class JudgeConfig(Section):
+    """Self-Rewarding: the model as its own judge, on a scale from 0 to 5."""
+
+    samples: Count = 3  # judgements that are averaged
+    temperature: Positive = 0.7
+    # "text": a judgement is written out and its "Score: n" read. "scores": n is drawn from the model's own probabilities
+    # of the six scores behind the prompt, for a model that cannot write a judgement.
+    read: Literal["text", "scores"] = "text"
+    max_new_tokens: Count = 256
+
+
+class TrainConfig(Section):
+    engine: Literal["own", "trl"] = "own"  # "trl": its DPOTrainer, whose NLL is a mean over all tokens of a micro-batch
+    lr: Positive = 1.0e-3
+    beta: Positive = 0.1
+    alpha: Annotated[float, Field(ge=0)] = 1.0
+    odds_weight: Annotated[float, Field(ge=0)] = 0.1  # lambda of ORPO's odds ratio term; the other losses have none
+    # Pairs per optimizer step; where nothing is rejected, twice as many responses: as many tokens for every method.
+    batch: Count = 16
+    micro_batch: Count = 16  # pairs per forward pass (or twice as many responses)
+    pairs_together: Count = 1  # pairs of one problem that come together: they share its prompt, for a noisier gradient
+    max_steps: Count = 250
+    max_epochs: Count = 4
+    extrapolation: float = 0.3  # a of ExPO; the paper: 0.3 to 0.5
+    warmup: Share = 0.1  # share of the steps
+    max_grad_norm: Positive = 1.0
+    eval_every: Count = 50  # steps between dev scores; the best step becomes M_{t+1}
+    retrain_with_dev: bool = (
+        False  # then train anew for as many steps with the dev problems included, as the paper does
+    )
+    optimizer: Literal["adamw", "paged_adamw_8bit", "auto"] = "adamw"  # "auto": the latter where CUDA is
+    gradient_checkpointing: bool = False  # less memory, about a third more time
+
+    @model_validator(mode="after")
+    def _divides(self) -> Self:
+        if self.batch % self.micro_batch:
+            raise ValueError("train.batch: a multiple of train.micro_batch")
+        return self
+
+
+class EvaluationConfig(Section):
+    samples: Count = 32
+    temperature: Positive = 0.8
+
+
+class Settings(Section):
+    """All that a stage may look at."""
+
+    task: TaskConfig = TaskConfig()
+    model: ModelConfig = ModelConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    pairs: PairsConfig = PairsConfig()
+    process: ProcessConfig = ProcessConfig()
+    judge: JudgeConfig = JudgeConfig()
+    train: TrainConfig = TrainConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    seeds: Count = 1
+    iterations: Count = 3
+    threads: Count = 2  # CPU threads of a stage; part of what makes a rerun bit-identical
+
+    @model_validator(mode="after")
+    def _fits_vllm(self) -> Self:
+        if self.sampling.engine == "vllm" and self.model.quantize == "nf4":
+            raise ValueError(
+                "sampling.engine: vLLM would not run the 4-bit weights that are trained; "
+                "set model.quantize=none or sampling.engine=transformers"
+            )
+        if self.sampling.engine == "vllm" and self.model.tuning == "lora" and self.model.lora_r > LORA_RANKS[-1]:
+            raise ValueError(
+                f"sampling.engine: vLLM takes a model.lora_r of up to {LORA_RANKS[-1]}; lower it or set sampling.engine=transformers"
+            )
+        return self
+
+    def temperature(self, iteration: int) -> float:
+        """The sampling temperature of iteration 1, 2, ...; the last one of the list goes on."""
+        return self.sampling.temperature[min(iteration, len(self.sampling.temperature)) - 1]
