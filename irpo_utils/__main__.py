@@ -1,6 +1,127 @@
-import sys
+"""The command line: python -m irpo_utils [preset] [key=value ...], which is what ./run_all.sh calls."""
 
-from .run.driver import main
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from pathlib import Path
+
+from .files import Busy, ConfigError, MissingArtefact, load_object
+from .methods.recipes import catalogue
+from .run.config import Config, dump, read_config
+from .run.driver import estimate, run_stages, start, why
+from .run.presets import presets
+from .run.stages import plan
+from .run.store import run_folder
+
+HELP = """usage: ./run_all.sh [preset] [key=value ...]     run the loop, skip what is done, write outputs/<run>/report.html
+       ./run_all.sh why RUN                       say of every stage whether it is done, and if not why
+       ./run_all.sh --list                        show the presets, the methods and every parameter with its default
+       ./run_all.sh --estimate preset [key=value ...]   memory that a run would take; runs nothing
+       ./run_all.sh --bench [quick|full]          sampling and training beside generate and TRL -> outputs/bench/bench.json
+       ./run_all.sh --publish RUN                 copy a run's small artefacts to outputs/reference/RUN
+       ./run_all.sh export RUN FOLDER [method=irpo seed=0 iteration=3]   write M_t as one whole model in bfloat16
+       ./run_all.sh extrapolate TH1 TH0|base FOLDER [a=0.3]   ExPO: write TH1 + a (TH1 - TH0), both folders of policies
+       ./run_all.sh grade --task gsm8k FILE.jsonl       grade any responses (see grade --help)
+       ./run_all.sh --test                        run the tests
+
+  run=NAME       the folder under outputs/ (default: the preset's name)
+  jobs=J         methods and seeds at work side by side (default 1; each takes `threads` CPU threads)
+  key=value      any parameter, as in iterations=2 seeds=3 methods=irpo,dpo train.lr=1e-3 dpo.train.beta=0.3
+  --debug        with any command: show the traceback behind an error
+
+A run that was stopped goes on with the same command. A changed parameter reruns what depends on it, and no more."""
+# Commands of other rooms, which take the rest of the command line.
+COMMANDS = {
+    "grade": "irpo_utils.run.grade:main",
+    "export": "irpo_utils.report.publish:export",
+    "extrapolate": "irpo_utils.extras.expo:main",
+}
+
+
+def show_all() -> None:
+    """The presets, the methods and the parameters there are."""
+    print("presets:")
+    for name, text in presets().items():
+        print(f"  {name:36} {text}")
+    print(
+        "\nmethods (irpo_utils/methods/recipes.yaml), each round as reward, selection, loss, start, reference; methods=all takes every one:"
+    )
+    for name, recipe in catalogue().items():
+        rounds = [f"{r.reward}, {r.selection}, {r.loss}, {r.start}, {r.reference}" for r in recipe.rounds]
+        print(f"  {name:16} {' | '.join(rounds)}")
+    print("\nparameters and their defaults (before the preset's):")
+    print(dump(Config()))
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise ConfigError(f"{message}; see ./run_all.sh --help")
+
+
+def parser() -> argparse.ArgumentParser:
+    made = Parser("./run_all.sh", add_help=False, allow_abbrev=False)
+    made.add_argument("-h", "--help", action="store_true")
+    made.add_argument("--list", action="store_true")
+    made.add_argument("--estimate", action="store_true")
+    made.add_argument("--bench", nargs="?", const="quick", choices=("quick", "full"))
+    made.add_argument("--publish", metavar="RUN")
+    made.add_argument("--arm", nargs=4, help=argparse.SUPPRESS)
+    made.add_argument("words", nargs="*")
+    return made
+
+
+def command(arguments: list[str]) -> int:
+    if arguments[:1] and arguments[0] in COMMANDS:
+        return load_object(COMMANDS[arguments[0]])(arguments[1:])
+    options = parser().parse_args(arguments)
+    words = options.words
+    if options.help:
+        print(HELP)
+    elif options.list:
+        show_all()
+    elif options.bench:
+        os.environ.update(TRANSFORMERS_VERBOSITY="error", TOKENIZERS_PARALLELISM="false", TQDM_DISABLE="1")
+        return load_object("irpo_utils.extras.bench:main")(options.bench)
+    elif options.publish:
+        load_object("irpo_utils.report.publish:publish")(run_folder(options.publish))
+    elif options.arm:
+        run, method, seed, parent = options.arm
+        config = read_config(Path(run) / "config.yaml")
+        run_stages(plan(config, Path(run), method, int(seed)), parent=int(parent))
+    elif words[:1] == ["why"]:
+        if len(words) != 2:
+            raise ConfigError("why: used as why RUN, a folder under outputs/")
+        run = run_folder(words[1])
+        if not (run / "config.yaml").is_file():
+            raise MissingArtefact(f"outputs/{words[1]} is no run; see outputs/ for those there are")
+        why(run, read_config(run / "config.yaml"))
+    else:
+        named = words[:1] and "=" not in words[0]
+        (estimate if options.estimate else start)(words[0] if named else "tiny", words[1:] if named else words)
+    return 0
+
+
+def main(arguments: list[str]) -> int:
+    """Run one command; every error that a user can mend is one line."""
+    debug = "--debug" in arguments
+    try:
+        return command([a for a in arguments if a != "--debug"])
+    except BrokenPipeError:  # standard output was closed, as by `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    except (ConfigError, MissingArtefact, Busy, OSError, RuntimeError) as error:
+        if debug:
+            traceback.print_exc()
+        plain = isinstance(error, OSError) and not isinstance(error, MissingArtefact) and error.strerror
+        print(f"error: {error.strerror}: {error.filename}" if plain else f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError | MissingArtefact | Busy) else 1
+
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

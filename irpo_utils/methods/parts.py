@@ -35,7 +35,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Reward(Part):
-    """(job) -> (samples, facts), for a `rationalize.Job`. `answer` has no function: the answer's verdict is in the samples."""
+    """(job) -> (samples, facts), for a `rewards.Job`. `answer` has no function: the answer's verdict is in the samples."""
 
     number: bool = True  # not just right or wrong
     section: str = ""  # its part of the configuration
@@ -95,15 +95,28 @@ KINDS: dict[str, tuple[dict[str, Any], type[Part]]] = {
     "selection": (SELECTIONS, Selection),
     "loss": (LOSSES, Loss),
 }
-# What draws responses, and what trains on pairs.
+
+
+@dataclass(frozen=True)
+class Engine(Part):
+    """What draws responses: (config, policy, task, problems) -> a `sampler.Sampler`, as a context manager."""
+
+    check: str = ""  # (config, jobs): raises ConfigError where it cannot run
+    version: str = ""  # () -> its version, where it lies in an environment of its own
+
+
 SAMPLERS = {
-    "transformers": Part("irpo_utils.methods.sampler:opened"),
-    "vllm": Part("irpo_utils.extras.vllm.engine:opened"),
-}
+    "transformers": Engine("irpo_utils.methods.sampler:opened"),
+    "vllm": Engine("irpo_utils.extras.vllm.engine:opened", "irpo_utils.extras.vllm.engine:check", "irpo_utils.extras.vllm.engine:version"),
+}  # fmt: skip
 TRAINERS = {
     "own": Part("irpo_utils.model.training:train"),
     "trl": Part("irpo_utils.extras.trl_trainer:train"),
 }
+# What the training stage does with them; by name, so that a stage is known without loading torch.
+TRAINING = Part("irpo_utils.methods.trainer:train_policy")
+TRAINING_JOB = "irpo_utils.methods.trainer:Training"
+LOAD_LINE = "irpo_utils.model.load:load_line"
 
 
 def part(kind: str, name: str) -> Any:

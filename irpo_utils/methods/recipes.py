@@ -63,6 +63,10 @@ class Round:
         return parts.part("selection", self.selection).samples
 
     @property
+    def needs_gold(self) -> bool:
+        return parts.part("selection", self.selection).gold
+
+    @property
     def scored(self) -> bool:
         """Whether samples get a reward beyond their answer's, in a stage of its own."""
         return self.reward not in ("none", "answer")

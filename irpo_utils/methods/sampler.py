@@ -1,4 +1,4 @@
-"""Draw responses from a policy and grade them."""
+"""Draw responses from a policy and grade them: the arrow from M_t to its samples."""
 
 from __future__ import annotations
 
@@ -6,17 +6,22 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ..model import load, sampling
-from ..model.prompts import encode_prompts, stop_ids
+from transformers import PreTrainedModel
+
+from ..model.load import load_policy, load_tokenizer
+from ..model.prompts import encode_prompts, encode_response, stop_ids
+from ..model.records import Prompt, Sample
+from ..model.sampling import Completion, sample
+from ..settings import Settings
 from ..tasks.base import Problem, Task
 from ..tasks.grading import grade
 
-Record = dict[str, Any]
-Draw = Callable[..., Iterator[dict[str, list["sampling.Completion"]]]]  # `sampling.sample` without its model
+Draw = Callable[..., Iterator[dict[str, list[Completion]]]]  # `sampling.sample` without its model
 
 
 class Progress:
@@ -24,83 +29,116 @@ class Progress:
 
     def __init__(self, label: str, every: float = 10.0):
         self.label, self.every, self.started = label, every, time.monotonic()
-        self.shown = self.started
+        self.printed = self.started
 
     def __call__(self, done: int, total: int, rate: float) -> None:
         now = time.monotonic()
-        if now - self.shown > self.every:
-            self.shown, left = now, (now - self.started) * (total - done) / max(1, done)
+        if now - self.printed > self.every:
+            self.printed, left = now, (now - self.started) * (total - done) / max(1, done)
             print(
                 f"{self.label}: {done}/{total} problems, {rate:,.0f} tokens/s, {left:.0f} s left",
                 file=sys.stderr,
             )
 
 
-@contextmanager
-def drawing(config, policy: Path | None, tokenizer, task: Task, problems: list[Problem]) -> Iterator[Draw]:
-    """The function that draws from M_t (None: the base) by `sampling.engine`, for prompts as long as those of `problems`."""
-    if config.sampling.engine == "vllm":
-        longest = max(len(ids) for ids in encode_prompts(task, tokenizer, problems).values())
-        from ..extras.vllm.engine import Engine
+@dataclass(frozen=True)
+class Sampler:
+    """A policy that can be asked problems of a task. `draw` is `sampling.sample` without its model, or another engine's."""
 
-        with Engine(config, policy, longest) as engine:
-            yield engine.sample
-    else:
-        yield partial(sampling.sample, load.load_policy(config.model, policy, threads=config.threads))
+    draw: Draw
+    tokenizer: Any
+    task: Task
+    stops: list[int]  # tokens that end a response; the first ends gold solutions
+    max_new_tokens: int
+    max_rows: int
+    flexible: bool = False  # whether the reward accepts an answer that is not marked
 
+    @classmethod
+    def of(cls, config: Settings, tokenizer: Any, task: Task, draw: Draw) -> Sampler:
+        stops, sampling = stop_ids(config.model, tokenizer), config.sampling
+        return cls(draw, tokenizer, task, stops, sampling.max_new_tokens, sampling.max_rows, config.task.flexible)
 
-def graded_samples(
-    config,
-    draw: Draw,
-    tokenizer,
-    task: Task,
-    problems: list[Problem],
-    *,
-    n: int,
-    temperature: float,
-    seed: int,
-    label: str,
-) -> Iterator[list[Record]]:
-    """Sample and grade, a batch of records at a time; each record is a line of samples.jsonl."""
-    by_id = {p.id: p for p in problems}
-    drawn = draw(
-        encode_prompts(task, tokenizer, problems),
-        n=n,
-        temperature=temperature,
-        seed=seed,
-        eos_id=stop_ids(config.model, tokenizer),
-        max_new_tokens=config.sampling.max_new_tokens,
-        rows=config.sampling.max_rows if n > 1 else min(256, config.sampling.max_rows),
-        progress=Progress(label),
-    )
-    for batch in drawn:
-        drawn_rows = [(by_id[name], i, c) for name, completions in batch.items() for i, c in enumerate(completions)]
-        texts = [tokenizer.decode(c.token_ids[:-1] if c.finished else c.token_ids) for _, _, c in drawn_rows]
-        asked = [p for p, _, _ in drawn_rows]
-        strict = grade(task, texts, asked)
-        open_ones = [i for i, verdict in enumerate(strict) if verdict.correct is None]
-        again = grade(task, [texts[i] for i in open_ones], [asked[i] for i in open_ones], flexible=True)
-        loose = dict(zip(open_ones, again, strict=True))
-        flexible = [loose.get(i, verdict) for i, verdict in enumerate(strict)]
-        used = flexible if config.task.flexible else strict
-        yield [
-            {
-                "problem": p.id,
-                "sample": i,
-                "response": text,
-                "answer": verdict.extracted,
-                "reward": verdict.reward,
-                "flexible": other.reward,
-                "finished": c.finished,
-                "logp": c.logp,
-                "token_ids": c.token_ids,
-            }
-            for (p, i, c), text, verdict, other in zip(drawn_rows, texts, used, flexible, strict=True)
+    def on(self, model: PreTrainedModel) -> Sampler:
+        """The same for a model in memory."""
+        changed = {**vars(self), "draw": lambda prompts, **options: sample(model, prompts, **options)}
+        return Sampler(**changed)
+
+    def prompts(self, problems: list[Problem]) -> dict[str, Prompt]:
+        """Problem id -> its prompt, with the gold solution as the model would have drawn it."""
+        ids = encode_prompts(self.task, self.tokenizer, problems)
+        end = self.stops[0]
+        return {
+            p.id: Prompt(
+                p.id,
+                self.task.prompt(p),
+                tuple(ids[p.id]),
+                p.solution,
+                tuple(encode_response(self.tokenizer, p.solution, end)) if p.solution else (),
+            )
+            for p in problems
+        }
+
+    def samples(
+        self, problems: list[Problem], *, n: int, temperature: float, seed: int, label: str
+    ) -> Iterator[list[Sample]]:
+        """Draw `n` responses to every problem and grade them, a batch at a time; temperature 0 is greedy."""
+        by_id = {p.id: p for p in problems}
+        drawn = self.draw(
+            encode_prompts(self.task, self.tokenizer, problems),
+            n=n,
+            temperature=temperature,
+            seed=seed,
+            eos_id=self.stops,
+            max_new_tokens=self.max_new_tokens,
+            max_rows=self.max_rows if n > 1 else min(256, self.max_rows),
+            progress=Progress(label),
+        )
+        for batch in drawn:
+            yield self.graded(
+                [(by_id[name], i, c) for name, completions in batch.items() for i, c in enumerate(completions)]
+            )
+
+    def graded(self, drawn: list[tuple[Problem, int, Completion]]) -> list[Sample]:
+        """Responses with what their answers are worth. A marked answer counts; `flexible` says what another would earn."""
+        texts = [self.tokenizer.decode(c.token_ids[:-1] if c.finished else c.token_ids) for _, _, c in drawn]
+        problems = [p for p, _, _ in drawn]
+        strict = grade(self.task, texts, problems)
+        unparsed = [i for i, verdict in enumerate(strict) if verdict.correct is None]
+        again = grade(self.task, [texts[i] for i in unparsed], [problems[i] for i in unparsed], flexible=True)
+        flexible = strict.copy()
+        for i, verdict in zip(unparsed, again, strict=True):
+            flexible[i] = verdict
+        return [
+            Sample(
+                problem=p.id,
+                sample=i,
+                response=text,
+                answer=verdict.extracted,
+                reward=verdict.reward,
+                flexible=other.reward,
+                finished=c.finished,
+                logp=c.logp,
+                token_ids=tuple(c.token_ids),
+            )
+            for (p, i, c), text, verdict, other in zip(
+                drawn, texts, flexible if self.flexible else strict, flexible, strict=True
+            )
         ]
 
+    def greedy_accuracy(self, problems: list[Problem], label: str = "dev") -> float:
+        """Share of `problems` that are solved greedily."""
+        batches = self.samples(problems, n=1, temperature=0, seed=0, label=label)
+        return sum(s.reward == 1 for batch in batches for s in batch) / len(problems)
 
-def greedy_accuracy(config, model, tokenizer, task: Task, problems: list[Problem]) -> float:
-    """Share of `problems` that `model`, which is in memory (so no other engine draws), solves greedily."""
-    draw = partial(sampling.sample, model)
-    batches = graded_samples(config, draw, tokenizer, task, problems, n=1, temperature=0, seed=0, label="dev")
-    return sum(row["reward"] == 1 for batch in batches for row in batch) / len(problems)
+
+@contextmanager
+def opened(config: Settings, policy: Path | None, task: Task, problems: list[Problem]) -> Iterator[Sampler]:
+    """A sampler of M_t (None: the base) in this process. The model is loaded when it is first asked.
+
+    Args:
+        problems: what it will be asked, for engines that want to know how long prompts are.
+    """
+    model = cache(lambda: load_policy(config.model, policy, threads=config.threads))
+    yield Sampler.of(
+        config, load_tokenizer(config.model), task, lambda prompts, **options: sample(model(), prompts, **options)
+    )

@@ -13,10 +13,13 @@ from itertools import product
 from statistics import mean
 from typing import Any
 
-Sample = dict[str, Any]  # a record of samples.jsonl
+from ..model.records import Pair, Prompt, Sample
+from ..settings import PairsConfig
+from . import parts
+
 Chosen = list[tuple[Sample, Sample | None]]
 # (samples that may be used, the gold solution or None, the `pairs` section, a generator of the problem's own) -> pairs
-Selection = Callable[[list[Sample], Sample | None, Any, random.Random], Chosen]
+Selection = Callable[[list[Sample], Sample | None, PairsConfig, random.Random], Chosen]
 
 
 def cyclic_pairs(winners: list[Any], losers: list[Any], k: int) -> list[tuple[Any, Any]]:
@@ -39,155 +42,171 @@ def distinct(samples: list[Sample]) -> list[Sample]:
     """The first sample of every distinct token sequence, in order."""
     first: dict[tuple[int, ...], Sample] = {}
     for s in samples:
-        first.setdefault(tuple(s["token_ids"]), s)
+        first.setdefault(s.token_ids, s)
     return list(first.values())
 
 
 def right(samples: list[Sample]) -> list[Sample]:
-    return [s for s in samples if s["reward"] == 1]
+    return [s for s in samples if s.reward == 1]
 
 
-def pairs_of(samples: list[Sample], gold: Sample | None, config: Any, rng: random.Random) -> Chosen:
+def pairs_of(samples: list[Sample], gold: Sample | None, config: PairsConfig, rng: random.Random) -> Chosen:
     """K cyclic pairs of right with wrong; gold may join the winners (IRPO)."""
     unique = distinct(samples)
     winners = right(unique)
     if gold is not None and config.gold:
         winners = distinct([gold, *winners])
-    return cyclic_pairs(winners, [s for s in unique if s["reward"] != 1], config.k)
+    return cyclic_pairs(winners, [s for s in unique if s.reward != 1], config.k)
 
 
-def chosen_of(samples: list[Sample], gold: Sample | None, config: Any, rng: random.Random) -> Chosen:
+def chosen_of(samples: list[Sample], gold: Sample | None, config: PairsConfig, rng: random.Random) -> Chosen:
     """The winners of IRPO's pairs, as often as they are in them (the paper's SFT on chosen)."""
     return [(winner, None) for winner, _ in pairs_of(samples, gold, config, rng)]
 
 
-def gold_of(samples: list[Sample], gold: Sample | None, config: Any, rng: random.Random) -> Chosen:
+def gold_of(samples: list[Sample], gold: Sample | None, config: PairsConfig, rng: random.Random) -> Chosen:
     """The gold solution."""
     return [] if gold is None else [(gold, None)]
 
 
-def correct_of(samples: list[Sample], gold: Sample | None, config: Any, rng: random.Random) -> Chosen:
+def correct_of(samples: list[Sample], gold: Sample | None, config: PairsConfig, rng: random.Random) -> Chosen:
     """Every right sample, as often as it was drawn (STaR, arXiv 2203.14465, which draws one)."""
     return [(s, None) for s in right(samples)]
 
 
-def distinct_of(samples: list[Sample], gold: Sample | None, config: Any, rng: random.Random) -> Chosen:
+def distinct_of(samples: list[Sample], gold: Sample | None, config: PairsConfig, rng: random.Random) -> Chosen:
     """Every distinct right sample (RFT, arXiv 2308.01825, which tells solutions apart by their equations)."""
     return [(s, None) for s in distinct(right(samples))]
 
 
-def capped_of(samples: list[Sample], gold: Sample | None, config: Any, rng: random.Random) -> Chosen:
-    """The first `at_most` right samples, so that easy problems do not take over (ReST-EM, arXiv 2312.06585, section 5: 10)."""
+def capped_of(samples: list[Sample], gold: Sample | None, config: PairsConfig, rng: random.Random) -> Chosen:
+    """The first `max_per_problem` right samples, so that easy problems do not take over (ReST-EM, arXiv 2312.06585, section 5: 10)."""
     return [(s, None) for s in right(samples)[: config.max_per_problem]]
 
 
-def pseudo_of(samples: list[Sample], gold: Sample | None, config: Any, rng: random.Random) -> Chosen:
+def pseudo_of(samples: list[Sample], gold: Sample | None, config: PairsConfig, rng: random.Random) -> Chosen:
     """The gold solution, and up to K right samples that are not too much alike (DPO-ST, arXiv 2407.18248)."""
     labels = dissimilar(distinct(right(samples)))[: config.k]
     return gold_of(samples, gold, config, rng) + [(s, None) for s in labels]
 
 
-def gold_against_own_of(samples: list[Sample], gold: Sample | None, config: Any, rng: random.Random) -> Chosen:
+def gold_against_own_of(samples: list[Sample], gold: Sample | None, config: PairsConfig, rng: random.Random) -> Chosen:
     """Gold against up to K distinct samples of the model, right or wrong (SPIN, arXiv 2401.01335, which draws one)."""
-    own = [s for s in distinct(samples) if gold is not None and s["token_ids"] != gold["token_ids"]]
+    own = [s for s in distinct(samples) if gold is not None and s.token_ids != gold.token_ids]
     return [(gold, s) for s in own[: config.k]]
 
 
-def best_against_worst_of(samples: list[Sample], gold: Sample | None, config: Any, rng: random.Random) -> Chosen:
+def best_against_worst_of(
+    samples: list[Sample], gold: Sample | None, config: PairsConfig, rng: random.Random
+) -> Chosen:
     """The sample with the highest reward against the one with the lowest; none for a tie (Self-Rewarding, arXiv 2401.10020)."""
-    scored = [s for s in distinct(samples) if s["reward"] is not None]
-    best, worst = (pick(scored, key=lambda s: s["reward"], default=None) for pick in (max, min))
-    return [(best, worst)] if scored and best["reward"] > worst["reward"] else []
+    scored = [s for s in distinct(samples) if s.reward is not None]
+    best, worst = (pick(scored, key=lambda s: s.reward, default=None) for pick in (max, min))
+    return [(best, worst)] if scored and best.reward > worst.reward else []
 
 
-def margin_of(samples: list[Sample], gold: Sample | None, config: Any, rng: random.Random) -> Chosen:
+def margin_of(samples: list[Sample], gold: Sample | None, config: PairsConfig, rng: random.Random) -> Chosen:
     """K random ones of the pairs whose rewards differ by at least eta (SIPF, arXiv 2412.08393); unparsed counts as 0."""
-    worth = [(s["reward"] or 0.0, s) for s in distinct(samples)]
+    worth = [(s.reward or 0.0, s) for s in distinct(samples)]
     apart = [(w, loser) for (a, w), (b, loser) in product(worth, worth) if a - b >= config.eta]
     return rng.sample(apart, min(config.k, len(apart)))
-
-
-SELECTIONS: dict[str, Selection] = {
-    "pairs": pairs_of,
-    "chosen": chosen_of,
-    "gold": gold_of,
-    "correct": correct_of,
-    "distinct": distinct_of,
-    "capped": capped_of,
-    "pseudo": pseudo_of,
-    "gold_against_own": gold_against_own_of,
-    "best_against_worst": best_against_worst_of,
-    "margin": margin_of,
-}
 
 
 def select(
     selection: str,
     samples: dict[str, list[Sample]],
-    prompts: dict[str, tuple[str, list[int]]],
-    gold: dict[str, Sample],
-    config: Any,
+    prompts: dict[str, Prompt],
+    config: PairsConfig,
     seed: int = 0,
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+) -> tuple[list[Pair], dict[str, Any]]:
     """What an iteration trains on, and the audit of how it came about.
 
     Args:
-        selection: one of `SELECTIONS`.
-        samples: problem id -> its samples (`response`, `token_ids`, `logp`, `finished`, `reward`, and `answer_reward` where
-            the reward is not the answer's); empty for a method that needs none.
-        prompts: problem id -> (prompt text, prompt token ids).
-        gold: problem id -> gold solution as a sample, for problems that have one.
-        config: the `pairs` section. `max_tokens` bounds prompt + response, longer ones are dropped and counted;
-            `max_pairs` is a random cap on all pairs, 0 for none.
+        selection: a row of `parts.SELECTIONS`, or a function of your own, "file.py:function".
+        samples: problem id -> its samples; empty for a method that needs none.
+        prompts: problem id -> its prompt, with the gold solution where there is one.
+        config: `max_tokens` bounds prompt + response, longer ones are dropped and counted; `max_pairs` is a random cap on
+            all pairs, 0 for none.
         seed: of the cap, and of selections that draw.
 
-    Returns:
-        records with `prompt`, `chosen`, `rejected` ("" where there is none) and the sampled token ids, and the audit as
-        a flat dict.
-
     Raises:
-        ValueError: not one record can be made.
+        ValueError: not one pair can be made.
     """
+    choose: Selection = parts.part("selection", selection).load()
     audit: Counter[str] = Counter()
-    rows: list[dict[str, Any]] = []
-    for name in samples or gold:
-        text, prompt_ids = prompts[name]
-        drawn = samples.get(name, [])
-        own = [s for s in drawn if not s.get("extra")]
-        answers = [s.get("answer_reward", s["reward"]) for s in own]
-        count = answers.count(1)
-        audit["problems"] += 1
-        audit["samples"] += len(own)
-        audit["right"] += count
-        audit["unparsed"] += answers.count(None)
-        audit["scored"] += sum(s["reward"] is not None or "answer_reward" not in s for s in drawn)
-        audit["none_right" if count == 0 else "all_right" if count == len(own) else "some_right"] += 1
-        audit["unfinished"] += sum(not s["finished"] for s in drawn)
-        audit["duplicates"] += len(own) - len(distinct(own))
-        fits = lambda s: len(prompt_ids) + len(s["token_ids"]) <= config.max_tokens  # noqa: B023, E731 - used here only
-        # An unfinished response never ended in EOS: as a winner it would teach the model not to stop.
-        ended = [s for s in drawn if s["finished"]]
-        usable = [s for s in ended if fits(s)]
-        audit["over_long"] += len(distinct(ended)) - len(distinct(usable))
-        best = gold.get(name)
-        if best is not None and not fits(best):
-            audit["gold_over_long"] += 1
-            best = None
-        made = SELECTIONS[selection](usable, best, config, random.Random(f"{seed}/{name}"))
+    pairs: list[Pair] = []
+    for name in samples or [p.problem for p in prompts.values() if p.gold]:
+        prompt, drawn = prompts[name], samples.get(name, [])
+        usable, gold = _usable(drawn, prompt, config.max_tokens, audit)
+        made = choose(usable, gold, config, random.Random(f"{seed}/{name}"))
         audit["problems_with_pairs"] += bool(made)
-        rows += [record(name, text, prompt_ids, w, loser) for w, loser in made]
-    if not rows:
-        raise ValueError(_nothing(selection, audit, len(gold)))
-    audit["capped"] = max(0, len(rows) - config.max_pairs) if config.max_pairs else 0
+        pairs += [pair_of(prompt, winner, loser) for winner, loser in made]
+    if not pairs:
+        raise ValueError(_nothing(selection, audit, sum(bool(p.gold) for p in prompts.values())))
+    audit["capped"] = max(0, len(pairs) - config.max_pairs) if config.max_pairs else 0
     if audit["capped"]:
-        rows = random.Random(seed).sample(rows, config.max_pairs)
-    audit["pairs"] = len(rows)
-    lengths = {side: mean(len(r[f"{side}_ids"]) for r in rows) for side in ("chosen", "rejected")}
+        pairs = random.Random(seed).sample(pairs, config.max_pairs)
+    audit["pairs"] = len(pairs)
     facts: dict[str, Any] = {key: audit[key] for key in AUDIT_KEYS if samples or key in GOLD_KEYS}
-    facts["chosen_tokens"] = lengths["chosen"]
-    if lengths["rejected"]:
-        facts |= {"rejected_tokens": lengths["rejected"], "length_gap": lengths["chosen"] - lengths["rejected"]}
-    return rows, facts
+    facts["chosen_tokens"] = mean(len(p.chosen_ids) for p in pairs)
+    if rejected := mean(len(p.rejected_ids) for p in pairs):
+        facts |= {"rejected_tokens": rejected, "length_gap": facts["chosen_tokens"] - rejected}
+    return pairs, facts
+
+
+def _usable(
+    drawn: list[Sample], prompt: Prompt, max_tokens: int, audit: Counter[str]
+) -> tuple[list[Sample], Sample | None]:
+    """A problem's samples that may be trained on, and its gold solution if it fits; `audit` counts the rest."""
+
+    def fits(sample: Sample) -> bool:
+        return len(prompt.prompt_ids) + len(sample.token_ids) <= max_tokens
+
+    own = [s for s in drawn if not s.extra]
+    answers = [s.answer_reward for s in own]
+    count = answers.count(1)
+    # An unfinished response never ended in EOS: as a winner it would teach the model not to stop.
+    ended = [s for s in drawn if s.finished]
+    usable = [s for s in ended if fits(s)]
+    gold = gold_sample(prompt)
+    audit.update(
+        {
+            "problems": 1,
+            "samples": len(own),
+            "right": count,
+            "unparsed": answers.count(None),
+            # A judge gives no reward where it wrote none that can be read.
+            "judged": sum(s.reward is not None or s.answer_reward is None for s in drawn),
+            "none_right" if count == 0 else "all_right" if count == len(own) else "some_right": 1,
+            "unfinished": len(drawn) - len(ended),
+            "duplicates": len(own) - len(distinct(own)),
+            "over_long": len(distinct(ended)) - len(distinct(usable)),
+            "gold_over_long": int(gold is not None and not fits(gold)),
+        }
+    )
+    return usable, gold if gold is not None and fits(gold) else None
+
+
+def gold_sample(prompt: Prompt) -> Sample | None:
+    """The gold solution in the form of a sample; None where there is none."""
+    if not prompt.gold:
+        return None
+    return Sample(prompt.problem, -1, prompt.gold, None, 1.0, 1.0, True, None, prompt.gold_ids)
+
+
+def pair_of(prompt: Prompt, chosen: Sample, rejected: Sample | None) -> Pair:
+    """A line of pairs.jsonl. Without a rejected response its text and ids are empty."""
+    return Pair(
+        problem=prompt.problem,
+        prompt=prompt.prompt,
+        chosen=chosen.response,
+        rejected=rejected.response if rejected else "",
+        prompt_ids=prompt.prompt_ids,
+        chosen_ids=chosen.token_ids,
+        rejected_ids=rejected.token_ids if rejected else (),
+        chosen_logp=chosen.logp,
+        rejected_logp=rejected.logp if rejected else None,
+    )
 
 
 def _nothing(selection: str, audit: Counter[str], golds: int) -> str:
@@ -195,7 +214,7 @@ def _nothing(selection: str, audit: Counter[str], golds: int) -> str:
         return (
             f"no gold solution to train on: the task has {golds}, and {audit['gold_over_long']} exceed pairs.max_tokens"
         )
-    if not audit["scored"]:
+    if not audit["judged"]:
         return (
             f"no pair can be made: none of {audit['samples']} samples has a reward, so the judge wrote no score that can be read; "
             "take a larger model, or set judge.read=scores"
@@ -232,26 +251,10 @@ GOLD_KEYS = (
 )  # what there is to say without samples
 
 
-def record(name: str, prompt: str, prompt_ids: list[int], chosen: Sample, rejected: Sample | None) -> dict[str, Any]:
-    """A line of pairs.jsonl. Without a rejected response its text and ids are empty."""
-    rejected = rejected or {"response": "", "token_ids": [], "logp": None}
-    return {
-        "problem": name,
-        "prompt": prompt,
-        "chosen": chosen["response"],
-        "rejected": rejected["response"],
-        "prompt_ids": prompt_ids,
-        "chosen_ids": chosen["token_ids"],
-        "rejected_ids": rejected["token_ids"],
-        "chosen_logp": chosen["logp"],
-        "rejected_logp": rejected["logp"],
-    }
-
-
 def jaccard(a: str, b: str) -> float:
     """Words that two texts share, as a share of the words of either; 1 for two texts without any. Words are split at blanks."""
-    mine, other = set(a.split()), set(b.split())
-    return len(mine & other) / len(mine | other) if mine | other else 1.0
+    first, second = set(a.split()), set(b.split())
+    return len(first & second) / len(first | second) if first | second else 1.0
 
 
 def dissimilar(samples: list[Sample], limit: float = 0.7) -> list[Sample]:
@@ -262,6 +265,6 @@ def dissimilar(samples: list[Sample], limit: float = 0.7) -> list[Sample]:
     """
     kept: list[Sample] = []
     for s in samples:
-        if all(jaccard(s["response"], k["response"]) < limit for k in kept):
+        if all(jaccard(s.response, k.response) < limit for k in kept):
             kept.append(s)
     return kept

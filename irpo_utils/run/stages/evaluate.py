@@ -1,0 +1,91 @@
+"""04: greedy accuracy, maj@k and pass@k of M_t on dev and test, and what is wrong step by step where a task knows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ...files import write_json, write_jsonl
+from ...methods.parts import SAMPLERS
+from ...metrics import step_summary, summarize
+from ...tasks import get_task
+from ...tasks.base import Problem, Task
+from ..store import Stage
+from .sample import engine_version
+
+SPLITS = ("dev", "test")
+Record = dict[str, Any]
+
+
+class EvaluateStage(Stage):
+    name = "04_evaluate"
+
+    def reads(self) -> dict[str, tuple[Path, str]]:
+        return {"policy": self.trained(self.iteration)} if self.iteration else {}
+
+    def writes(self) -> tuple[str, ...]:
+        return ("evaluation.json", "responses.jsonl")
+
+    def parameters(self) -> dict[str, Any]:
+        return (
+            self.task_parameters(unused="train")
+            | self.base_parameters()
+            | self.section("evaluation")
+            | self.section("sampling", only=["max_new_tokens", "max_rows", "engine"])
+            | self.common_parameters()
+        )
+
+    def uses(self) -> list[str]:
+        return [SAMPLERS[self.config.sampling.engine].where]
+
+    def versions(self) -> dict[str, str | None]:
+        return super().versions() | engine_version(self, SAMPLERS[self.config.sampling.engine])
+
+    def run(self) -> tuple[Record, list[Record]]:
+        """Returns the summary of each split, and a record for each problem."""
+        config, task = self.config, get_task(self.config.task)
+        splits = {split: task.problems(split) for split in SPLITS}
+        summary, responses = {}, []
+        everything = [p for problems in splits.values() for p in problems]
+        with SAMPLERS[config.sampling.engine].load()(config, self.input("policy"), task, everything) as sampler:
+            for split, problems in splits.items():
+                rows = self._responses(sampler, split, problems)
+                summary[split] = summarize(rows) | task_facts(task, problems, rows)
+                responses += rows
+        write_json(self.path("evaluation.json"), summary)
+        write_jsonl(self.path("responses.jsonl"), responses)
+        return summary, responses
+
+    def _responses(self, sampler, split: str, problems: list[Problem]) -> list[Record]:
+        """A record for each problem: its greedy response, and the answers and rewards of its samples."""
+        config = self.config.evaluation
+        records: dict[str, Record] = {
+            p.id: {"split": split, "problem": p.id, "answers": [], "rewards": []} for p in problems
+        }
+        # Evaluation has the seed of its own split and no iteration, so that models are compared on the same draws.
+        options = {"seed": self.seed, "label": split}
+        for batch in sampler.samples(problems, n=1, temperature=0.0, **options):
+            for s in batch:
+                records[s.problem] |= {"greedy": s.reward, "flexible": s.flexible, "response": s.response}
+        for batch in sampler.samples(problems, n=config.samples, temperature=config.temperature, **options):
+            for s in batch:
+                records[s.problem]["answers"].append(sampler.task.vote(s.answer) if s.answer else s.answer)
+                records[s.problem]["rewards"].append(s.reward)
+        return list(records.values())
+
+
+def task_facts(task: Task, problems: list[Problem], rows: list[Record]) -> Record:
+    """What else a task knows: the accuracy of guessing, and the truth of every step."""
+    facts: Record = {}
+    chances = [task.chance(p) for p in problems]
+    if None not in chances:
+        facts["chance"] = sum(chances) / len(problems)
+    steps = [task.check_steps(p, r["response"]) for p, r in zip(problems, rows, strict=True)]
+    if None not in steps:
+        facts |= step_summary(steps, [r["greedy"] for r in rows])
+    return facts
+
+
+def read_evaluation(stage: Stage) -> Record:
+    return json.loads(stage.path("evaluation.json").read_text())

@@ -1,0 +1,40 @@
+"""03b: ExPO, theta = M_{t-1} + a (M_{t-1} - M_{t-2}), without training."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from ...files import load_object, relative, write_json
+from ...methods import parts
+from ..store import Stage
+
+
+class ExtrapolateStage(Stage):
+    name = "03b_extrapolate"
+
+    def reads(self) -> dict[str, tuple[Path, str]]:
+        before = {"before": self.trained(self.iteration - 2)} if self.iteration > 2 else {}
+        return self.sampled_policy() | before
+
+    def writes(self) -> tuple[str, ...]:
+        return ("adapter", "training.json")
+
+    def parameters(self) -> dict[str, Any]:
+        return self.section("model") | self.section("train", only=["extrapolation"]) | self.common_parameters()
+
+    def uses(self) -> list[str]:
+        return [parts.part("loss", self.choices.loss).where]
+
+    def run(self) -> dict[str, Any]:
+        """Returns the facts in training.json."""
+        a, made = self.config.train.extrapolation, self.partial / "adapter"
+        shutil.rmtree(made, ignore_errors=True)
+        extrapolated = parts.part("loss", self.choices.loss).load()
+        extrapolated(self.config.model, self.input("policy"), self.input("before"), a, made)
+        line = load_object(parts.LOAD_LINE)(self.config.model, Path(relative(self.path("adapter"))))
+        facts = {"a": a, "trained_tokens": 0, "best_step": 0, "load": line}
+        write_json(self.path("training.json"), facts)
+        made.rename(self.path("adapter"))
+        return facts

@@ -1,0 +1,58 @@
+"""02: what the round trains on, pairs of samples or single responses, and the audit of how it came about."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ...files import write_json
+from ...methods import parts
+from ...methods.select import select
+from ...model.records import Pair, Prompt, Record, Sample
+from ..store import Stage
+
+
+class PairsStage(Stage):
+    name = "02_pairs"
+    sees_problems = False  # prompts and samples say all that it needs of them
+
+    def reads(self) -> dict[str, tuple[Path, str]]:
+        drawn = self.samples_folder()
+        found = {"prompts": (drawn / "prompts.jsonl", "01_sample.ipynb")}
+        if self.choices.scored:
+            found["samples"] = (self.folder / "rewarded.jsonl", "01b_reward.ipynb")
+        elif self.choices.samples:
+            found["samples"] = (drawn / "samples.jsonl", "01_sample.ipynb")
+        t = self.iteration
+        if self.choices.accumulate and t > 1 and self.recipe.round(t - 1).accumulate:
+            found["earlier"] = (self.folder_of(t - 1) / "pairs.jsonl", f"02_pairs.ipynb with iteration = {t - 1}")
+        return found
+
+    def writes(self) -> tuple[str, ...]:
+        return ("pairs.jsonl", "audit.json")
+
+    def parameters(self) -> dict[str, Any]:
+        chosen = {"selection": self.choices.selection, "accumulate": self.choices.accumulate}
+        return self.section("pairs") | chosen | {"seed": self.seed, "iteration": self.iteration}
+
+    def uses(self) -> list[str]:
+        return [parts.part("selection", self.choices.selection).where]
+
+    def run(self) -> tuple[list[Pair], dict[str, Any]]:
+        """Returns the pairs and the audit."""
+        prompts = {p.problem: p for p in Prompt.read(self.input("prompts"), "01_sample.ipynb")}
+        samples: dict[str, list[Sample]] = {}
+        for sample in Sample.read(self.input("samples"), self.reads()["samples"][1]) if self.choices.samples else []:
+            samples.setdefault(sample.problem, []).append(sample)
+        pairs, audit = select(self.choices.selection, samples, prompts, self.config.pairs, self.random_seed(1))
+        if samples:
+            audit["drawn_tokens"] = sum(len(s.token_ids) for drawn in samples.values() for s in drawn if not s.extra)
+        if "earlier" in self.reads():
+            # Whoever drew them, it was not the model that is trained now: their log-probabilities are not to be compared.
+            earlier = Pair.read(self.input("earlier"), "02_pairs.ipynb")
+            pairs = [replace(pair, chosen_logp=None, rejected_logp=None) for pair in earlier] + pairs
+            audit["accumulated"] = len(pairs)
+        Record.write(self.path("pairs.jsonl"), pairs)
+        write_json(self.path("audit.json"), audit)
+        return pairs, audit

@@ -1,0 +1,82 @@
+"""01b: the samples with another reward than their answer's: rationalized, of a process reward model, of a judge, or your own."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from ...files import write_json
+from ...methods import parts
+from ...methods.rewards import Job
+from ...model.records import Prompt, Record, Sample
+from ...tasks import get_task
+from ..store import Stage
+from .sample import engine_version, training_problems
+
+
+class RewardStage(Stage):
+    name = "01b_reward"
+
+    @property
+    def part(self) -> parts.Reward:
+        return parts.part("reward", self.choices.reward)
+
+    def reads(self) -> dict[str, tuple[Path, str]]:
+        drawn = self.samples_folder()
+        files = {name: (drawn / f"{name}.jsonl", "01_sample.ipynb") for name in ("samples", "prompts")}
+        return files | self.sampled_policy()
+
+    def writes(self) -> tuple[str, ...]:
+        return ("rewarded.jsonl", "reward.json", *self.part.files)
+
+    def parameters(self) -> dict[str, Any]:
+        chosen = self.task_parameters(unused="dev test") | self.common_parameters() | self.section("model")
+        chosen |= self.section("sampling") | {"sampling.temperature": self.config.temperature(self.iteration)}
+        chosen |= {"reward": self.choices.reward, "train.retrain_with_dev": self.config.train.retrain_with_dev}
+        if self.part.section:
+            chosen |= self.section(self.part.section)
+        if self.part.train:
+            chosen |= self.section("train", only=self.part.train)
+        if self.choices.reward == "process":  # which solutions its reward model sees
+            chosen |= self.section("pairs", only=["max_tokens"])
+        return chosen
+
+    def uses(self) -> list[str]:
+        return [self.part.where, parts.SAMPLERS[self.config.sampling.engine].where]
+
+    def versions(self) -> dict[str, str | None]:
+        return super().versions() | engine_version(self, parts.SAMPLERS[self.config.sampling.engine])
+
+    def run(self) -> tuple[list[Sample], dict[str, Any]]:
+        """Returns the samples with their rewards, and the facts in reward.json."""
+        task, samples = get_task(self.config.task), samples_by_problem(self)
+        found, facts = self.part.load()(
+            Job(
+                config=self.config,
+                policy=self.input("policy"),
+                task=task,
+                problems=[p for p in training_problems(task, self.config.train.retrain_with_dev) if p.id in samples],
+                prompts={p.problem: p for p in Prompt.read(self.input("prompts"), "01_sample.ipynb")},
+                samples=samples,
+                temperature=self.config.temperature(self.iteration),
+                seed=self.random_seed(),
+                folder=self.partial,
+            )
+        )
+        Record.write(self.path("rewarded.jsonl"), found)
+        write_json(self.path("reward.json"), facts)
+        for name in self.part.files:  # copied, so that a killed stage has it still
+            source, fresh = self.partial / name, self.path(f"{name}.tmp")
+            shutil.rmtree(fresh, ignore_errors=True)
+            shutil.copytree(source, fresh) if source.is_dir() else shutil.copyfile(source, fresh)
+            fresh.rename(self.path(name))
+        return found, facts
+
+
+def samples_by_problem(stage: Stage) -> dict[str, list[Sample]]:
+    """Problem id -> its samples, from a stage's input "samples"."""
+    samples: dict[str, list[Sample]] = {}
+    for sample in Sample.read(stage.input("samples"), stage.reads()["samples"][1]):
+        samples.setdefault(sample.problem, []).append(sample)
+    return samples

@@ -1,0 +1,84 @@
+"""03: train M_t on the pairs and keep the step that is best on dev."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ...files import load_object, relative, write_json
+from ...methods import parts
+from ...model.records import Pair
+from ...tasks import get_task
+from ..store import Stage
+
+
+class TrainStage(Stage):
+    name = "03_train"
+
+    def reads(self) -> dict[str, tuple[Path, str]]:
+        found = {"pairs": (self.folder / "pairs.jsonl", "02_pairs.ipynb")}
+        before = self.sampled_policy()
+        if self.choices.start == "M_t":
+            found |= before
+        elif self.choices.reference == "moving" and before:
+            found["reference"] = before["policy"]
+        return found
+
+    def writes(self) -> tuple[str, ...]:
+        return ("adapter", "steps.jsonl", "training.json")
+
+    def parameters(self) -> dict[str, Any]:
+        weights = {"beta", "alpha", "odds_weight", "extrapolation"} - set(self.loss.parameters)
+        chosen = {"loss": self.choices.loss, "start": self.choices.start, "reference": self.choices.reference}
+        return (
+            self.task_parameters(unused="train test")
+            | self.section("model")
+            | self.section("train", without=weights)
+            | self.section("sampling", only=["max_new_tokens", "max_rows"])  # of dev scores
+            | self.common_parameters()
+            | chosen
+        )
+
+    @property
+    def loss(self) -> parts.Loss:
+        return parts.part("loss", self.choices.loss)
+
+    def uses(self) -> list[str]:
+        engine = parts.TRAINERS[self.config.train.engine]
+        return [parts.TRAINING.where, engine.where, self.loss.where]
+
+    def run(self, show: Callable[[str], None] = print) -> dict[str, Any]:
+        """Returns the facts in training.json."""
+        key = self.key()
+        # What names the model that gives the reference's log-probabilities; the rate and the like have no part in it.
+        named = key | {"parameters": self.section("model") | {"threads": self.config.threads}}
+        job = load_object(parts.TRAINING_JOB)(
+            config=self.config,
+            choices=self.choices,
+            start=self.input("policy"),
+            reference=self.input("reference"),
+            pairs=Pair.read(self.input("pairs"), "02_pairs.ipynb"),
+            task=get_task(self.config.task),
+            seed=self.seed,
+            order_seed=self.random_seed(2),
+            sampled_by_start=self.choices.samples and (self.choices.start == "M_t" or self.iteration == 1),
+            folder=self.partial,
+            kept_reference=(self.path("reference.json"), named),
+        )
+        facts = parts.TRAINING.load()(job, show)
+        facts["load"] = load_object(parts.LOAD_LINE)(self.config.model, Path(relative(self.path("adapter"))))
+        shutil.copyfile(self.partial / "steps.jsonl", self.path("steps.jsonl"))
+        write_json(self.path("training.json"), facts)
+        fresh = self.path("adapter.tmp")
+        shutil.rmtree(fresh, ignore_errors=True)
+        shutil.copytree(self.partial / "kept", fresh)
+        fresh.rename(self.path("adapter"))
+        return facts
+
+
+def read_steps(path: Path) -> list[dict[str, float]]:
+    """What training recorded, a row a step."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
