@@ -17,7 +17,7 @@ from irpo_utils.files import NOTEBOOKS, ConfigError, MissingArtefact, file_hash,
 from irpo_utils.run.config import dump
 from irpo_utils.run.driver import run_notebook
 from irpo_utils.run.presets import load_preset
-from irpo_utils.run.stages import STAGES, EvaluateStage, PairsStage, SampleStage, TrainStage
+from irpo_utils.run.stages import STAGES, PairsStage, SampleStage
 
 KILLS = int(os.environ.get("KILLS", "2"))
 
