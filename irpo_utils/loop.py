@@ -30,7 +30,7 @@ from .methods.sampler import Sampler
 from .methods.select import select
 from .model.load import new_adapter
 from .model.losses import dpo_nll
-from .model.prompts import ends_of_turn
+from .model.prompts import generation_stops, stop_ids
 from .model.records import Sample
 from .model.training import train
 from .settings import Settings
@@ -68,7 +68,7 @@ def irpo(
         ValueError: no pair can be made, since all samples of every problem are right, or all wrong.
     """
     policy = new_adapter(model, settings.model, seed)
-    sampler = Sampler.in_memory(policy, tokenizer, task, ends_of_turn(tokenizer, model.generation_config), settings)
+    sampler = sampler_of(policy, tokenizer, task, settings)
     problems, test = task.problems("train"), task.problems("test")
     prompts = sampler.prompts(problems)
     for t in range(1, settings.iterations + 1):

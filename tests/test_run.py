@@ -287,7 +287,7 @@ def test_notebooks_are_committed_without_output_and_short():
 def test_the_tuning_notebook_ranks_its_points(micro_run, tmp_path):
     run, _ = micro_run
     parameters = {"run": str(run), "methods": ["irpo", "sft_gold"], "learning_rates": [1e-3, 2e-3], "betas": [0.1]}
-    run_notebook(NOTEBOOKS / "10_tune.ipynb", tmp_path / "10.ipynb", parameters, 1)
+    run_notebook(NOTEBOOKS / "30_tune.ipynb", tmp_path / "30.ipynb", parameters, 1)
     rows = list(csv.DictReader((run / "tune.csv").read_text().splitlines()))
     assert [(r["method"], float(r["lr"])) for r in rows] == [
         (m, lr) for m in ("irpo", "sft_gold") for lr in (1e-3, 2e-3)
