@@ -168,6 +168,11 @@ def load_base(
         use_safetensors=True,
         **options,
     )
+    return same_function(model)
+
+
+def same_function(model: PreTrainedModel) -> PreTrainedModel:
+    """The model, which now computes the same while it is trained and while it is sampled."""
     for module in model.modules():
         # Dropout would make of the policy another function than the one that was sampled, and than its own reference.
         for name, value in list(vars(module).items()):
@@ -233,16 +238,24 @@ def load_policy(
         model = model.dequantize()
     if policy is None and (not trainable or config.tuning == "full"):
         return model
+    if policy is None:
+        return new_adapter(model, config, seed)
 
-    from peft import LoraConfig, PeftModel, get_peft_model  # takes seconds, and the base alone needs none of it
+    from peft import PeftModel  # takes seconds, and the base alone needs none of it
 
+    model = PeftModel.from_pretrained(model, policy, is_trainable=trainable)
+    if not trainable and config.quantize == "none" and config.dtype == "float32":
+        model = model.merge_and_unload()
+    return model
+
+
+def new_adapter(model: PreTrainedModel, config: ModelConfig, seed: int = 0) -> PreTrainedModel:
+    """A fresh LoRA adapter on a base, which it freezes: at first the base's own function."""
+    from peft import LoraConfig, get_peft_model  # takes seconds
+
+    same_function(model)
     # Not prepare_model_for_kbit_training: it puts embeddings and head in float32, so that the model that is trained
     # would not be the one that was sampled. peft itself freezes the base.
-    if policy is not None:
-        model = PeftModel.from_pretrained(model, policy, is_trainable=trainable)
-        if not trainable and config.quantize == "none" and config.dtype == "float32":
-            model = model.merge_and_unload()
-        return model
     torch.manual_seed(seed)  # LoRA's A is random; B is zero, so theta_0 = M_0
     lora = LoraConfig(
         r=config.lora_r,

@@ -36,12 +36,19 @@ def chat_text(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], *
 
 
 def stop_ids(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end a response; the first is the one that gold solutions are ended with.
+    """The tokens that end a response of the base model; the first is the one that gold solutions are ended with."""
+    return ending_tokens(tokenizer, _saved_generation(str(Path(base_path(config)).expanduser())))
+
+
+def ending_tokens(tokenizer: PreTrainedTokenizerBase, generation: GenerationConfig | None) -> list[int]:
+    """The same for a tokenizer and the model's own generation configuration, if it has one.
 
     A chat model ends its turn with the token that its template puts behind an answer, which need not be the
     tokenizer's EOS (Gemma: `<end_of_turn>`).
     """
-    known = list(dict.fromkeys([tokenizer.eos_token_id, *generation_stops(config)]))
+    stops = generation.eos_token_id if generation else None
+    stops = [] if stops is None else [stops] if isinstance(stops, int) else stops
+    known = list(dict.fromkeys([tokenizer.eos_token_id, *stops]))
     if not tokenizer.chat_template:
         return known
     turns = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "@@"}]
@@ -56,15 +63,9 @@ def encode_response(tokenizer: PreTrainedTokenizerBase, text: str, end: int) -> 
     return [*tokenizer(text, add_special_tokens=False).input_ids, end]
 
 
-def generation_stops(config: ModelConfig) -> list[int]:
-    """The ids that end a generation according to the model's own generation_config.json, if it has one."""
-    return _generation_stops(str(Path(base_path(config)).expanduser()))
-
-
 @cache
-def _generation_stops(path: str) -> list[int]:
+def _saved_generation(path: str) -> GenerationConfig | None:
     try:
-        stops = GenerationConfig.from_pretrained(path).eos_token_id
+        return GenerationConfig.from_pretrained(path)
     except (OSError, ValueError):  # it has none
-        return []
-    return [] if stops is None else [stops] if isinstance(stops, int) else list(stops)
+        return None
