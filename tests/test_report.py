@@ -122,5 +122,5 @@ def test_a_curve_is_smoothed_by_the_steps_before():
 
 
 def test_the_report_does_not_load_torch():
-    code = "import sys; from irpo_utils.report import comparison, figures, publish, tables; assert 'torch' not in sys.modules"
+    code = "import sys; from irpo_utils.report import comparison, figures, publish; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=files.ROOT, check=True)
