@@ -6,43 +6,39 @@ from collections import Counter
 import pytest
 import torch
 
-from irpo_utils import files
-from irpo_utils.extras.process import labels, reward_model
-from irpo_utils.model import load, tokens
+from irpo_utils.extras.process import reward_model
+from irpo_utils.extras.process.labels import score_samples
+from irpo_utils.files import NOTEBOOKS, read_jsonl, write_text
+from irpo_utils.model.load import load_policy, load_tokenizer
 from irpo_utils.model.prompts import encode_prompts
-from irpo_utils.report import comparison
-from irpo_utils.run import stages, store
+from irpo_utils.report.comparison import budget_table, spent_table
+from irpo_utils.run.config import dump
 from irpo_utils.run.driver import run_notebook
 from irpo_utils.run.presets import load_preset
+from irpo_utils.run.stages import STAGES, plan
+from irpo_utils.run.store import open_run
 from irpo_utils.tasks import get_task
 
-CALLS = {
-    "01_sample": stages.sample_stage,
-    "01b_reward": stages.reward_stage,
-    "02_pairs": stages.pairs_stage,
-    "03_train": stages.train_stage,
-    "03b_extrapolate": stages.extrapolate_stage,
-}
 SETTINGS = ["methods=star,sipf,expo", "iterations=3", "pairs.eta=0.001", "process.continuations=4", "process.max_steps=8", "sft_gold.train.max_steps=3"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("family")
-    files.write_text(folder / "config.yaml", store.dump(load_preset("micro", SETTINGS)))
+    write_text(folder / "config.yaml", dump(load_preset("micro", SETTINGS)))
     return folder
 
 
 def make(run, method, last):
     """Run a method's rounds up to `last`, without their evaluation; what is done stays."""
-    for stage in store.plan(store.open_run(run), run, method, 0):
-        if stage.name in CALLS and stage.iteration <= last and not stage.is_done():
-            CALLS[stage.name](stage.begin())
+    for stage in plan(open_run(run), run, method, 0):
+        if stage.name != "04_evaluate" and stage.iteration <= last and not stage.is_done():
+            stage.begin().run()
             stage.finish()
 
 
 def rows(run, method, t, file, name="02_pairs"):
-    return files.read_jsonl(store.Stage(name, run, method, 0, t).path(file))
+    return read_jsonl(STAGES[name](run, method, 0, t).path(file))
 
 
 def test_star_solves_failures_with_the_answer_in_sight_and_learns_them_without(run):
@@ -52,7 +48,7 @@ def test_star_solves_failures_with_the_answer_in_sight_and_learns_them_without(r
     extra = [r for r in rewarded if r.get("extra")]
     assert rewarded[: len(samples)] == samples  # nothing is lost or changed
     assert extra and all(right[r["problem"]] == 0 and r["reward"] == 1 and r["logp"] is None for r in extra)
-    facts = json.loads(store.Stage("01b_reward", run, "star", 0, 1).path("reward.json").read_text())
+    facts = json.loads(STAGES["01b_reward"](run, "star", 0, 1).path("reward.json").read_text())
     assert facts["failed_problems"] == len({s["problem"] for s in samples} - set(right)) and facts["right"] == len(
         extra
     )
@@ -70,7 +66,7 @@ def test_self_rewarding_trains_on_its_own_scores_and_says_what_they_are_worth(ru
         mine = [reward for (name, _), reward in worth.items() if name == pair["problem"]]
         assert worth[pair["problem"], tuple(pair["chosen_ids"])] == max(mine) > min(mine)
         assert worth[pair["problem"], tuple(pair["rejected_ids"])] == min(mine)
-    facts = json.loads(store.Stage("01b_reward", run, "self_rewarding", 0, 1).path("reward.json").read_text())
+    facts = json.loads(STAGES["01b_reward"](run, "self_rewarding", 0, 1).path("reward.json").read_text())
     assert "the judge" in facts["verdict"] and facts["auc"] is not None
 
 
@@ -80,21 +76,21 @@ def test_process_feedback_accumulates_pairs_and_starts_from_m0_with_a_fresh_adap
     assert len(third) > len(second)
     assert [(r["chosen_ids"], r["rejected_ids"]) for r in third[: len(second)]] == [(r["chosen_ids"], r["rejected_ids"]) for r in second]  # fmt: skip
     assert all(r["chosen_logp"] is None for r in third[: len(second)])  # another model drew them
-    stage = store.Stage("03_train", run, "sipf", 0, 3)
+    stage = STAGES["03_train"](run, "sipf", 0, 3)
     assert stage.input("policy") is None and json.loads(stage.path("training.json").read_text())["dpo_at_start"] is None
 
 
 def test_the_reward_model_on_disk_gives_the_rewards_that_made_the_pairs(run):
     make(run, "sipf", 2)
-    stage = store.Stage("01b_reward", run, "sipf", 0, 2)
+    stage = STAGES["01b_reward"](run, "sipf", 0, 2)
     model = reward_model.load_reward_model(stage.config, stage.path("reward_model"), threads=1)
-    tokenizer, task = tokens.load_tokenizer(stage.config.model), get_task(stage.config.task)
+    tokenizer, task = load_tokenizer(stage.config.model), get_task(stage.config.task)
     prompts = encode_prompts(task, tokenizer, task.problems("train"))
-    rewarded = files.read_jsonl(stage.path("rewarded.jsonl"))[:64]
+    rewarded = read_jsonl(stage.path("rewarded.jsonl"))[:64]
     asked = [r | {"reward": r["answer_reward"]} for r in rewarded]
-    again = labels.score_samples(model, tokenizer, prompts, asked, "mean")
+    again = score_samples(model, tokenizer, prompts, asked, "mean")
     assert [r["reward"] for r in again] == pytest.approx([r["reward"] for r in rewarded], abs=1e-5)
-    worth = {(r["problem"], tuple(r["token_ids"])): r["reward"] for r in files.read_jsonl(stage.path("rewarded.jsonl"))}
+    worth = {(r["problem"], tuple(r["token_ids"])): r["reward"] for r in read_jsonl(stage.path("rewarded.jsonl"))}
     for pair in rows(run, "sipf", 2, "pairs.jsonl"):
         better, worse = (worth[pair["problem"], tuple(pair[f"{side}_ids"])] for side in ("chosen", "rejected"))
         assert better - worse >= stage.config.pairs.eta
@@ -102,9 +98,9 @@ def test_the_reward_model_on_disk_gives_the_rewards_that_made_the_pairs(run):
 
 def test_expo_goes_on_from_the_base_through_the_trained_model(run):
     make(run, "expo", 2)
-    config = store.open_run(run).model
-    stage = store.Stage("04_evaluate", run, "expo", 0, 2)
-    weights = [load.load_policy(config, stage.policy(t)).state_dict() for t in (0, 1, 2)]
+    config = open_run(run).model
+    stage = STAGES["04_evaluate"](run, "expo", 0, 2)
+    weights = [load_policy(config, stage.policy(t)).state_dict() for t in (0, 1, 2)]
     for name, w_2 in weights[2].items():
         w_0, w_1 = weights[0][name], weights[1][name]
         assert torch.allclose(w_2, w_1 + 0.3 * (w_1 - w_0), atol=1e-6), name
@@ -115,29 +111,29 @@ def test_what_a_round_used_up_is_what_is_in_its_files(run):
     for method in ("star", "sipf"):
         make(run, method, 3)
     make(run, "expo", 2)
-    spent = comparison.spent_table(run, store.open_run(run)).set_index(["method", "iteration"])
+    spent = spent_table(run, open_run(run)).set_index(["method", "iteration"])
     drawn = rows(run, "star", 1, "samples.jsonl", "01_sample")
-    extra = json.loads(store.Stage("01b_reward", run, "star", 0, 1).path("reward.json").read_text())
+    extra = json.loads(STAGES["01b_reward"](run, "star", 0, 1).path("reward.json").read_text())
     assert spent.loc[("star", 1), "drawn"] == sum(len(s["token_ids"]) for s in drawn) + extra["drawn_tokens"]
     assert spent.loc[("star", 1), "samples"] == len(drawn) + extra["samples"]
     assert spent.loc[("expo", 2), ["samples", "drawn", "trained"]].tolist() == [0, 0, 0]
     assert spent.loc[("sipf", 1), "drawn"] == 0 and spent.loc[("sipf", 2), "drawn"] > spent.loc[("expo", 1), "drawn"]
     for method, steps in (("star", [6, 6, 6]), ("sipf", [3, 6, 6]), ("expo", [6])):  # the warm start was set to 3
-        trained = [store.Stage("03_train", run, method, 0, t).path("training.json") for t in range(1, len(steps) + 1)]
+        trained = [STAGES["03_train"](run, method, 0, t).path("training.json") for t in range(1, len(steps) + 1)]
         assert [json.loads(path.read_text())["steps"] for path in trained] == steps
-    reward = json.loads(store.Stage("01b_reward", run, "sipf", 0, 2).path("reward.json").read_text())
+    reward = json.loads(STAGES["01b_reward"](run, "sipf", 0, 2).path("reward.json").read_text())
     assert spent.loc[("sipf", 2), "samples"] == len(drawn) + 4 * reward["prefixes_simulated"] > len(drawn)
     # Six steps of eight pairs, or of sixteen responses: as many responses, so nearly as many tokens.
     one, other = spent.loc[("star", 2), "trained"], spent.loc[("expo", 1), "trained"]
     assert 0.8 < one / other < 1.25
-    table = comparison.budget_table(spent.reset_index())
+    table = budget_table(spent.reset_index())
     assert set(table.method) == {"STaR", "SIPF (ORPO on process feedback)", "ExPO (from IRPO)"}
 
 
 @pytest.mark.parametrize(("name", "method", "t"), [("01b_reward", "self_rewarding", 1), ("03b_extrapolate", "expo", 2)])
 def test_the_notebooks_of_the_new_stages_leave_the_same_files(run, tmp_path, name, method, t):
     make(run, method, t)
-    stage = store.Stage(name, run, method, 0, t)
+    stage = STAGES[name](run, method, 0, t)
     before = stage.manifest()["outputs"]
-    run_notebook(files.NOTEBOOKS / f"{name}.ipynb", tmp_path / "x.ipynb", {"run": str(run), "method": method, "seed": 0, "iteration": t}, 1)  # fmt: skip
+    run_notebook(NOTEBOOKS / f"{name}.ipynb", tmp_path / "x.ipynb", {"run": str(run), "method": method, "seed": 0, "iteration": t}, 1)  # fmt: skip
     assert stage.is_done() and stage.manifest()["outputs"] == before

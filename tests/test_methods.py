@@ -2,56 +2,61 @@
 
 import pytest
 
-from irpo_utils import files
-from irpo_utils.files import ConfigError
-from irpo_utils.methods.recipes import PARTS, RecipeError, methods, read
-from irpo_utils.model.losses import LOSSES
-from irpo_utils.run import store
+from irpo_utils.files import ConfigError, write_text
+from irpo_utils.methods.recipes import RecipeError, catalogue, read
+from irpo_utils.run.config import dump
 from irpo_utils.run.presets import load_preset
-from irpo_utils.run.rewards import REWARDS
+from irpo_utils.run.stages import STAGES, plan
 
-# PAPERS: method -> (reward, selection, loss, start) of its rounds 1 to 4
+# PAPERS: method -> (reward, selection, loss, start, reference) of its rounds 1 to 4
 TABLE = {
-    "irpo": ["answer pairs dpo+nll M_t"] * 4,
-    "dpo": ["answer pairs dpo M_t"] * 4,
-    "sft_chosen": ["answer chosen nll M_0"] * 4,
-    "sft_gold": ["none gold nll M_0"],
-    "star": ["rationalized correct nll M_0"] * 4,
-    "rft": ["answer distinct nll M_t"] * 4,
-    "rest_em": ["answer capped nll M_0"] * 4,
-    "spin": ["none gold_against_own dpo M_t"] * 4,
-    "self_rewarding": ["judge best_against_worst dpo M_t"] * 4,
-    "dpo_st": ["none gold nll M_0", "answer pairs dpo M_t", "answer pseudo nll M_0", "answer pairs dpo M_t"],
-    "orpo": ["none gold nll M_0", *["answer margin orpo M_0"] * 3],
-    "sipf": ["none gold nll M_0", *["process margin orpo M_0"] * 3],
-    "expo": ["answer pairs dpo+nll M_t", "none none extrapolate M_t"],
+    "irpo": ["answer pairs dpo+nll M_t moving"] * 4,
+    "dpo": ["answer pairs dpo M_t moving"] * 4,
+    "sft_chosen": ["answer chosen nll M_0 none"] * 4,
+    "sft_gold": ["none gold nll M_0 none"],
+    "star": ["rationalized correct nll M_0 none"] * 4,
+    "rft": ["answer distinct nll M_t none"] * 4,
+    "rest_em": ["answer capped nll M_0 none"] * 4,
+    "spin": ["none gold_against_own dpo M_t moving"] * 4,
+    "self_rewarding": ["judge best_against_worst dpo M_t moving"] * 4,
+    "dpo_st": [
+        "none gold nll M_0 none",
+        "answer pairs dpo M_t moving",
+        "answer pseudo nll M_0 none",
+        "answer pairs dpo M_t moving",
+    ],
+    "orpo": ["none gold nll M_0 none", *["answer margin orpo M_0 none"] * 3],
+    "sipf": ["none gold nll M_0 none", *["process margin orpo M_0 none"] * 3],
+    "expo": ["answer pairs dpo+nll M_t moving", "none none extrapolate M_t none"],
 }
 
 
 @pytest.mark.parametrize("name", TABLE)
 def test_a_method_makes_the_rounds_of_its_paper(name):
-    recipe = methods()[name]
-    rounds = [recipe.round(t) for t in range(1, recipe.rounds(4) + 1)]
-    assert [f"{k.reward} {k.selection} {k.loss} {k.start}" for k in rounds] == TABLE[name]
+    recipe = catalogue()[name]
+    rounds = [recipe.round(t) for t in range(1, recipe.count(4) + 1)]
+    assert [f"{r.reward} {r.selection} {r.loss} {r.start} {r.reference}" for r in rounds] == TABLE[name]
 
 
-def test_the_table_is_whole_and_every_part_exists():
-    assert set(TABLE) == set(methods())
-    assert {*LOSSES, "extrapolate"} == set(PARTS["loss"]) and {*REWARDS, "none", "answer"} == set(PARTS["reward"])
+def test_the_table_is_whole():
+    assert set(TABLE) == set(catalogue())
 
 
 @pytest.fixture
-def family(tmp_path, monkeypatch):
+def family(tmp_path):
     """A run with every method whose stages are planned, and none run."""
-    monkeypatch.setattr(store, "resolve", lambda folder: tmp_path)
     config = load_preset("tiny", ["methods=all"])
-    files.write_text(tmp_path / "config.yaml", store.dump(config))
+    write_text(tmp_path / "config.yaml", dump(config))
     return config, tmp_path
 
 
 def test_stages_start_from_and_read_what_the_recipe_says(family):
-    _, run = family
-    stage = lambda name, method, t: {k: p.relative_to(run).as_posix() for k, (p, _) in store.Stage(name, run, method, 0, t).inputs().items()}  # noqa: E731  # fmt: skip
+    config, run = family
+
+    def stage(name, method, t):
+        reads = STAGES[name](run, method, 0, t, config).reads()
+        return {k: path.relative_to(run).as_posix() for k, (path, _) in reads.items() if k != "prompts"}
+
     at = "{}/seed_0/iteration_{}/{}".format
     assert stage("03_train", "irpo", 2) == {"pairs": at("irpo", 2, "pairs.jsonl"), "policy": at("irpo", 1, "adapter")}
     assert stage("03_train", "rest_em", 2) == {"pairs": at("rest_em", 2, "pairs.jsonl")}  # from M_0, every round
@@ -61,6 +66,7 @@ def test_stages_start_from_and_read_what_the_recipe_says(family):
     assert stage("02_pairs", "sft_gold", 1) == {}
     assert stage("02_pairs", "sipf", 2) == {"samples": at("sipf", 2, "rewarded.jsonl")}  # the warm start's are not kept
     assert stage("02_pairs", "sipf", 3)["earlier"] == at("sipf", 2, "pairs.jsonl")
+    assert stage("03_train", "spin", 2)["policy"] == at("spin", 1, "adapter")
     assert stage("02_pairs", "irpo", 3) == {"samples": at("irpo", 3, "samples.jsonl")}
     assert stage("03b_extrapolate", "expo", 2) == {"policy": at("expo", 1, "adapter")}  # away from the base
     assert stage("04_evaluate", "expo", 2) == {"policy": at("expo", 2, "adapter")}
@@ -69,14 +75,15 @@ def test_stages_start_from_and_read_what_the_recipe_says(family):
 def test_every_round_draws_and_trains_as_much(family):
     config, run = family
     for method in config.methods:
-        names = [s.name for s in store.plan(config, run, method, 0)]
-        kinds = [methods()[method].round(t) for t in range(1, config.rounds(method) + 1)]
-        assert names.count("01_sample") == sum(k.samples for k in kinds)
-        steps = [config.for_round(method, t).train.max_steps for t in range(1, len(kinds) + 1)]
+        stages = plan(config, run, method, 0)
+        rounds = [config.recipe(method).round(t) for t in range(1, config.rounds(method) + 1)]
+        drawn = [s for s in stages if s.name == "01_sample" and "samples.jsonl" in s.writes()]
+        assert len(drawn) == sum(r.samples for r in rounds)
+        steps = [config.for_round(method, t).train.max_steps for t in range(1, len(rounds) + 1)]
         assert sum(steps) == config.iterations * config.train.max_steps or method == "expo"
 
 
-def test_hyper_parameters_are_those_of_the_method_it_is_like_then_its_own():
+def test_hyper_parameters_are_those_of_the_method_it_inherits_from_then_its_own():
     config = load_preset(
         "tiny", ["dpo.train.lr=1e-5", "sft_gold.train.lr=2e-5", "orpo.train.lr=3e-5", "sipf.pairs.eta=0.4"]
     )
@@ -86,16 +93,16 @@ def test_hyper_parameters_are_those_of_the_method_it_is_like_then_its_own():
     assert config.for_round("orpo", 2).pairs.eta == config.pairs.eta
 
 
-GOOD = "m:\n  label: M\n  rounds: [{reward: answer, selection: pairs, loss: dpo, start: M_t}]\n"
+GOOD = "m:\n  label: M\n  rounds: [{reward: answer, selection: pairs, loss: dpo, start: M_t, reference: moving}]\n"
 
 
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
         ("loss: dpo", "loss: dppo", "m: no loss is called 'dppo'; there is: dpo"),
-        ("selection: pairs, ", "", "a round has reward, selection, loss, start"),
+        ("selection: pairs, ", "", "a round has reward, selection, loss, start, reference"),
         ("  label: M\n", "", "expected label, source, rounds and repeat"),
-        ("}]", ", like: n}]", "like: no method is called 'n'"),
+        ("}]", ", inherits: n}]", "inherits: no method is called 'n'"),
         ("}]", "}]\n  repeat: 2", "repeat: 0 to 1"),
         ("}]", ", accumulate: 1}]", "accumulate: true or false"),
         ("[{", "{", "not YAML"),
@@ -104,11 +111,18 @@ GOOD = "m:\n  label: M\n  rounds: [{reward: answer, selection: pairs, loss: dpo,
         ("reward: answer", "reward: none", "the selection 'pairs' needs a reward"),
         ("label: M", "label: [M]", "label: expected text"),
         ("label: M", "label: M\n  label: N", "'label' is given twice"),
-        ("}]", ", like: [m]}]", "like: the name of a method"),
+        ("}]", ", inherits: [m]}]", "inherits: the name of a method"),
+        ("reference: moving", "reference: none", "needs a reference: moving or M_0"),
+        ("reference: moving", "reference: M_1", "no reference is called 'M_1'; there is: moving, M_0, none"),
+        ("selection: pairs", "selection: nowhere.py:mine", "nowhere.py:mine: .* is missing"),
         ("m:", "train:", "'train' is no name for a method"),
         ("}]", "}]\n  repeat: true", "repeat: 0 to 1"),
         ("loss: dpo", "loss: extrapolate", "has no selection"),
-        ("selection: pairs, loss: dpo", "selection: none, loss: extrapolate", "the first round cannot extrapolate"),
+        (
+            "selection: pairs, loss: dpo, start: M_t, reference: moving",
+            "selection: none, loss: extrapolate, start: M_t, reference: none",
+            "the first round cannot extrapolate",
+        ),
         ("m:", "a b:", "'a b' is no name for a method"),
     ],
 )
@@ -128,18 +142,18 @@ def test_a_method_needs_as_many_iterations_as_it_has_kinds_of_rounds():
 
 
 def test_all_takes_every_method():
-    assert load_preset("tiny", ["methods=all"]).methods == list(methods())
-    assert load_preset("tiny", ["methods=irpo,all"]).methods == list(methods())
+    assert load_preset("tiny", ["methods=all"]).methods == tuple(catalogue())
+    assert load_preset("tiny", ["methods=irpo,all"]).methods == tuple(catalogue())
 
 
 def test_a_stage_that_the_round_does_not_have_touches_nothing(family):
     _, run = family
-    adapter = store.Stage("03_train", run, "irpo", 0, 2).path("adapter")
+    adapter = STAGES["03_train"](run, "irpo", 0, 2).path("adapter")
     adapter.mkdir(parents=True)
-    wrong = [("03b_extrapolate", "irpo", 2, "it has 01_sample, 02_pairs"), ("01b_reward", "sipf", 1, "it has 02_pairs"), ("02_pairs", "expo", 2, "it has 03b"), ("03_train", "irpo", 0, "M_0 has no such stage; it has 04")]  # fmt: skip
+    wrong = [("03b_extrapolate", "irpo", 2, "it has 01_sample, 02_pairs"), ("01b_reward", "sipf", 1, "it has 01_sample, 02_pairs"), ("02_pairs", "expo", 2, "it has 03b"), ("03_train", "irpo", 0, "M_0 has no such stage; it has 04")]  # fmt: skip
     for name, method, t, message in wrong:
         with pytest.raises(ConfigError, match=message):
-            store.Stage(name, run, method, 0, t).begin()
+            STAGES[name](run, method, 0, t).begin()
     assert adapter.exists()
     with pytest.raises(RecipeError, match="SFT on gold makes 1 round, there is no round 2"):
-        store.Stage("03_train", run, "sft_gold", 0, 2)
+        STAGES["03_train"](run, "sft_gold", 0, 2)

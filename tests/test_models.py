@@ -94,9 +94,7 @@ def test_a_training_that_was_stopped_at_its_step_is_not_trained_on(config, pairs
     facts = []
     for _ in range(2):
         model = load.load_policy(config.model, trainable=True, seed=0, threads=1)
-        facts.append(
-            run(model, pairs, tmp_path, config.but(train=config.train.but(max_steps=6)), stop_after=4)
-        )
+        facts.append(run(model, pairs, tmp_path, config.but(train=config.train.but(max_steps=6)), stop_after=4))
     assert facts[0] == facts[1] and facts[0]["best_step"] == 4
     assert len(list(training.read_steps(tmp_path / "steps.jsonl"))) == 4
 
@@ -157,9 +155,7 @@ def test_adapter_goes_on_where_it_was(config, pairs, tmp_path, tokenizer):
 
 
 def test_full_tuning_saves_a_whole_model(config, pairs, tmp_path):
-    full = config.but(
-        model=config.model.but(tuning="full"), train=config.train.but(lr=1e-4, max_steps=3)
-    )
+    full = config.but(model=config.model.but(tuning="full"), train=config.train.but(lr=1e-4, max_steps=3))
     model = load.load_policy(full.model, trainable=True)
     run(model, pairs, tmp_path, full)
     again = load.load_policy(full.model, tmp_path / "best")

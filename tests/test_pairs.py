@@ -2,34 +2,46 @@
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from irpo_utils.methods.recipes import PARTS
-from irpo_utils.methods.select import SELECTIONS, cyclic_pairs, distinct, select
+from irpo_utils.methods.parts import KINDS
+from irpo_utils.methods.select import cyclic_pairs, distinct, margin_of, select
+from irpo_utils.model.records import Prompt, Sample
 from irpo_utils.settings import PairsConfig
 
 
 def sample(token, reward, finished=True, length=2, **more):
-    return {
+    fields = {
+        "problem": "a",
+        "sample": 0,
         "response": f"r{token}",
-        "token_ids": [token] * (length - 1) + [2],
-        "logp": -1.0,
-        "finished": finished,
+        "answer": None,
         "reward": reward,
-    } | more
+        "flexible": reward,
+        "finished": finished,
+        "logp": -1.0,
+        "token_ids": (token,) * (length - 1) + (2,),
+    }
+    return Sample(**fields | more)
 
 
-PROMPTS = {"a": ("p", [1, 1]), "b": ("p", [1]), "c": ("p", [1])}
+PROMPTS = {name: Prompt(name, "p", ids) for name, ids in (("a", (1, 1)), ("b", (1,)), ("c", (1,)))}
+
+
+def with_gold(golds):
+    """The prompts with gold solutions, given as samples."""
+    return PROMPTS | {n: replace(PROMPTS[n], gold=s.response, gold_ids=s.token_ids) for n, s in golds.items()}
 
 
 def made(selection, samples, solution=None, **settings):
     """What a selection makes of the samples of one problem, as the names of the responses."""
     golds = {} if solution is None else {"a": solution}
-    rows, _ = select(selection, {"a": samples}, PROMPTS, golds, PairsConfig(max_tokens=10, **settings))
-    return [(row["chosen"], row["rejected"]) if row["rejected"] else row["chosen"] for row in rows]
+    pairs, _ = select(selection, {"a": samples}, with_gold(golds), PairsConfig(max_tokens=10, **settings))
+    return [(p.chosen, p.rejected) if p.rejected else p.chosen for p in pairs]
 
 
 @given(st.integers(0, 7), st.integers(0, 7), st.integers(1, 60))
@@ -94,14 +106,16 @@ def test_margin_pairs_differ_by_eta_or_more():
 @given(st.lists(st.floats(0, 1), min_size=2, max_size=9), st.floats(0.01, 0.9), st.integers(1, 12))
 def test_margin_never_takes_a_pair_twice_nor_one_that_is_closer(rewards, eta, k):
     samples = [sample(10 + i, reward) for i, reward in enumerate(rewards)]
-    pairs = SELECTIONS["margin"](samples, None, PairsConfig(eta=eta, k=k), random.Random(0))
-    assert all(w["reward"] - loser["reward"] >= eta for w, loser in pairs)
+    pairs = margin_of(samples, None, PairsConfig(eta=eta, k=k), random.Random(0))
+    assert all(w.reward - loser.reward >= eta for w, loser in pairs)
     possible = sum(a - b >= eta for a in rewards for b in rewards)
-    assert len({(w["response"], loser["response"]) for w, loser in pairs}) == len(pairs) == min(k, possible)
+    assert len({(w.response, loser.response) for w, loser in pairs}) == len(pairs) == min(k, possible)
 
 
-def test_every_selection_that_a_recipe_may_name_is_there():
-    assert {*SELECTIONS, "none"} == set(PARTS["selection"])
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, (table, _) in KINDS.items() for name in table])
+def test_every_part_that_a_recipe_may_name_is_there(kind, name):
+    part = KINDS[kind][0][name]
+    assert callable(part.load()) if part.where else name in ("none", "answer")
 
 
 def test_duplicates_leave_first_and_everything_is_counted():
@@ -110,8 +124,8 @@ def test_duplicates_leave_first_and_everything_is_counted():
         "b": [sample(5, 0.0), sample(6, 0.0)],
         "c": [sample(5, 1.0)],
     }  # fmt: skip
-    pairs, audit = select("pairs", samples, PROMPTS, {}, PairsConfig(max_tokens=10))
-    assert [(p["chosen"], p["rejected"]) for p in pairs] == [("r5", "r6"), ("r5", "r7")]  # unparsed loses
+    pairs, audit = select("pairs", samples, PROMPTS, PairsConfig(max_tokens=10))
+    assert [(p.chosen, p.rejected) for p in pairs] == [("r5", "r6"), ("r5", "r7")]  # unparsed loses
     wanted = {"problems": 3, "none_right": 1, "all_right": 1, "some_right": 1, "samples": 9, "duplicates": 1, "unparsed": 1, "unfinished": 1, "over_long": 1, "pairs": 2, "problems_with_pairs": 1}  # fmt: skip
     assert {k: audit[k] for k in wanted} == wanted
     assert audit["length_gap"] == 0
@@ -119,23 +133,23 @@ def test_duplicates_leave_first_and_everything_is_counted():
 
 def test_rationalized_samples_are_trained_on_but_not_counted_as_drawn():
     failed = [sample(5, 0.0), sample(6, 1.0, extra=True, logp=None)]
-    rows, audit = select("correct", {"a": failed}, PROMPTS, {}, PairsConfig(max_tokens=10))
-    assert [row["chosen"] for row in rows] == ["r6"]
+    rows, audit = select("correct", {"a": failed}, PROMPTS, PairsConfig(max_tokens=10))
+    assert [p.chosen for p in rows] == ["r6"]
     assert (audit["samples"], audit["right"], audit["none_right"]) == (1, 0, 1)
 
 
 def test_the_audit_counts_answers_where_the_reward_is_another():
     judged = [sample(5, 4.0, answer_reward=0.0), sample(6, 1.0, answer_reward=1.0)]
-    _, audit = select("best_against_worst", {"a": judged}, PROMPTS, {}, PairsConfig(max_tokens=10))
+    _, audit = select("best_against_worst", {"a": judged}, PROMPTS, PairsConfig(max_tokens=10))
     assert (audit["right"], audit["some_right"]) == (1, 1)
 
 
 def test_gold_joins_the_winners_and_saves_a_problem_without_one():
     samples, config = {"b": [sample(5, 0.0), sample(6, 0.0)]}, PairsConfig(max_tokens=10, gold=True)
-    pairs, _ = select("pairs", samples, PROMPTS, {"b": GOLD}, config)
-    assert [(p["chosen"], p["rejected"]) for p in pairs] == [("r40", "r5"), ("r40", "r6")]
+    pairs, _ = select("pairs", samples, with_gold({"b": GOLD}), config)
+    assert [(p.chosen, p.rejected) for p in pairs] == [("r40", "r5"), ("r40", "r6")]
     with pytest.raises(ValueError, match="1 gold solutions are too long"):
-        select("pairs", samples, PROMPTS, {"b": {**GOLD, "token_ids": [9] * 10}}, config)
+        select("pairs", samples, with_gold({"b": sample(40, 1.0, length=10)}), config)
 
 
 def test_cap_is_random_but_seeded():
@@ -143,20 +157,20 @@ def test_cap_is_random_but_seeded():
         {"a": [sample(t, float(t % 2)) for t in range(5, 15)]},
         PairsConfig(k=9, max_tokens=10, max_pairs=3),
     )
-    first, audit = select("pairs", samples, PROMPTS, {}, config, seed=1)
+    first, audit = select("pairs", samples, PROMPTS, config, seed=1)
     assert (len(first), audit["capped"]) == (3, 2)
-    assert first == select("pairs", samples, PROMPTS, {}, config, seed=1)[0]
+    assert first == select("pairs", samples, PROMPTS, config, seed=1)[0]
 
 
 def test_no_pair_at_all_says_why_and_what_to_do():
     with pytest.raises(ValueError, match="1 problems have no right answer.*raise sampling.n"):
         made("pairs", [sample(5, 0.0)])
     with pytest.raises(ValueError, match="no gold solution to train on: the task has 0"):
-        select("gold", {}, PROMPTS, {}, PairsConfig())
+        select("gold", {}, PROMPTS, PairsConfig())
     with pytest.raises(ValueError, match="the task has 1, and 1 exceed pairs.max_tokens"):
-        select("gold", {}, PROMPTS, {"a": GOLD}, PairsConfig(max_tokens=3))
+        select("gold", {}, with_gold({"a": GOLD}), PairsConfig(max_tokens=3))
 
 
 def test_distinct_keeps_the_first():
-    rows = [sample(5, 1.0) | {"n": 0}, sample(6, 1.0) | {"n": 1}, sample(5, 1.0) | {"n": 2}]
-    assert [r["n"] for r in distinct(rows)] == [0, 1]
+    rows = [sample(5, 1.0, sample=0), sample(6, 1.0, sample=1), sample(5, 1.0, sample=2)]
+    assert [s.sample for s in distinct(rows)] == [0, 1]

@@ -6,8 +6,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -58,10 +58,16 @@ class Sampler:
         stops, sampling = stop_ids(config.model, tokenizer), config.sampling
         return cls(draw, tokenizer, task, stops, sampling.max_new_tokens, sampling.max_rows, config.task.flexible)
 
+    @classmethod
+    def in_memory(
+        cls, model: PreTrainedModel, tokenizer: Any, task: Task, stops: list[int], config: Settings
+    ) -> Sampler:
+        draw, sampling = partial(sample, model), config.sampling
+        return cls(draw, tokenizer, task, stops, sampling.max_new_tokens, sampling.max_rows, config.task.flexible)
+
     def on(self, model: PreTrainedModel) -> Sampler:
         """The same for a model in memory."""
-        changed = {**vars(self), "draw": lambda prompts, **options: sample(model, prompts, **options)}
-        return Sampler(**changed)
+        return replace(self, draw=partial(sample, model))
 
     def prompts(self, problems: list[Problem]) -> dict[str, Prompt]:
         """Problem id -> its prompt, with the gold solution as the model would have drawn it."""

@@ -15,11 +15,10 @@ import sys
 from pathlib import Path
 
 from ..extras.code.sandbox import Refused
-from ..settings import EXECUTIONS
+from ..settings import EXECUTIONS, TaskConfig
 from ..tasks import get_task
 from ..tasks.base import Problem
 from ..tasks.grading import Verdict, grade
-from ..settings import TaskConfig
 
 GRADED = ("gsm8k", "math", "arc_challenge", "mmlu_math", "mbpp", "humaneval")
 

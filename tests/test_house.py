@@ -1,0 +1,135 @@
+"""The rooms of the package and their one direction: who may import whom, and what stays light."""
+
+import ast
+import shutil
+import subprocess
+import sys
+
+from conftest import ROOT
+
+PACKAGE = ROOT / "irpo_utils"
+# Each may import from those before it. extras and run stand beside one another.
+LEVELS = {"files": 0, "metrics": 0, "settings": 0, "answers": 1, "tasks": 2, "model": 3, "methods": 4, "loop": 5, "extras": 5, "run": 5, "report": 6, "__main__": 7}  # fmt: skip
+HEAVY = {"torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes"}
+LIGHT = ["files", "metrics", "settings", "answers", "tasks", "methods.parts", "methods.recipes", "methods.select", "run.config", "run.presets", "run.store", "run.stages", "run.driver", "report", "__main__"]  # fmt: skip
+
+
+def modules():
+    """Module name -> its syntax tree."""
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        name = (
+            ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__").removesuffix("__init__")
+        )
+        found[name or "__init__"] = (path, ast.parse(path.read_text()))
+    return found
+
+
+def imported(name, path, tree, known):
+    """The package's modules that a module imports, at any level of it."""
+    here = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = [*here[: len(here) - node.level + 1], *(node.module.split(".") if node.module else [])]
+            for alias in node.names:
+                full = ".".join([*base, alias.name])
+                yield full if full in known else ".".join(base)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("irpo_utils"):
+            raise AssertionError(f"{name}: imports of the package are relative")
+
+
+def arrows():
+    known = modules()
+    return {name: set(imported(name, *known[name], known)) - {name} for name in known}
+
+
+def room(module):
+    return module.split(".")[0]
+
+
+def test_imports_go_one_way():
+    for name, targets in arrows().items():
+        for target in targets - {""}:
+            same = room(name) == room(target)
+            assert same or LEVELS[room(target)] < LEVELS[room(name)], f"{name} imports {target}"
+
+
+def test_nothing_imports_extras():
+    wrong = [(n, t) for n, targets in arrows().items() for t in targets if room(t) == "extras" and room(n) != "extras"]
+    assert not wrong
+
+
+def test_there_is_no_circle():
+    graph, done, path = arrows(), set(), []
+
+    def visit(name):
+        assert name not in path, " -> ".join([*path, name])
+        if name in done or name not in graph:
+            return
+        path.append(name)
+        for target in sorted(graph[name]):
+            visit(target)
+        done.add(path.pop())
+
+    for name in graph:
+        visit(name)
+
+
+def lazy(tree):
+    """Imports that stand inside functions."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            yield from (n for n in ast.walk(node) if isinstance(n, ast.Import | ast.ImportFrom))
+
+
+def test_imports_stand_at_the_top_of_the_file():
+    """But for libraries that are heavy, or that not everybody has, and none of our own modules."""
+    for name, (_, tree) in modules().items():
+        for node in lazy(tree):
+            assert not (isinstance(node, ast.ImportFrom) and node.level), f"{name}, line {node.lineno}"
+
+
+def test_what_needs_no_model_imports_no_torch():
+    code = "import sys; " + "; ".join(f"import irpo_utils.{name}" for name in LIGHT)
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}; print(*sorted({HEAVY!r} & set(sys.modules)))"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and not done.stdout.strip(), done.stdout + done.stderr
+
+
+def test_the_loop_loads_no_bookkeeping():
+    code = "import sys, irpo_utils.loop; print(*[m for m in sys.modules if m.startswith('irpo_utils.')])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not {room(m.removeprefix("irpo_utils.")) for m in done.stdout.split()} & {"run", "report", "extras"}
+
+
+def test_functions_have_at_most_six_arguments():
+    """But for the sampler and the trainer."""
+    for name, (_, tree) in modules().items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name not in ("sample", "train"):
+                given = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+                given = [arg for arg in given if arg not in ("self", "cls")]
+                assert len(given) <= 6, f"{name}.{node.name}: {', '.join(given)}"
+
+
+def test_the_loop_runs_without_extras(tmp_path):
+    """IRPO, DPO and both SFTs, in a copy of the project that has no extras."""
+    for name in ("irpo_utils", "notebooks", "pyproject.toml"):
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, tmp_path / name, ignore=shutil.ignore_patterns("extras", "__pycache__"))
+        else:
+            shutil.copy(source, tmp_path / name)
+    done = subprocess.run(
+        [sys.executable, "-m", "irpo_utils", "micro", "methods=irpo,dpo,sft_chosen,sft_gold", "iterations=1"],
+        cwd=tmp_path,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and "report.html" in done.stdout, done.stdout + done.stderr
