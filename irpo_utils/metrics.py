@@ -41,7 +41,7 @@ def sign_test(gained: int, lost: int) -> float:
 
 
 def auc(scores: Sequence[float], labels: Sequence[int]) -> float | None:
-    """Probability that a positive scores above a negative, [n] each; ties count half. None where one of them is missing."""
+    """Probability that a positive scores above a negative, [n] each; ties count half. None if either is missing."""
     scores, positive = np.asarray(scores, dtype=float), np.asarray(labels, dtype=bool)
     if positive.all() or not positive.any():
         return None

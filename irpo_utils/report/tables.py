@@ -87,7 +87,7 @@ def percent(values: pd.Series) -> str:
 
 
 def training_curves(run: Path, config: Config) -> dict[str, list[dict[str, float]]]:
-    """Method -> the first iteration's steps (seed 0), for methods that pair right with wrong, or imitate the winners."""
+    """Method -> the first iteration's steps (seed 0), for methods that pair right with wrong or imitate winners."""
     curves = {}
     for method in config.methods:
         rounds = config.recipe(method).rounds

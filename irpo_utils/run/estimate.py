@@ -162,7 +162,7 @@ def check_fits(shape: Shape, config: Settings, prompts: range, free_bytes: float
 
 
 def free_memory() -> float:
-    """Free bytes of the GPU, or the bytes of the machine where there is none. Raises RuntimeError if it cannot be read."""
+    """Free bytes of the GPU, or the bytes of the machine if it has none. Raises RuntimeError if that is not known."""
     done = subprocess.run([sys.executable, "-c", FREE_BYTES], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"the machine's free memory cannot be read:\n{done.stderr.strip()}")
