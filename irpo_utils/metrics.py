@@ -23,7 +23,7 @@ def wilson(correct: int, total: int, z: float = 1.96) -> tuple[float, float]:
 
 
 def bootstrap(values: Sequence[float], draws: int = 1000) -> tuple[float, float]:
-    """The 95 % interval of a mean over problems, [problems], by resampling the problems (seeded percentile bootstrap)."""
+    """The 95 % interval of a mean over problems, [problems]: a seeded percentile bootstrap of the problems."""
     rng = np.random.default_rng(0)
     means = np.asarray(values)[rng.integers(0, len(values), (draws, len(values)))].mean(axis=1)
     low, high = np.quantile(means, [0.025, 0.975])
@@ -31,7 +31,7 @@ def bootstrap(values: Sequence[float], draws: int = 1000) -> tuple[float, float]
 
 
 def sign_test(gained: int, lost: int) -> float:
-    """Two-sided exact p of the sign test: how likely so uneven a split of the changes is if either way is equally likely.
+    """Two-sided exact p of the sign test: how likely so uneven a split is if either way is equally likely.
 
     Args:
         gained, lost: how many of the problems changed for the better, and for the worse.
@@ -41,7 +41,7 @@ def sign_test(gained: int, lost: int) -> float:
 
 
 def auc(scores: Sequence[float], labels: Sequence[int]) -> float | None:
-    """Probability that a positive scores above a negative (ties count half), [n] each; None where one of them is missing."""
+    """Probability that a positive scores above a negative, [n] each; ties count half. None if either is missing."""
     scores, positive = np.asarray(scores, dtype=float), np.asarray(labels, dtype=bool)
     if positive.all() or not positive.any():
         return None
@@ -98,7 +98,8 @@ def weighted_majority(
 ) -> float:
     """How often the answer with the most weight among n of the samples is right; weights of 1 are a majority vote.
 
-    Mean over `draws` seeded choices of n without repetition (one, where n is all); of tied answers the share that is right.
+    Mean over `draws` seeded choices of n without repetition (one, where n is all). Of tied answers the share that is
+    right counts.
 
     Args:
         answers: extracted, None (unparsed) has no vote; weights: of each sample, [samples]; right: whether it is right.
@@ -126,7 +127,8 @@ def against_n(records: list[Record], ns: Sequence[int]) -> list[dict[str, float]
         records: one per problem, with `answers`, `rewards` (of the answer) and `path_rewards`, [samples] each.
 
     Returns:
-        n and, for each of "majority", "best_of_n", "weighted" and "pass" (one of them is right), the mean, _low and _high.
+        n and, for each of "majority", "best_of_n", "weighted" and "pass" (one of them is right), the mean and its _low
+        and _high.
     """
     rows = []
     for n in ns:
@@ -179,9 +181,9 @@ def ranking(problems: Sequence[tuple[Sequence[float], Sequence[bool]]], draws: i
         problems: for every problem the scores of its responses and whether each is right.
 
     Returns:
-        `auc` over the responses of all problems together; `ranked`, the share of the pairs (right, wrong) of *one* problem in
-        which the right one scores higher; ties count half. With `_low` and `_high`: the 95 % interval from `draws` seeded
-        resamplings of the problems.
+        `auc` over the responses of all problems together. `ranked`: the share of the pairs (right, wrong) of *one*
+        problem in which the right one scores higher; ties count half. With `_low` and `_high`: the 95 % interval from
+        `draws` seeded resamplings of the problems.
     """
     values, at = np.unique([s for scores, _ in problems for s in scores], return_inverse=True)
     number = np.repeat(np.arange(len(problems)), [len(scores) for scores, _ in problems])

@@ -1,4 +1,4 @@
-"""What a run needs is known before it starts: parameters counted from the shape, presets that fit, refusals that name the mend."""
+"""What a run needs is known before it starts: parameters counted, presets that fit, refusals that name the mend."""
 
 import pytest
 from transformers import AutoConfig, LlamaConfig, Qwen2Config

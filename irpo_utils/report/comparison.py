@@ -95,7 +95,10 @@ def forward_passes(table: pd.DataFrame) -> pd.Series:
 
 
 def family_table(metrics: pd.DataFrame, config: Config) -> pd.DataFrame:
-    """Greedy test accuracy of each method by iteration, the best last model first; percent, mean ± standard deviation over seeds."""
+    """Greedy test accuracy of each method by iteration, the best last model first.
+
+    In percent: mean ± standard deviation over seeds.
+    """
     test, rows = metrics[metrics.split == "test"], []
     iterations = sorted(set(test.iteration) - {0})
     for method, own in test.groupby("method", sort=False):
@@ -124,8 +127,8 @@ def budget_table(spent: pd.DataFrame, config: Config) -> pd.DataFrame:
 def trained_on(run: Path, config: Config) -> pd.DataFrame | None:
     """How many of the chosen responses of every round have every step right; percent, mean over seeds.
 
-    No method sees it. The records that are counted are pairs or single responses. None for a task that does not know the
-    truth of a step.
+    No method sees it. The records that are counted are pairs or single responses. None for a task that does not know
+    the truth of a step.
     """
     if "steps_right" not in read_evaluation(EvaluateStage(run, config.methods[0], 0, 0, config))["test"]:
         return None
@@ -154,9 +157,10 @@ def differences_in_words(run: Path, metrics: pd.DataFrame, config: Config) -> li
     mean = {m: sum(values) / len(values) for m, values in final.items()}
     label = {m: config.recipe(m).label for m in config.methods}
     best, worst = max(mean, key=mean.get), min(mean, key=mean.get)
+    m0 = test[config.methods[0], 0, 0]
     texts = [
-        f"M_0 solves {test[config.methods[0], 0, 0]:.1f} % of the test problems. The last model of {label[best]} solves "
-        f"the most, {mean[best]:.1f} %, that of {label[worst]} the fewest, {mean[worst]:.1f} %."
+        f"M_0 solves {m0:.1f} % of the test problems. The last model of {label[best]} solves the most, "
+        f"{mean[best]:.1f} %, that of {label[worst]} the fewest, {mean[worst]:.1f} %."
     ]
     for one, other, what in NEIGHBOURS:
         if one in final and other in final:

@@ -196,7 +196,7 @@ def watched_logps(table: pd.DataFrame) -> Figure:
 
 
 def bench_ratios(times: dict[str, pd.Series]) -> Figure:
-    """How many times faster than the best other one, a bar for each shape (index), a panel for each kind of work (key)."""
+    """How many times faster than the best other: a bar for each shape (index), a panel for each kind of work (key)."""
     fig, axes = plt.subplots(1, len(times), figsize=(9, 2.6), layout="constrained")
     for ax, (kind, series) in zip(axes, times.items(), strict=True):
         bars = ax.barh(series.index, series, color=BLUE)

@@ -41,7 +41,9 @@ def columns(config: Config) -> list[str]:
 
 
 def metrics_table(run: str, rows: list[dict[str, Any]], config: Config) -> pd.DataFrame:
-    """One row per evaluated model and split; fractions. `columns` are those of metrics.csv; the embedded task has two more.
+    """One row per evaluated model and split; fractions.
+
+    metrics.csv has those of `columns`; a task that knows the truth of a step has two more here.
 
     Args:
         run: its name. rows: as `run.stages.evaluations` gives them.
@@ -61,7 +63,7 @@ def metrics_table(run: str, rows: list[dict[str, Any]], config: Config) -> pd.Da
 
 
 def summary_table(metrics: pd.DataFrame, config: Config) -> pd.DataFrame:
-    """Test accuracy by method and iteration in percent: mean over seeds, and the standard deviation where there are several."""
+    """Test accuracy by method and iteration in percent: mean over seeds, ± standard deviation if there are several."""
     test = metrics[metrics.split == "test"]
     trained = test[test.iteration > 0]
     groups = [("M_0", 0, test[test.iteration == 0].drop_duplicates("seed"))]
@@ -85,7 +87,7 @@ def percent(values: pd.Series) -> str:
 
 
 def training_curves(run: Path, config: Config) -> dict[str, list[dict[str, float]]]:
-    """Method -> the first iteration's steps (seed 0), for methods that make pairs of right and wrong, or imitate their winners."""
+    """Method -> the first iteration's steps (seed 0), for methods that pair right with wrong or imitate winners."""
     curves = {}
     for method in config.methods:
         rounds = config.recipe(method).rounds
@@ -135,7 +137,8 @@ def audit_table(run: Path, config: Config) -> pd.DataFrame:
 def gains_in_words(run: Path, config: Config) -> list[str]:
     """What the last model's test accuracy says against M_0's, and what it does not, a text for each method.
 
-    Both models answered the same problems, so the ones that changed are compared, all seeds together: an exact sign test.
+    Both models answered the same problems, so the ones that changed are compared, all seeds together, by an exact sign
+    test.
     """
     audits = audit_table(run, config)
     texts = []

@@ -43,7 +43,7 @@ def weight_bytes(shape: Shape, config: ModelConfig) -> float:
 
 
 def trained_bytes(shape: Shape, config: Settings) -> float:
-    """What training keeps beside the base: the adapter (nothing for full tuning), gradients, the optimizer's moments."""
+    """What training keeps beside the base: the adapter (if there is one), gradients, the optimizer's moments."""
     full = config.model.tuning == "full"
     count = shape.parameters if full else shape.lora * config.model.lora_r
     return count * ((0 if full else 4) + 4 + (2 if config.train.optimizer == "paged_adamw_8bit" else 8))
@@ -83,8 +83,8 @@ def training_bytes(shape: Shape, config: Settings) -> dict[str, float]:
     """Memory of training, by part, for the longest pairs that `pairs.max_tokens` lets through."""
     width = number_bytes(config.model)
     tokens = 2 * config.train.micro_batch * config.pairs.max_tokens  # chosen and rejected rows
-    # What a block keeps for its backward pass: its input, norms, queries to output, and the three of the gated MLP; with
-    # LoRA in float32 its inputs a second time.
+    # What a block keeps for its backward pass: its input, norms, queries to output, and the three of the gated MLP;
+    # with LoRA in float32 its inputs a second time.
     inside = (8 * shape.hidden + 4 * shape.intermediate) * width
     inside += 0 if config.model.tuning == "full" else 4 * (4 * shape.hidden + shape.intermediate)
     blocks = shape.layers * inside
@@ -122,7 +122,7 @@ def hint(config: Settings, stage: str, parts: dict[str, float]) -> str:
 
 
 def check_context(shape: Shape, prompt: int, max_new_tokens: int) -> None:
-    """Raise TooLarge if the longest prompt, of `prompt` tokens, and a response of `max_new_tokens` exceed the context."""
+    """Raise TooLarge if the longest prompt (`prompt` tokens) and a response of `max_new_tokens` exceed the context."""
     if prompt >= shape.context:
         raise TooLarge(
             f"the longest prompt has {prompt} tokens, the model's context {shape.context}: "
@@ -162,7 +162,7 @@ def check_fits(shape: Shape, config: Settings, prompts: range, free_bytes: float
 
 
 def free_memory() -> float:
-    """Free bytes of the GPU, or the bytes of the machine where there is none. Raises RuntimeError if that cannot be told."""
+    """Free bytes of the GPU, or the bytes of the machine if it has none. Raises RuntimeError if that is not known."""
     done = subprocess.run([sys.executable, "-c", FREE_BYTES], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"the machine's free memory cannot be read:\n{done.stderr.strip()}")
@@ -184,10 +184,10 @@ def estimate(config: Settings, shape: Shape, prompts: range, jobs: int = 1) -> l
 
 
 def check_model(config: Settings, task: Task, problems: dict[str, list[Problem]], jobs: int) -> list[str]:
-    """Look at the model, its tokenizer and the memory of a run with `jobs` stages side by side, without loading weights.
+    """Look at the model, its tokenizer and the memory of a run, without loading weights.
 
     Args:
-        problems: split -> its problems.
+        problems: split -> its problems. jobs: stages that run side by side and share the memory.
 
     Returns:
         The lines of the estimate.
