@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from irpo_utils.extras.code.sandbox import ACCEPTED, ISOLATED, Refused, Sandbox
-from irpo_utils.model import load, tokens
+from irpo_utils.model import load
 from irpo_utils.run.presets import load_preset
 from irpo_utils.tasks import get_task
 
@@ -24,7 +24,7 @@ def config():
 
 @pytest.fixture(scope="session")
 def tokenizer(config):
-    return tokens.load_tokenizer(config.model)
+    return load.load_tokenizer(config.model)
 
 
 @pytest.fixture(scope="session")

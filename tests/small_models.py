@@ -1,4 +1,4 @@
-"""Small models with random weights in three architectures, each with a BPE tokenizer and its family's kind of chat template."""
+"""Small random models of three architectures, each with a BPE tokenizer and its family's kind of chat template."""
 
 from pathlib import Path
 
@@ -20,14 +20,16 @@ FAMILIES = {
         "<|eot_id|>",
         "<|eot_id|>",
         "{{ bos_token }}<|start_header_id|>system<|end_header_id|>\n\nToday Date: {{ date_string }}\n\n<|eot_id|>"
-        "{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n{{ m['content'] }}<|eot_id|>{% endfor %}"
+        "{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n"
+        "{{ m['content'] }}<|eot_id|>{% endfor %}"
         "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}",
     ),
     "qwen2": (
         None,
         "<|im_end|>",
         "<|im_end|>",
-        "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+        "{% if messages[0]['role'] != 'system' %}"
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
         "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
     ),
@@ -35,9 +37,11 @@ FAMILIES = {
         "<bos>",
         "<eos>",
         "<end_of_turn>",
-        "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+        "{{ bos_token }}"
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
         "{% for m in messages %}<start_of_turn>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n"
-        "{{ m['content'] | trim }}<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}",
+        "{{ m['content'] | trim }}<end_of_turn>\n{% endfor %}"
+        "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}",
     ),
 }
 SPECIAL = {
@@ -45,10 +49,15 @@ SPECIAL = {
     "qwen2": ["<|endoftext|>", "<|im_start|>"],
     "gemma2": ["<pad>", "<start_of_turn>"],
 }
-SHAPE = dict(  # every width is a multiple of 64, which NF4 needs on a CPU
-    hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-    head_dim=16, max_position_embeddings=4096,
-)  # fmt: skip
+SHAPE = dict(
+    hidden_size=64,  # every width is a multiple of 64, which NF4 needs on a CPU
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    max_position_embeddings=4096,
+)
 
 
 def build(family: str, folder: Path, texts: list[str], vocabulary: int = 600) -> Path:

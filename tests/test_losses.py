@@ -1,6 +1,8 @@
 """The loss is the paper's equation; TRL's form differs where sequences differ in length, and only there."""
 
+import inspect
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -8,10 +10,13 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from irpo_utils.methods.parts import LOSSES, part
 from irpo_utils.model.load import SEED_MODEL
 from irpo_utils.model.logprobs import collate, pair_batch, response_logps, token_logps
-from irpo_utils.model.losses import orpo_term, pair_losses
+from irpo_utils.model.losses import Scores, dpo, dpo_nll, nll, orpo, orpo_term
+from irpo_utils.model.records import Pair
 from irpo_utils.model.training import PreferenceTrainer, batch_losses
+from irpo_utils.settings import TrainConfig
 
 logp = st.floats(-200, -0.01)
 
@@ -24,7 +29,7 @@ logp = st.floats(-200, -0.01)
 def test_loss_is_equation_1_of_the_paper(rows, beta, alpha):
     """arXiv 2404.19733 v3, Eq. 1, written out in plain floats."""
     columns = [torch.tensor(c, dtype=torch.float64) for c in zip(*rows, strict=True)]
-    total = pair_losses("dpo+nll", *columns, beta=beta, alpha=alpha).total
+    total = dpo_nll(Scores(*columns), beta, alpha).total
     for value, (pc, pr, rc, rr, length) in zip(total.tolist(), rows, strict=True):
         z = beta * (pc - rc) - beta * (pr - rr)
         softplus = max(-z, 0.0) + math.log1p(math.exp(-abs(z)))  # -log sigma(z) without overflow
@@ -32,25 +37,48 @@ def test_loss_is_equation_1_of_the_paper(rows, beta, alpha):
 
 
 def test_alpha_zero_is_dpo_and_the_parts_add_up():
-    args = [torch.randn(5, dtype=torch.float64, generator=torch.Generator().manual_seed(i)) - 9 for i in range(4)]
-    lengths = torch.arange(1, 6)
-    both = pair_losses("dpo+nll", *args, lengths, alpha=0.7)
-    assert torch.equal(
-        pair_losses("dpo+nll", *args, lengths, alpha=0.0).total, pair_losses("dpo", *args, lengths).total
-    )
-    assert torch.allclose(both.total, both.dpo + 0.7 * pair_losses("nll", *args, lengths).total)
+    logps = [torch.randn(5, dtype=torch.float64, generator=torch.Generator().manual_seed(i)) - 9 for i in range(4)]
+    scores = Scores(*logps, torch.arange(1, 6))
+    both = dpo_nll(scores, 0.1, 0.7)
+    assert torch.equal(dpo_nll(scores, 0.1, 0.0).total, dpo(scores, 0.1).total)
+    assert torch.allclose(both.total, both.dpo + 0.7 * nll(scores).total)
+
+
+def test_imitation_is_the_mean_of_token_log_probabilities_and_looks_at_nothing_else():
+    scores = Scores(torch.tensor([-3.0, -40.0]), torch.zeros(2), None, None, torch.tensor([3, 20]), torch.zeros(2))
+    terms = nll(scores)
+    assert terms.total.tolist() == terms.nll.tolist() == [1.0, 2.0]
+    assert terms.dpo is terms.odds is terms.chosen_reward is terms.rejected_reward is None
 
 
 def test_at_the_reference_the_dpo_term_is_ln2_and_rewards_are_zero():
     logps = torch.tensor([-3.0, -70.0])
-    terms = pair_losses("dpo+nll", logps, logps - 5, logps, logps - 5, torch.tensor([3, 40]), beta=0.5)
-    assert torch.allclose(terms.dpo, torch.full((2,), math.log(2)))
-    assert not terms.chosen_reward.any() and not terms.rejected_reward.any()
+    scores = Scores(logps, logps - 5, logps, logps - 5, torch.tensor([3, 40]))
+    for terms in (dpo_nll(scores, 0.5, 1.0), dpo(scores, 0.5)):
+        assert torch.allclose(terms.dpo, torch.full((2,), math.log(2)))
+        assert not terms.chosen_reward.any() and not terms.rejected_reward.any()
 
 
 def test_unknown_loss_is_named():
     with pytest.raises(ValueError, match="'rpo'.*dpo\\+nll"):
-        pair_losses("rpo", *[torch.zeros(1)] * 4, torch.ones(1))
+        part("loss", "rpo")
+
+
+@pytest.mark.parametrize("name", [name for name in LOSSES if name != "extrapolate"])
+def test_the_table_says_what_each_loss_takes_and_whether_it_needs_a_reference(name):
+    row = LOSSES[name]
+    function, config = row.load(), TrainConfig()
+    assert tuple(inspect.signature(function).parameters)[1:] == row.parameters
+    weights = {weight: getattr(config, weight) for weight in row.parameters}
+    logps, lengths = torch.tensor([-3.0]), torch.tensor([3])
+    whole = Scores(logps, logps - 5, logps, logps - 5, lengths, lengths)
+    assert torch.isfinite(function(whole, **weights).total).all()
+    alone = whole._replace(reference_chosen=None, reference_rejected=None)
+    if row.reference:
+        with pytest.raises(ValueError, match="needs the reference's log-probabilities"):
+            function(alone, **weights)
+    else:
+        assert torch.equal(function(alone, **weights).total, function(whole, **weights).total)
 
 
 @example([(-7e-15, -1e-9, 1, 3), (-1e-9, -3e-14, 1, 1)], 1.0)  # where 1 - P cancels
@@ -62,7 +90,7 @@ def test_orpo_is_equations_6_and_7_of_its_paper(rows, weight):
     from decimal import Decimal, localcontext
 
     pc, pr, lc, lr = (torch.tensor(c, dtype=torch.float64) for c in zip(*rows, strict=True))
-    total = pair_losses("orpo", pc, pr, None, None, lc, rejected_lengths=lr, odds_weight=weight).total
+    total = orpo(Scores(pc, pr, None, None, lc, lr), weight).total
     for value, row in zip(total.tolist(), rows, strict=True):
         with localcontext(prec=50):
             pc, pr, lc, lr = map(Decimal, row)
@@ -76,7 +104,7 @@ def test_orpo_is_equations_6_and_7_of_its_paper(rows, weight):
 def test_orpo_s_gradient_is_finite_for_probabilities_near_0_and_near_1(dtype, chosen, rejected, small, tiny):
     """Mean log-probabilities from 0 (probability 1) over -1e-18 to -10,000."""
     logps = torch.tensor([[-chosen * 10.0**small], [-rejected * 10.0**tiny]], dtype=dtype, requires_grad=True)
-    terms = pair_losses("orpo", *logps, None, None, torch.ones(1), rejected_lengths=torch.ones(1))
+    terms = orpo(Scores(*logps, None, None, torch.ones(1), torch.ones(1)), 0.1)
     terms.total.sum().backward()
     assert torch.isfinite(terms.total).all() and torch.isfinite(logps.grad).all()
     # A likelier chosen response is never worse, a likelier rejected one never better.
@@ -86,28 +114,34 @@ def test_orpo_s_gradient_is_finite_for_probabilities_near_0_and_near_1(dtype, ch
 def test_equal_odds_cost_ln2_and_orpo_has_no_reference():
     logps, lengths = torch.tensor([-3.0, -40.0]), torch.tensor([3, 40])
     assert torch.allclose(orpo_term(logps, 2 * logps, lengths, 2 * lengths)[0], torch.full((2,), math.log(2)))
-    terms = pair_losses("orpo", logps, logps, None, None, lengths, rejected_lengths=lengths)
+    scores = Scores(logps, logps, None, None, lengths, lengths)
+    terms = orpo(scores, 0.1)
     assert terms.dpo is None and torch.allclose(terms.total, 1 + 0.1 * terms.odds)
-    with pytest.raises(ValueError, match="needs a rejected response"):
-        pair_losses("orpo", logps, logps, None, None, lengths, rejected_lengths=torch.tensor([3, 0]))
-    with pytest.raises(ValueError, match="'dpo' needs the reference"):
-        pair_losses("dpo", logps, logps, None, None, lengths)
+    for missing in (torch.tensor([3, 0]), None):
+        with pytest.raises(ValueError, match="needs a rejected response"):
+            orpo(scores._replace(rejected_lengths=missing), 0.1)
+    with pytest.raises(ValueError, match="the DPO term needs the reference"):
+        dpo(scores, 0.1)
 
 
-PAIRS = [("half", [5, 6, 7, 2], [5, 9, 2]), ("long", [8, 9, 10, 11, 12, 13, 2], [5, 2])]
+PAIRS = [("half", (5, 6, 7, 2), (5, 9, 2)), ("long", (8, 9, 10, 11, 12, 13, 2), (5, 2))]
+
+
+def pair(prompt_ids, chosen_ids, rejected_ids, problem=""):
+    """A pair of token ids; its texts are empty."""
+    ids = map(tuple, (prompt_ids, chosen_ids, rejected_ids))
+    return Pair(problem, "", "", "", *ids, chosen_logp=None, rejected_logp=None)
 
 
 def make_pairs(tokenizer):
     prompt = tokenizer("Question: Ann has 12 pens. How many pens does Ann have?\nAnswer:\n").input_ids
-    return [
-        {"problem": n, "prompt_ids": prompt[: 5 + 3 * i], "chosen_ids": c, "rejected_ids": r, "reference_chosen": -9.0, "reference_rejected": -8.0}
-        for i, (n, c, r) in enumerate(PAIRS)
-    ]  # fmt: skip
+    pairs = [pair(prompt[: 5 + 3 * i], chosen, rejected, name) for i, (name, chosen, rejected) in enumerate(PAIRS)]
+    return [replace(p, reference_chosen=-9.0, reference_rejected=-8.0) for p in pairs]
 
 
 def test_response_logps_score_the_response_and_all_of_it(seed_model, tokenizer):
-    """Against one unpadded forward pass per sequence: neither prompt, nor padding, nor a shift by one; EOS is scored."""
-    rows = [(p["prompt_ids"], p["chosen_ids"]) for p in make_pairs(tokenizer)]
+    """Against one unpadded forward pass per sequence: no prompt, no padding, no shift by one; EOS is scored."""
+    rows = [(p.prompt_ids, p.chosen_ids) for p in make_pairs(tokenizer)]
     got = response_logps(seed_model, collate(rows))
     for value, (prompt, response) in zip(got, rows, strict=True):
         logits = seed_model(torch.tensor([prompt + response])).logits[0]
@@ -123,9 +157,17 @@ def test_agrees_with_trl_for_a_batch_of_one_and_differs_for_unequal_lengths(seed
 
     # The texts go through TRL's tokenization, so the pairs are made of real words.
     texts = [
-        ("Question: Ann has 12 pens. Ann sells half of them. How many pens does Ann have?\nAnswer:\n", "Half: 12 / 2 = 6\nFinal answer: 6", "Half: 12 - 2 = 10\nFinal answer: 10"),
-        ("Question: Ben has 3 eggs. Ben finds 4 more. Ben loses 2 of them. How many eggs does Ben have?\nAnswer:\n", "Find: 3 + 4 = 7\nLose: 7 - 2 = 5\nFinal answer: 5", "Final answer: 9"),
-    ]  # fmt: skip
+        (
+            "Question: Ann has 12 pens. Ann sells half of them. How many pens does Ann have?\nAnswer:\n",
+            "Half: 12 / 2 = 6\nFinal answer: 6",
+            "Half: 12 - 2 = 10\nFinal answer: 10",
+        ),
+        (
+            "Question: Ben has 3 eggs. Ben finds 4 more. Ben loses 2 of them. How many eggs does Ben have?\nAnswer:\n",
+            "Find: 3 + 4 = 7\nLose: 7 - 2 = 5\nFinal answer: 5",
+            "Final answer: 9",
+        ),
+    ]
     reference = AutoModelForCausalLM.from_pretrained(SEED_MODEL)
     policy = AutoModelForCausalLM.from_pretrained(SEED_MODEL)
     with torch.no_grad():  # a policy that has moved away from its reference
@@ -136,10 +178,18 @@ def test_agrees_with_trl_for_a_batch_of_one_and_differs_for_unequal_lengths(seed
     def trl_loss(chosen):
         data = Dataset.from_list([dict(zip(("prompt", "chosen", "rejected"), t, strict=True)) for t in chosen])
         args = DPOConfig(
-            output_dir=str(tmp_path), loss_type=["sigmoid", "sft"], loss_weights=[1.0, 1.0], beta=0.1, report_to=[],
-            per_device_train_batch_size=len(chosen), max_length=None, use_cpu=True, bf16=False, gradient_checkpointing=False,
+            output_dir=str(tmp_path),
+            loss_type=["sigmoid", "sft"],
+            loss_weights=[1.0, 1.0],
+            beta=0.1,
+            report_to=[],
+            per_device_train_batch_size=len(chosen),
+            max_length=None,
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
             disable_tqdm=True,
-        )  # fmt: skip
+        )
         trainer = DPOTrainer(policy, reference, args, train_dataset=data, processing_class=tokenizer)
         batch = next(iter(trainer.get_train_dataloader()))
         policy.eval()
@@ -153,14 +203,14 @@ def test_agrees_with_trl_for_a_batch_of_one_and_differs_for_unequal_lengths(seed
             ids = [[*tokenizer(r, add_special_tokens=False).input_ids, tokenizer.eos_token_id] for r in (w, loser)]
             with torch.no_grad():
                 ref = [response_logps(reference, collate([(prompt, r)])).item() for r in ids]
-            pairs.append({"prompt_ids": prompt, "chosen_ids": ids[0], "rejected_ids": ids[1], "reference_chosen": ref[0], "reference_rejected": ref[1]})  # fmt: skip
+            pairs.append(replace(pair(prompt, *ids), reference_chosen=ref[0], reference_rejected=ref[1]))
         with torch.no_grad():
-            return batch_losses(policy, pair_batch(pairs), "dpo+nll", 0.1, 1.0)[0], pairs
+            return batch_losses(policy, pair_batch(pairs), dpo_nll, {"beta": 0.1, "alpha": 1.0})[0], pairs
 
     for text in texts:
         assert our_loss([text])[0].total.mean().item() == pytest.approx(trl_loss([text])[0], abs=1e-4)
     ours, pairs = our_loss(texts)
-    lengths = torch.tensor([float(len(p["chosen_ids"])) for p in pairs])
+    lengths = torch.tensor([float(len(p.chosen_ids)) for p in pairs])
     assert lengths[0] != lengths[1]
     # TRL averages the NLL over the batch's tokens: the difference is exactly that of the two means.
     difference = (ours.nll * lengths).sum() / lengths.sum() - ours.nll.mean()
@@ -175,33 +225,44 @@ def test_orpo_differs_from_trl_s_by_where_the_nll_is_averaged_and_by_nothing_els
     from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
     texts = [
-        ("Question: Ann has 12 pens. Ann sells half of them. How many pens does Ann have?\nAnswer:\n", "Half: 12 / 2 = 6\nFinal answer: 6", "Half: 12 - 2 = 10\nFinal answer: 10"),
-        ("Question: Ben has 3 eggs. Ben finds 4 more. How many eggs does Ben have?\nAnswer:\n", "Find: 3 + 4 = 7\nLose: 7 - 2 = 5\nFinal answer: 5", "Final answer: 9"),
-    ]  # fmt: skip
+        (
+            "Question: Ann has 12 pens. Ann sells half of them. How many pens does Ann have?\nAnswer:\n",
+            "Half: 12 / 2 = 6\nFinal answer: 6",
+            "Half: 12 - 2 = 10\nFinal answer: 10",
+        ),
+        (
+            "Question: Ben has 3 eggs. Ben finds 4 more. How many eggs does Ben have?\nAnswer:\n",
+            "Find: 3 + 4 = 7\nLose: 7 - 2 = 5\nFinal answer: 5",
+            "Final answer: 9",
+        ),
+    ]
     args = ORPOConfig(
-        output_dir=str(tmp_path), beta=0.3, report_to=[], per_device_train_batch_size=2, use_cpu=True, bf16=False,
-        gradient_checkpointing=False, disable_tqdm=True,
-    )  # fmt: skip
+        output_dir=str(tmp_path),
+        beta=0.3,
+        report_to=[],
+        per_device_train_batch_size=2,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        disable_tqdm=True,
+    )
     data = Dataset.from_list([dict(zip(("prompt", "chosen", "rejected"), t, strict=True)) for t in texts])
     policy = AutoModelForCausalLM.from_pretrained(SEED_MODEL)
     trainer = ORPOTrainer(policy, args, train_dataset=data, processing_class=tokenizer)
-    pairs = [
-        {
-            "prompt_ids": row["prompt_input_ids"],
-            **{f"{side}_ids": row[f"{side}_input_ids"][len(row["prompt_input_ids"]) :] for side in ("chosen", "rejected")},
-        }
-        for row in trainer.train_dataset
-    ]  # fmt: skip
+    pairs = []
+    for row in trainer.train_dataset:
+        prompt = row["prompt_input_ids"]
+        pairs.append(pair(prompt, *(row[f"{side}_input_ids"][len(prompt) :] for side in ("chosen", "rejected"))))
     end = tokenizer.eos_token_id
-    for pair, (prompt, *answers) in zip(pairs, texts, strict=True):  # the same tokens as ours
-        assert pair["prompt_ids"] == tokenizer(prompt).input_ids
-        for side, answer in zip(("chosen", "rejected"), answers, strict=True):
-            assert pair[f"{side}_ids"] == [*tokenizer(answer, add_special_tokens=False).input_ids, end]
+    for found, (prompt, *answers) in zip(pairs, texts, strict=True):  # the same tokens as ours
+        assert found.prompt_ids == tuple(tokenizer(prompt).input_ids)
+        for ids, answer in zip((found.chosen_ids, found.rejected_ids), answers, strict=True):
+            assert ids == (*tokenizer(answer, add_special_tokens=False).input_ids, end)
     policy.eval()
     with torch.no_grad():
         theirs, metrics = trainer.get_batch_loss_metrics(policy, trainer.data_collator(list(trainer.train_dataset)))
-        ours = batch_losses(seed_model, pair_batch(pairs), "orpo", 0.1, 1.0, 0.3)[0]
-        whole = [p["prompt_ids"] + p["chosen_ids"] for p in pairs]
+        ours = batch_losses(seed_model, pair_batch(pairs), orpo, {"odds_weight": 0.3})[0]
+        whole = [p.prompt_ids + p.chosen_ids for p in pairs]
         logps = [token_logps(seed_model(torch.tensor([r])).logits[0, :-1], torch.tensor(r[1:])) for r in whole]
     assert metrics["log_odds_ratio"] == pytest.approx(-ours.odds.mean().item(), abs=1e-5)
     assert metrics["logps/chosen"] == pytest.approx(-ours.nll.mean().item(), abs=1e-5)
@@ -210,10 +271,14 @@ def test_orpo_differs_from_trl_s_by_where_the_nll_is_averaged_and_by_nothing_els
     assert theirs.item() - ours.total.mean().item() == pytest.approx(difference.item(), abs=1e-5)
 
 
-def test_a_nan_loss_stops_training_with_the_step_and_the_mend(seed_model, tokenizer):
+def test_a_nan_loss_stops_training_and_says_at_which_step_and_what_to_do(seed_model, tokenizer):
     broken = SimpleNamespace(
-        loss="dpo+nll", weights=(float("nan"), 1.0, 0.1), terms=[], state=SimpleNamespace(global_step=6), args=SimpleNamespace(learning_rate=0.5)
-    )  # fmt: skip
+        loss=dpo_nll,
+        weights={"beta": float("nan"), "alpha": 1.0},
+        terms=[],
+        state=SimpleNamespace(global_step=6),
+        args=SimpleNamespace(learning_rate=0.5),
+    )
     with pytest.raises(FloatingPointError, match=r"nan at step 7; lower train.lr \(it is 0.5\)"):
         PreferenceTrainer.compute_loss(broken, seed_model, pair_batch(make_pairs(tokenizer)))
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import (  # fmt: skip
+from transformers import (
     FalconConfig,
     FalconForCausalLM,
     Gemma2Config,
@@ -22,7 +22,19 @@ from irpo_utils.model import sampling, shared_prompt
 from irpo_utils.model.logprobs import collate, response_logps
 from irpo_utils.model.prompts import encode_prompts
 
-SMALL = dict(vocab_size=97, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False)  # fmt: skip
+SMALL = dict(
+    vocab_size=97,
+    hidden_size=64,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=128,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+    tie_word_embeddings=False,
+)
 STOPS = [2, *range(20, 36)]  # many, so that rows end at different steps
 FAMILIES = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL)),
@@ -41,15 +53,22 @@ def network(request):
     return model
 
 
+def drawn_from(model, prompts, **settings):
+    """The completions of every prompt, [samples]; greedy unless `settings` say otherwise."""
+    settings = dict(n=1, temperature=0, seed=0, eos_id=STOPS, max_new_tokens=20) | settings
+    batches = sampling.sample(model, prompts, **settings)
+    return {name: completions for batch in batches for name, completions in batch.items()}
+
+
+def ids_of(completions):
+    return [c.token_ids for c in completions]
+
+
 def test_greedy_is_generate_token_by_token(network):
     """500 prompts of 2 to 41 tokens; those of one length go through `generate` together, so that it pads nothing."""
     rng = np.random.default_rng(0)
     prompts = {str(i): [1, *rng.integers(3, 97, 1 + i % 40).tolist()] for i in range(500)}
-    ours = {}
-    for batch in sampling.sample(
-        network, prompts, n=1, temperature=0, seed=0, eos_id=STOPS, max_new_tokens=20, rows=96
-    ):
-        ours |= {name: c[0].token_ids for name, c in batch.items()}
+    ours = {name: completions[0].token_ids for name, completions in drawn_from(network, prompts, max_rows=96).items()}
     assert len({len(ids) for ids in ours.values()}) > 3
     for length in range(2, 42):
         names = [name for name, prompt in prompts.items() if len(prompt) == length]
@@ -65,7 +84,11 @@ def test_samples_are_the_same_one_problem_at_a_time(network):
     """Temperature 1 on random weights, where the samples of a problem part at once."""
     rng = np.random.default_rng(1)
     prompts = {str(i): [1, *rng.integers(3, 97, 3 + 2 * i).tolist()] for i in range(12)}
-    draw = lambda some, rows: {name: [c.token_ids for c in cs] for batch in sampling.sample(network, some, n=6, temperature=1.0, seed=0, eos_id=2, max_new_tokens=20, rows=rows) for name, cs in batch.items()}  # noqa: E731  # fmt: skip
+
+    def draw(some, max_rows):
+        found = drawn_from(network, some, n=6, temperature=1.0, eos_id=2, max_rows=max_rows)
+        return {name: ids_of(completions) for name, completions in found.items()}
+
     together = draw(prompts, 512)
     assert together == {k: v for name in prompts for k, v in draw({name: prompts[name]}, 4).items()}
 
@@ -75,16 +98,17 @@ def test_fewer_problems_when_their_samples_need_more_rows_than_there_are(network
     rng = np.random.default_rng(2)
     prompts = [[1, *rng.integers(3, 97, 3 + i).tolist()] for i in range(10)]
     noise = rng.random((10, 6, 16))
-    ids = lambda drawn: [[c.token_ids for c in completions] for completions in drawn]  # noqa: E731
-    whole, _ = sampling.sample_batch(network, prompts, noise, 1.0, STOPS, 16, 60)
+    decoding = sampling.Decoding(1.0, STOPS, 16)
+    whole, _ = sampling.sample_batch(network, prompts, noise, decoding, 60)
     for capacity in (10, 17, 30):
-        part, most = sampling.sample_batch(network, prompts, noise, 1.0, STOPS, 16, capacity)
-        assert 0 < len(part) < 10 and most <= capacity and ids(part) == ids(whole)[: len(part)]
+        part, peak_rows = sampling.sample_batch(network, prompts, noise, decoding, capacity)
+        assert 0 < len(part) < 10 and peak_rows <= capacity
+        assert list(map(ids_of, part)) == list(map(ids_of, whole))[: len(part)]
 
 
 @given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=5), min_size=1, max_size=8))
-def test_beginnings_are_counted_once(responses):
-    assert sampling.beginnings(responses) == len({tuple(ids[:i]) for ids in responses for i in range(len(ids))})
+def test_prefixes_are_counted_once(responses):
+    assert sampling.distinct_prefixes(responses) == len({tuple(ids[:i]) for ids in responses for i in range(len(ids))})
 
 
 def test_a_window_that_attention_is_not_told_is_found_out():
@@ -120,39 +144,41 @@ def test_a_zero_probability_token_is_never_drawn():
 def drawn(seed_model, tokenizer, task):
     prompts = encode_prompts(task, tokenizer, task.problems("train")[:24])
 
-    def draw(rows, seed=3, names=None):
-        chosen = prompts if names is None else {k: prompts[k] for k in names}
-        out = {}
-        for batch in sampling.sample(seed_model, chosen, n=8, temperature=0.9, seed=seed, eos_id=tokenizer.eos_token_id, max_new_tokens=64, rows=rows):  # fmt: skip
-            out |= {k: [c.token_ids for c in cs] for k, cs in batch.items()}
-        return out
+    settings = dict(n=8, temperature=0.9, eos_id=tokenizer.eos_token_id, max_new_tokens=64)
+
+    def draw(max_rows, seed=3, names=prompts):
+        some = {name: prompts[name] for name in names}
+        found = drawn_from(seed_model, some, seed=seed, max_rows=max_rows, **settings)
+        return {name: ids_of(completions) for name, completions in found.items()}
 
     return prompts, draw
 
 
 def test_samples_do_not_depend_on_the_batch_and_do_on_the_seed(drawn):
     prompts, draw = drawn
-    all_at_once = draw(rows=512)
-    assert draw(rows=16) == all_at_once
+    all_at_once = draw(max_rows=512)
+    assert draw(max_rows=16) == all_at_once
     alone = next(iter(prompts))
-    assert draw(rows=8, names=[alone]) == {alone: all_at_once[alone]}
-    assert draw(rows=512, seed=4) != all_at_once
+    assert draw(max_rows=8, names=[alone]) == {alone: all_at_once[alone]}
+    assert draw(max_rows=512, seed=4) != all_at_once
 
 
 def test_recorded_logps_are_the_model_s_own(seed_model, tokenizer, task):
     prompts = encode_prompts(task, tokenizer, task.problems("train")[:4])
-    for batch in sampling.sample(seed_model, prompts, n=4, temperature=1.0, seed=0, eos_id=tokenizer.eos_token_id, max_new_tokens=64):  # fmt: skip
-        for name, completions in batch.items():
-            with torch.no_grad():
-                wanted = response_logps(seed_model, collate([(prompts[name], c.token_ids) for c in completions]))
-            assert torch.allclose(torch.tensor([c.logp for c in completions]), wanted.double().float(), atol=1e-3)
+    settings = dict(n=4, temperature=1.0, eos_id=tokenizer.eos_token_id, max_new_tokens=64)
+    for name, completions in drawn_from(seed_model, prompts, **settings).items():
+        with torch.no_grad():
+            wanted = response_logps(seed_model, collate([(prompts[name], c.token_ids) for c in completions]))
+        assert torch.allclose(torch.tensor([c.logp for c in completions]), wanted.double().float(), atol=1e-3)
 
 
 def test_the_length_limit_leaves_a_response_unfinished(seed_model, tokenizer, task):
     prompts = encode_prompts(task, tokenizer, task.problems("train")[:1])
-    for batch in sampling.sample(seed_model, prompts, n=2, temperature=1.0, seed=0, eos_id=tokenizer.eos_token_id, max_new_tokens=3):  # fmt: skip
-        for completion in next(iter(batch.values())):
-            assert len(completion.token_ids) == 3 and not completion.finished
+    settings = dict(n=2, temperature=1.0, eos_id=tokenizer.eos_token_id, max_new_tokens=3)
+    (completions,) = drawn_from(seed_model, prompts, **settings).values()
+    assert len(completions) == 2
+    for completion in completions:
+        assert len(completion.token_ids) == 3 and not completion.finished
 
 
 def test_greedy_with_many_samples_is_refused(seed_model):
@@ -163,7 +189,7 @@ def test_greedy_with_many_samples_is_refused(seed_model):
 def test_half_the_rows_when_memory_runs_out(drawn, seed_model):
     """An allocator that gives out at 40 rows: the same samples come, and one line says what happened."""
     _, draw = drawn
-    wanted, seen = draw(rows=512), []
+    wanted, seen = draw(max_rows=512), []
 
     def refuse(module, args, kwargs):
         seen.append(len(kwargs["input_ids"]))
@@ -175,7 +201,7 @@ def test_half_the_rows_when_memory_runs_out(drawn, seed_model):
     handle = seed_model.register_forward_pre_hook(refuse, with_kwargs=True)
     try:
         with pytest.warns(UserWarning, match="memory ran out with 512 rows at once; going on with 256"):
-            assert draw(rows=512) == wanted
+            assert draw(max_rows=512) == wanted
     finally:
         handle.remove()
     assert max(seen) > 40
@@ -186,62 +212,60 @@ def test_samples_that_say_the_same_are_one_row(drawn, seed_model, tokenizer):
     fed = []
     handle = seed_model.register_forward_pre_hook(lambda m, a, k: fed.append(k["input_ids"].shape), with_kwargs=True)
     try:
-        responses = draw(rows=512)
+        responses = draw(max_rows=512)
     finally:
         handle.remove()
     tokens = sum(len(ids) for completions in responses.values() for ids in completions)
-    beginnings = sum(
+    prefixes = sum(
         len({tuple(ids[:i]) for ids in completions for i in range(1, len(ids))}) for completions in responses.values()
     )
     run = sum(rows for rows, width in fed if width == 1)
-    assert beginnings <= run < 1.4 * beginnings < tokens  # ended rows run along for a while
+    assert prefixes <= run < 1.4 * prefixes < tokens  # ended rows run along for a while
 
 
-def continued(model, prompts, starts, **settings):
-    settings = dict(n=1, temperature=0, seed=0, eos_id=STOPS, max_new_tokens=20) | settings
-    batches = sampling.sample(model, prompts, starts=starts, **settings)
-    return {name: completions for batch in batches for name, completions in batch.items()}
-
-
-def test_greedy_from_any_beginning_is_generate_from_prompt_and_beginning(network):
-    """Nested beginnings, ones that part, none at all; prompts of different lengths; more of them than rows."""
+def test_greedy_from_any_start_is_generate_from_prompt_and_start(network):
+    """Nested starts, ones that part, none at all; prompts of different lengths; more of them than rows."""
     rng = np.random.default_rng(3)
     prompts = {str(i): [1, *rng.integers(3, 97, 1 + 3 * i).tolist()] for i in range(6)}
     starts = {}
     for i, name in enumerate(prompts):
         ids = rng.integers(40, 97, 12).tolist()
         starts[name] = [ids[:length] for length in range(0, 12, 1 + i % 3)] + [[39, *ids[:3]], [39, *ids[:5]]]
-    for rows in (96, 5):
-        found = continued(network, prompts, starts, rows=rows)
+    for max_rows in (96, 5):
+        found = drawn_from(network, prompts, starts=starts, max_rows=max_rows)
         for name, prompt in prompts.items():
             for start, got in zip(starts[name], found[name], strict=True):
                 ids = torch.tensor([prompt + start])
                 out = network.generate(
-                    ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=20 - len(start), eos_token_id=STOPS
-                )  # fmt: skip
+                    ids,
+                    attention_mask=torch.ones_like(ids),
+                    do_sample=False,
+                    max_new_tokens=20 - len(start),
+                    eos_token_id=STOPS,
+                )
                 assert got.token_ids == out[0, len(prompt) :].tolist()
 
 
-def test_what_a_beginning_draws_does_not_depend_on_the_others(network):
+def test_what_a_start_draws_does_not_depend_on_the_others(network):
     prompts = {"a": [1, 5, 6], "b": [1, 7]}
     starts = {"a": [[], [50], [50, 51], [60, 61, 62]], "b": [[50]]}
     assert len({sampling.stream(name, start) for name in starts for start in starts[name]}) == 5
     settings = dict(n=6, temperature=1.0, seed=5)
-    ids = lambda completions: [c.token_ids for c in completions]  # noqa: E731
-    together = continued(network, prompts, starts, **settings)
+    together = drawn_from(network, prompts, starts=starts, **settings)
     for i, start in enumerate(starts["a"]):
-        alone = continued(network, {"a": prompts["a"]}, {"a": [start]}, rows=4, **settings)["a"]
-        assert ids(alone) == ids(together["a"][6 * i : 6 * i + 6])
+        alone = drawn_from(network, {"a": prompts["a"]}, starts={"a": [start]}, max_rows=4, **settings)["a"]
+        assert ids_of(alone) == ids_of(together["a"][6 * i : 6 * i + 6])
         assert all(c.token_ids[: len(start)] == start for c in alone)
-    plain = sampling.sample(network, {"a": prompts["a"]}, eos_id=STOPS, max_new_tokens=20, **settings)
-    assert ids(next(plain)["a"]) == ids(together["a"][:6])  # the empty beginning is none at all
+    plain = drawn_from(network, {"a": prompts["a"]}, **settings)
+    assert ids_of(plain["a"]) == ids_of(together["a"][:6])  # the empty start is none at all
 
 
 def test_continuations_have_the_distribution_of_the_next_token(seed_model, tokenizer, task):
     """Chi-square on 4,000 draws of the token behind a given one; logp is that of the drawn token alone."""
     name, prompt = next(iter(encode_prompts(task, tokenizer, task.problems("train")[:1]).items()))
-    start = next(sampling.sample(seed_model, {name: prompt}, n=1, temperature=0, seed=0, eos_id=2, max_new_tokens=9))[name][0].token_ids[:4]  # fmt: skip
-    drawn = continued(seed_model, {name: prompt}, {name: [start]}, n=4000, temperature=1.5, max_new_tokens=5, eos_id=2)
+    start = drawn_from(seed_model, {name: prompt}, eos_id=2, max_new_tokens=9)[name][0].token_ids[:4]
+    settings = dict(n=4000, temperature=1.5, max_new_tokens=5, eos_id=2)
+    drawn = drawn_from(seed_model, {name: prompt}, starts={name: [start]}, **settings)
     with torch.no_grad():
         logits = seed_model(torch.tensor([prompt + start])).logits[0, -1].double()
     expected = (logits / 1.5).softmax(-1) * 4000
@@ -253,14 +277,15 @@ def test_continuations_have_the_distribution_of_the_next_token(seed_model, token
         assert c.logp == pytest.approx(logits.log_softmax(-1)[c.token_ids[4]].item(), abs=1e-4)
 
 
-def test_every_token_of_nested_beginnings_is_run_once(seed_model, tokenizer, task):
+def test_every_token_of_nested_starts_is_run_once(seed_model, tokenizer, task):
     """Four continuations from each of ten prefixes of one solution: 1 + 2 + ... tokens of prefixes, and ten are run."""
     name, prompt = next(iter(encode_prompts(task, tokenizer, task.problems("train")[:1]).items()))
     solution, fed = tokenizer(task.problems("train")[0].solution).input_ids[:10], []
     handle = seed_model.register_forward_pre_hook(lambda m, a, k: fed.append(k["input_ids"].shape), with_kwargs=True)
     try:
         starts = {name: [solution[: i + 1] for i in range(10)]}
-        drawn = continued(seed_model, {name: prompt}, starts, n=4, temperature=1.0, eos_id=2, max_new_tokens=60)[name]
+        settings = dict(n=4, temperature=1.0, eos_id=2, max_new_tokens=60)
+        drawn = drawn_from(seed_model, {name: prompt}, starts=starts, **settings)[name]
     finally:
         handle.remove()
     run = sum(rows for rows, width in fed if width == 1)
@@ -278,6 +303,6 @@ def test_every_token_of_nested_beginnings_is_run_once(seed_model, tokenizer, tas
         ({"a": [[50, 2]]}, "has ended already"),
     ],
 )
-def test_a_beginning_that_nothing_can_follow_is_refused(seed_model, starts, message):
+def test_a_start_that_nothing_can_follow_is_refused(seed_model, starts, message):
     with pytest.raises(ValueError, match=message):
-        continued(seed_model, {"a": [1]}, starts)
+        drawn_from(seed_model, {"a": [1]}, starts=starts)

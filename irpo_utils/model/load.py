@@ -1,4 +1,4 @@
-"""Load the base model and one iteration's policy.
+"""Load the base model, its tokenizer, and one iteration's policy.
 
 A policy is one directory: a LoRA adapter on the frozen base (`adapter_config.json`), or, with `model.tuning: full`, a
 whole small model. M_0 is the base itself. Nothing is ever merged back into quantized weights: they would be quantized
@@ -10,18 +10,74 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
 
-from .tokens import base_path, load, load_tokenizer
+from ..files import PACKAGE, ROOT
+from ..settings import ModelConfig
+
+SEED_MODEL = PACKAGE / "assets" / "seed_model"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+
+
+def base_path(config: ModelConfig) -> str:
+    """The hub name or folder of the base model; "seed" is the model in the package."""
+    if config.path == "seed":
+        return str(SEED_MODEL)
+    here = ROOT / config.path  # a relative folder is relative to the project
+    return str(here) if here.is_dir() else config.path
+
+
+def load_pretrained(kind: Any, config: ModelConfig, **options: Any) -> Any:
+    """`kind.from_pretrained` of the base. Raises a ValueError that names the model and says what to do."""
+    name, path = config.path, Path(base_path(config)).expanduser()
+    local = path.is_absolute() or name.startswith(".") or path.exists() or name.count("/") > 1
+    if local and not ((path / "config.json").is_file() and any((path / file).is_file() for file in TOKENIZER_FILES)):
+        files = ", ".join(TOKENIZER_FILES)
+        raise ValueError(f"model.path: {name} is no folder with config.json and a tokenizer ({files})")
+    try:
+        return kind.from_pretrained(str(path) if local else name, trust_remote_code=config.trust_remote_code, **options)
+    except (Exception, SystemExit) as error:  # code that comes with a model may raise anything
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if "trust_remote_code" in str(error):
+            hint = "model.trust_remote_code=true lets code that comes with the model run, if you trust it"
+        elif local:
+            hint = "see that the folder is whole"
+        else:
+            hint = (
+                "see that the name is right, that there is a network, and that you may use it (some models want their "
+                "licence accepted and `hf auth login`); or give a folder, as in model.path=/models/my-model"
+            )
+        raise ValueError(f"model.path: {name!r} could not be loaded ({reason}); {hint}") from None
+
+
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The base model's tokenizer.
+
+    Raises:
+        ValueError: it has no EOS, so that a model could never learn to stop.
+    """
+    tokenizer = load_pretrained(AutoTokenizer, config)
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"model.path: the tokenizer of {config.path} has no EOS token; set one in its tokenizer_config.json"
+        )
+    return tokenizer
 
 
 def causal_model(model: Any) -> PreTrainedModel:
@@ -29,22 +85,42 @@ def causal_model(model: Any) -> PreTrainedModel:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+Trial = Callable[[PreTrainedModel], str | None]  # what is wrong with the model, None if nothing is
+_passed: WeakKeyDictionary[PreTrainedModel, dict[Trial, bool]] = WeakKeyDictionary()
 
 
-def load_shape(config) -> Any:
+def passes(model: PreTrainedModel, trial: Trial, otherwise: str) -> bool:
+    """Whether `trial` finds nothing wrong with the model. It is run once; if it fails, a warning says what is done.
+
+    Args:
+        otherwise: what is done for a model that fails.
+    """
+    passed = _passed.setdefault(model, {})
+    if trial not in passed:
+        reason = trial(model)
+        passed[trial] = reason is None
+        if reason:
+            kind = causal_model(model).config.model_type
+            warnings.warn(f"{otherwise}, since a {kind} {reason}", stacklevel=3)
+    return passed[trial]
+
+
+def load_shape(config: ModelConfig) -> Any:
     """The base model's configuration: its architecture and sizes, without its weights."""
-    return load(AutoConfig, config)
+    return load_pretrained(AutoConfig, config)
 
 
-def check_weights(config) -> None:
-    """Look at a local model's weight files without loading them. Raises a ValueError that names the model and the mend."""
-    from safetensors import SafetensorError, safe_open
+def check_weights(config: ModelConfig) -> None:
+    """Look at a local model's weight files without loading them.
 
+    Raises:
+        ValueError: they cannot be loaded; the message names the model and says what to do.
+    """
     shape = load_shape(config)
     if getattr(shape, "quantization_config", None):
         raise ValueError(
-            f"model.path: {config.path} holds quantized weights; give the model they were made from, and model.quantize=nf4"
+            f"model.path: {config.path} holds quantized weights; "
+            "give the model they were made from, and model.quantize=nf4"
         )
     path = Path(base_path(config)).expanduser()
     if not path.is_dir():
@@ -66,7 +142,9 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def load_base(config, kind: Any = AutoModelForCausalLM, whole: tuple[str, ...] = (), **options: Any) -> PreTrainedModel:
+def load_base(
+    config: ModelConfig, kind: Any = AutoModelForCausalLM, whole: tuple[str, ...] = (), **options: Any
+) -> PreTrainedModel:
     """The frozen base: in NF4 with double quantization for `quantize: nf4`, else in `dtype`.
 
     `kind` may be another Auto class, with `options` for it, whose modules named in `whole` are not quantized.
@@ -81,7 +159,7 @@ def load_base(config, kind: Any = AutoModelForCausalLM, whole: tuple[str, ...] =
             bnb_4bit_compute_dtype=dtype,
             llm_int8_skip_modules=list(whole) or None,
         )
-    model = load(
+    model = load_pretrained(
         kind,
         config,
         dtype=dtype,
@@ -103,9 +181,9 @@ def load_base(config, kind: Any = AutoModelForCausalLM, whole: tuple[str, ...] =
     return model
 
 
-def unpacks(parameters: int, room: float) -> bool:
-    """Whether a 4-bit base is unpacked to sample from it: where 16-bit weights leave at least half of `room` bytes."""
-    return 2 * parameters < room / 2
+def unpacks(parameters: int, free_bytes: float) -> bool:
+    """Whether a 4-bit base is unpacked to sample from it: where 16-bit weights leave at least half of `free_bytes`."""
+    return 2 * parameters < free_bytes / 2
 
 
 def memory() -> float:
@@ -121,12 +199,16 @@ def is_adapter(policy: Path) -> bool:
 
 
 def load_policy(
-    config, policy: Path | None = None, trainable: bool = False, seed: int = 0, threads: int = 0
+    config: ModelConfig, policy: Path | None = None, trainable: bool = False, seed: int = 0, threads: int = 0
 ) -> PreTrainedModel:
     """M_t: the base for `policy=None`, else what the directory `policy` holds.
 
     With `trainable`, the same function ready for training: a fresh adapter (which starts as the identity) on M_0, or
-    the adapter of M_t going on. For inference a 4-bit base is unpacked where memory allows, and an adapter on a float32 base is folded in, both in memory only; folded into 16 bits, an adapter would be rounded away.
+    the adapter of M_t going on. For inference a 4-bit base is unpacked where memory allows, and an adapter on a float32
+    base is folded in, both in memory only. Folded into 16 bits, an adapter would be rounded away.
+
+    Args:
+        seed: of a fresh adapter. threads: CPU threads from now on; 0 leaves their number as it is.
 
     Raises:
         FileNotFoundError: `policy` holds neither an adapter nor a model.
@@ -152,7 +234,7 @@ def load_policy(
     if policy is None and (not trainable or config.tuning == "full"):
         return model
 
-    from peft import LoraConfig, PeftModel, get_peft_model
+    from peft import LoraConfig, PeftModel, get_peft_model  # takes seconds, and the base alone needs none of it
 
     # Not prepare_model_for_kbit_training: it puts embeddings and head in float32, so that the model that is trained
     # would not be the one that was sampled. peft itself freezes the base.
@@ -182,7 +264,7 @@ def save(model: PreTrainedModel, folder: Path) -> None:
         path.write_text(json.dumps(facts, indent=1, sort_keys=True))
 
 
-def load_line(config, policy: Path) -> str:
+def load_line(config: ModelConfig, policy: Path) -> str:
     """One line of Python that loads M_t elsewhere."""
     if config.tuning == "full":
         return f'AutoModelForCausalLM.from_pretrained("{policy}")'
@@ -195,11 +277,11 @@ def load_line(config, policy: Path) -> str:
     return f'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base}), "{policy}")'
 
 
-def export(config, policy: Path, target: Path) -> None:
+def export(config: ModelConfig, policy: Path, target: Path) -> None:
     """Write M_t as one whole model in bfloat16, with its tokenizer, for engines that take no adapter.
 
-    The adapter is added to the weights that it was trained on (for a 4-bit base: those, unpacked) in float32, and the sum
-    is rounded once. It is a rounding of M_t, not M_t. Needs 4 bytes of the machine's memory for every weight.
+    The adapter is added to the weights that it was trained on (for a 4-bit base: those, unpacked) in float32, and the
+    sum is rounded once. It is a rounding of M_t, not M_t. Needs 4 bytes of the machine's memory for every weight.
     """
     if not is_adapter(policy):
         model = load_policy(config, policy)

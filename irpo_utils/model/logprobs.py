@@ -3,9 +3,9 @@
 The K pairs of a problem share one prompt, and K pairs hold fewer than 2K distinct responses. Here a batch's distinct
 prompts run first, without their last token; their cache, graph and all, is expanded to the distinct responses as rows,
 and a row runs the prompt's last token and the response on it. So all logits belong to response tokens, and none is made
-for a prompt. With activation checkpointing no cache can be kept; there a prompt and its responses are one row with a tree
-mask (`tree_states`). The result is that of the padded rows prompt + response (`padded_states`), which is the fall-back for
-a model that takes no such mask, and for batches in which hardly a prompt is shared.
+for a prompt. With activation checkpointing no cache can be kept; there a prompt and its responses are one row with a
+tree mask (`tree_states`). The result is that of the padded rows prompt + response (`padded_states`), which is the
+fall-back for a model that takes no such mask, and for batches in which hardly a prompt is shared.
 
 The vocabulary is the widest thing in a batch (Qwen2.5: 151,936). Hidden states of response tokens are projected to it a
 chunk at a time, and the backward pass makes a chunk's logits anew instead of keeping them.
@@ -13,9 +13,7 @@ chunk at a time, and the backward pass makes a chunk's logits anew instead of ke
 
 from __future__ import annotations
 
-import warnings
-from typing import Any
-from weakref import WeakKeyDictionary
+from collections.abc import Sequence
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
@@ -23,19 +21,20 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, PreTrainedModel
 
-from .load import causal_model
+from .load import causal_model, passes
+from .records import Ids, Pair
 
 CHUNK = 1 << 25  # logits that are made at once (128 MiB in float32); fewer than that are kept for the backward pass
-Row = tuple[list[int], list[int]]  # prompt ids, response ids
-Pair = dict[str, Any]
+Row = tuple[Sequence[int], Sequence[int]]  # prompt ids, response ids
 
 
-def _padded(rows: list[list[int]], left: bool = False) -> tuple[Tensor, Tensor]:
+def padded(rows: Sequence[Sequence[int]], left: bool = False) -> tuple[Tensor, Tensor]:
     """Padded ids and mask, [rows, length]. The pad id is never looked at, so pad and EOS may be the same."""
     width = max(map(len, rows))
 
-    def pad(row: list[int]) -> list[int]:
-        return [0] * (width - len(row)) + row if left else row + [0] * (width - len(row))
+    def pad(row: Sequence[int]) -> list[int]:
+        zeros = [0] * (width - len(row))
+        return [*zeros, *row] if left else [*row, *zeros]
 
     return torch.tensor([pad(row) for row in rows]), torch.tensor([pad([1] * len(row)) for row in rows])
 
@@ -43,20 +42,20 @@ def _padded(rows: list[list[int]], left: bool = False) -> tuple[Tensor, Tensor]:
 def collate(rows: list[Row]) -> dict[str, Tensor]:
     """Distinct prompts [prompts, length], and for every row its response [rows, length] and which prompt it has [rows].
 
-    Prompts come without their last token, which begins its responses' rows: `fed` is what a row runs on the prompt's cache, and
-    `responses` what it should say, EOS included. The prompt is conditioned on, never scored.
+    Prompts come without their last token, which begins its responses' rows: `fed` is what a row runs on the prompt's
+    cache, and `responses` what it should say, EOS included. The prompt is conditioned on, never scored.
     """
     prompts = list(dict.fromkeys(tuple(prompt) for prompt, _ in rows))
     number = {prompt: i for i, prompt in enumerate(prompts)}
     # On the left, so that a prompt's end and its responses' beginning are neighbours, as a sliding window wants them.
-    heads, head_mask = _padded([list(prompt[:-1]) or [0] for prompt in prompts], left=True)
-    head_mask[[len(prompt) == 1 for prompt in prompts]] = 0  # a prompt of one token leaves nothing to share
-    responses, scored = _padded([response for _, response in rows])
-    fed, _ = _padded([[prompt[-1], *response[:-1]] for prompt, response in rows])
+    prompt_ids, prompt_mask = padded([prompt[:-1] or (0,) for prompt in prompts], left=True)
+    prompt_mask[[len(prompt) == 1 for prompt in prompts]] = 0  # a prompt of one token leaves nothing to share
+    responses, scored = padded([response for _, response in rows])
+    fed, _ = padded([[prompt[-1], *response[:-1]] for prompt, response in rows])
     owner = torch.tensor([number[tuple(prompt)] for prompt, _ in rows])
     return {
-        "prompts": heads,
-        "prompt_mask": head_mask,
+        "prompts": prompt_ids,
+        "prompt_mask": prompt_mask,
         "fed": fed,
         "responses": responses,
         "scored": scored,
@@ -75,15 +74,8 @@ def response_states(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
     State number i of a row has read the prompt and the response's tokens before number i, which it predicts.
     """
     if model.training and getattr(model, "is_gradient_checkpointing", False):  # no cache outlives a layer then
-        rows, width = batch["fed"].shape
-        problems, prompt = batch["prompts"].shape
-        most = int(torch.bincount(batch["owner"]).max())
-        hidden = causal_model(model).config.get_text_config().hidden_size
-        # Weights cost 24 h^2 operations per token and layer, attention 4 h for each token that it looks at.
-        cost = lambda count, length: count * length * (6 * hidden + length)  # noqa: E731
-        if cost(problems, prompt + most * width) < cost(rows, prompt + width) and takes_trees(model):
-            return tree_states(model, batch)
-        return padded_states(model, batch)
+        one_row_a_prompt = tree_is_cheaper(model, batch) and takes_trees(model)
+        return tree_states(model, batch) if one_row_a_prompt else padded_states(model, batch)
     mask, owner, fed = batch["prompt_mask"], batch["owner"], batch["fed"]
     backbone = causal_model(model).base_model
     cache = DynamicCache()
@@ -106,6 +98,21 @@ def response_states(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
     ).last_hidden_state
 
 
+def tree_is_cheaper(model: PreTrainedModel, batch: dict[str, Tensor]) -> bool:
+    """Whether one row for each prompt is less work than one for each response."""
+    rows, response_length = batch["fed"].shape
+    prompts, prompt_length = batch["prompts"].shape
+    branches = int(torch.bincount(batch["owner"]).max())  # responses to one prompt, at most
+    hidden = causal_model(model).config.get_text_config().hidden_size
+
+    def cost(count: int, length: int) -> int:
+        # Weights cost 24 h^2 operations per token and layer, attention 4 h for each token that it looks at.
+        return count * length * (6 * hidden + length)
+
+    tree_length = prompt_length + branches * response_length
+    return cost(prompts, tree_length) < cost(rows, prompt_length + response_length)
+
+
 def tree_logps(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
     """`response_logps` from the states of `tree_states`."""
     return summed_logps(model, tree_states(model, batch), batch["responses"], batch["scored"])
@@ -117,71 +124,90 @@ def padded_logps(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
 
 
 def tree_states(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
-    """The same from one row for each prompt: the prompt, then its responses, each of which sees the prompt and itself only."""
-    heads, mask, owner, fed = batch["prompts"], batch["prompt_mask"], batch["owner"], batch["fed"]
-    problems, prompt = heads.shape
-    rows, width = fed.shape
-    number = torch.stack([(owner[:i] == owner[i]).sum() for i in range(rows)])  # of a response among its prompt's
-    most = int(number.max()) + 1
-    columns = prompt + number.unsqueeze(-1) * width + torch.arange(width, device=fed.device)  # [rows, width]
-    at = (owner.unsqueeze(-1).expand_as(columns), columns)
+    """`response_states` from one row for each prompt: the prompt, then its responses side by side.
 
-    length = prompt + most * width
-    ids, place = heads.new_zeros(problems, length), heads.new_zeros(problems, length)
-    ids[:, :prompt], ids[at] = heads, fed
-    place[:, :prompt] = (mask.cumsum(-1) - 1).clamp_(min=0)
-    place[at] = mask.sum(-1)[owner].unsqueeze(-1) + torch.arange(width, device=fed.device)
-    part = torch.arange(length, device=fed.device).sub(prompt).div(width, rounding_mode="floor").clamp_(min=-1)
-    seen = (part.unsqueeze(-1) == part) | (part == -1)  # of the same response, or of the prompt
-    seen = seen.tril() & torch.cat([mask.bool(), mask.new_ones(problems, length - prompt).bool()], -1).unsqueeze(1)
-    seen = seen | torch.eye(length, dtype=torch.bool, device=seen.device)  # padding sees itself, or it would be NaN
+    A response sees the prompt and itself only.
+    """
+    prompts, mask, owner, fed = batch["prompts"], batch["prompt_mask"], batch["owner"], batch["fed"]
+    prompt_count, prompt_length = prompts.shape
+    rows, width = fed.shape
+    branch = torch.stack([(owner[:i] == owner[i]).sum() for i in range(rows)])  # number among its prompt's responses
+    length = prompt_length + (int(branch.max()) + 1) * width
+    token = torch.arange(width, device=fed.device)
+    columns = prompt_length + branch.unsqueeze(-1) * width + token  # [rows, width]
+    places = (owner.unsqueeze(-1).expand_as(columns), columns)  # of the responses' tokens in the tree
+
+    ids, positions = prompts.new_zeros(prompt_count, length), prompts.new_zeros(prompt_count, length)
+    ids[:, :prompt_length], ids[places] = prompts, fed
+    positions[:, :prompt_length] = (mask.cumsum(-1) - 1).clamp_(min=0)
+    positions[places] = mask.sum(-1)[owner].unsqueeze(-1) + token
+    part = torch.arange(length, device=fed.device).sub(prompt_length)
+    part = part.div(width, rounding_mode="floor").clamp_(min=-1)  # -1 is the prompt
+    visible = (part.unsqueeze(-1) == part) | (part == -1)  # of the same response, or of the prompt
+    real = torch.cat([mask.bool(), mask.new_ones(prompt_count, length - prompt_length).bool()], -1)
+    visible = visible.tril() & real.unsqueeze(1)
+    # Padding sees itself: seeing nothing, it would be NaN.
+    visible = visible | torch.eye(length, dtype=torch.bool, device=fed.device)
+
+    hidden = causal_model(model).base_model(
+        input_ids=ids,
+        attention_mask=tree_bias(model, visible, positions),
+        position_ids=positions,
+        use_cache=False,
+    )
+    return hidden.last_hidden_state[places]
+
+
+def tree_bias(model: PreTrainedModel, visible: Tensor, positions: Tensor) -> Tensor | dict[str, Tensor]:
+    """What attention adds to its scores so that a token sees what is `visible` [prompts, length, length] to it.
+
+    A model with layers of several kinds takes a dictionary. What a sliding layer's window leaves out is told by
+    `positions` [prompts, length].
+    """
+
+    def bias(seen: Tensor) -> Tensor:
+        zeros = torch.zeros(seen.shape, dtype=model.dtype, device=seen.device)
+        return zeros.masked_fill_(~seen, torch.finfo(model.dtype).min).unsqueeze(1)
 
     config = causal_model(model).config.get_text_config()
-    bias = lambda seen: torch.zeros(seen.shape, dtype=model.dtype, device=seen.device).masked_fill_(~seen, torch.finfo(model.dtype).min).unsqueeze(1)  # noqa: E731  # fmt: skip
-    kinds, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
-    attention = bias(seen)
-    if window and (kinds is None or "sliding_attention" in kinds):
-        near = bias(seen & (place.unsqueeze(-1) - place.unsqueeze(1) < window))
-        attention = {"full_attention": attention, "sliding_attention": near} if kinds else near
-    hidden = causal_model(model).base_model(input_ids=ids, attention_mask=attention, position_ids=place, use_cache=False).last_hidden_state  # fmt: skip
-    return hidden[at]
+    layer_types, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
+    if not window or (layer_types is not None and "sliding_attention" not in layer_types):
+        return bias(visible)
+    sliding = bias(visible & (positions.unsqueeze(-1) - positions.unsqueeze(1) < window))
+    return {"full_attention": bias(visible), "sliding_attention": sliding} if layer_types else sliding
 
 
-_tried: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
+def takes_trees(model: PreTrainedModel) -> bool:
+    """Whether `tree_states` gives what padded rows give for this model. Says so, once, if it does not."""
+    return passes(model, tree_trial, "every response runs its prompt again")
 
 
 @torch.no_grad()
-def takes_trees(model: PreTrainedModel) -> bool:
-    """Whether `tree_states` gives what padded rows give for this model; says so, once, if it does not."""
-    if model not in _tried:
-        ids = [i % causal_model(model).config.get_text_config().vocab_size for i in range(3, 12)]
-        batch = to_device(collate([(ids[:4], ids[4:6]), (ids[:4], ids[5:9]), (ids[:2], ids[6:8])]), model)
-        kind, why = causal_model(model).config.model_type, ""
-        try:
-            where = batch["scored"].bool()
-            tree, padded = (states(model, batch)[where].float() for states in (tree_states, padded_states))
-            off = ((tree - padded).norm() / padded.norm()).item()
-            if not off < (1e-3 if model.dtype == torch.float32 else 5e-2):
-                why = f"computes other states with a tree mask (off by {off:.1e} of their size)"
-        except Exception as error:
-            if should_reduce_batch_size(error):  # that says nothing of the model
-                raise
-            why = f"takes no tree mask ({type(error).__name__}: {error})"
-        _tried[model] = not why
-        if why:
-            warnings.warn(f"every response runs its prompt again, since a {kind} {why}", stacklevel=2)
-    return _tried[model]
+def tree_trial(model: PreTrainedModel) -> str | None:
+    """What is wrong with `tree_states` for this model, tried on a few tokens; None if nothing is."""
+    ids = [i % causal_model(model).config.get_text_config().vocab_size for i in range(3, 12)]
+    batch = to_device(collate([(ids[:4], ids[4:6]), (ids[:4], ids[5:9]), (ids[:2], ids[6:8])]), model)
+    try:
+        scored = batch["scored"].bool()
+        tree, rows = (states(model, batch)[scored].float() for states in (tree_states, padded_states))
+    except Exception as error:
+        if should_reduce_batch_size(error):  # that says nothing of the model
+            raise
+        return f"takes no tree mask ({type(error).__name__}: {error})"
+    off = ((tree - rows).norm() / rows.norm()).item()
+    tolerance = 1e-3 if model.dtype == torch.float32 else 5e-2
+    return None if off < tolerance else f"computes other states with a tree mask (off by {off:.1e} of their size)"
 
 
 def padded_states(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
-    """The same from one row of prompt and response for each response."""
-    heads, mask, owner = batch["prompts"], batch["prompt_mask"], batch["owner"]
+    """`response_states` from one row of prompt and response for each response."""
+    prompts, mask, owner = batch["prompts"], batch["prompt_mask"], batch["owner"]
     lengths = mask.sum(-1)[owner]
     count, width = batch["fed"].shape
     ids = batch["fed"].new_zeros(count, int(lengths.max()) + width)
     columns = lengths.unsqueeze(-1) + torch.arange(width, device=ids.device)
-    for row, (head, length) in enumerate(zip(heads[owner], lengths.tolist(), strict=True)):
-        ids[row, :length] = head[heads.shape[1] - length :]
+    for row, (prompt, length) in enumerate(zip(prompts[owner], lengths.tolist(), strict=True)):
+        ids[row, :length] = prompt[prompts.shape[1] - length :]
     ids.scatter_(1, columns, batch["fed"])
     # What is right of a row's end is seen by nothing before it.
     hidden = causal_model(model).base_model(input_ids=ids, use_cache=False).last_hidden_state
@@ -189,7 +215,10 @@ def padded_states(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
 
 
 def summed_logps(model: PreTrainedModel, hidden: Tensor, tokens: Tensor, scored: Tensor) -> Tensor:
-    """The sum of the log-probabilities of `tokens` [rows, length] where `scored`, given the states [rows, length, width] that predict them."""
+    """The sum of the log-probabilities of `tokens` [rows, length] where `scored`, [rows].
+
+    `hidden` are the states that predict them, [rows, length, width].
+    """
     where = scored.bool()
     states, wanted = hidden[where], tokens[where]
     head, cap = causal_model(model).get_output_embeddings(), soft_cap(model)
@@ -232,7 +261,8 @@ def check_head(model: PreTrainedModel) -> None:
     near = 1e-3 if wanted.dtype == causal.dtype else 5e-2  # 16-bit weights round
     if not torch.allclose(wanted, got, rtol=near, atol=near):
         raise ValueError(
-            f"a {causal.config.model_type} computes its logits in a way that is not known here; use another architecture"
+            f"a {causal.config.model_type} computes its logits in a way that is not known here; "
+            "use another architecture"
         )
 
 
@@ -243,50 +273,52 @@ def to_device(batch: dict[str, Tensor], model: PreTrainedModel) -> dict[str, Ten
 
 @torch.no_grad()
 def reference_logps(model: PreTrainedModel, pairs: list[Pair], rows: int = 64) -> list[tuple[float, float]]:
-    """log M_t of every pair's chosen and rejected response (0 where there is none); each distinct response is scored once."""
-    keys = {(p["problem"], tuple(p[f"{side}_ids"])): p["prompt_ids"] for p in pairs for side in ("chosen", "rejected")}
+    """log M_t of every pair's chosen and rejected response, in nats (0 where there is none).
+
+    Each distinct response is scored once, `rows` of them at a time.
+    """
+    prompts: dict[tuple[str, Ids], Ids] = {}  # of (problem, response)
+    for pair in pairs:
+        prompts |= {(pair.problem, response): pair.prompt_ids for response in (pair.chosen_ids, pair.rejected_ids)}
     # A problem's responses come together, so that they share its prompt; problems by length, so that padding is small.
-    todo = sorted((k for k in keys if k[1]), key=lambda k: (len(keys[k]), k[0], len(k[1]), k))
-    scores: dict[Any, float] = {}
+    todo = sorted((k for k in prompts if k[1]), key=lambda k: (len(prompts[k]), k[0], len(k[1]), k))
+    scores: dict[tuple[str, Ids], float] = {}
     model.eval()
     for i in range(0, len(todo), rows):
         part = todo[i : i + rows]
-        batch = to_device(collate([(keys[k], list(k[1])) for k in part]), model)
+        batch = to_device(collate([(prompts[key], key[1]) for key in part]), model)
         scores.update(zip(part, response_logps(model, batch).tolist(), strict=True))
-    return [
-        tuple(scores.get((p["problem"], tuple(p[f"{side}_ids"])), 0.0) for side in ("chosen", "rejected"))
-        for p in pairs
-    ]
+    return [(scores.get((p.problem, p.chosen_ids), 0.0), scores.get((p.problem, p.rejected_ids), 0.0)) for p in pairs]
 
 
 def pair_batch(pairs: list[Pair]) -> dict[str, Tensor]:
     """A batch of pairs: the distinct responses of `collate`, and where each pair finds its two.
 
-    `chosen` and `rejected` [pairs] are row numbers (`rejected` is -1 where there is none), `reference` [pairs, 2] the
-    reference log-probabilities where the pairs have them, `lengths` and `rejected_lengths` [pairs] the numbers of tokens of
-    the chosen and the rejected responses.
+    `chosen` and `rejected` [pairs] are row numbers (`rejected` is -1 where there is none). `reference` [pairs, 2] are
+    the reference's log-probabilities, where the pairs have them. `lengths` and `rejected_lengths` [pairs] are the
+    numbers of tokens of the chosen and the rejected responses.
     """
-    rows: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
+    number: dict[tuple[Ids, Ids], int] = {}  # of a row, by its prompt and response
 
-    def row(pair: Pair, side: str) -> int:
-        return rows.setdefault((tuple(pair["prompt_ids"]), tuple(pair[f"{side}_ids"])), len(rows))
+    def row(prompt: Ids, response: Ids) -> int:
+        return number.setdefault((prompt, response), len(number))
 
-    chosen = [row(p, "chosen") for p in pairs]
-    rejected = [row(p, "rejected") if p["rejected_ids"] else -1 for p in pairs]
+    chosen = [row(p.prompt_ids, p.chosen_ids) for p in pairs]
+    rejected = [row(p.prompt_ids, p.rejected_ids) if p.rejected_ids else -1 for p in pairs]
     batch = {
-        **collate([(list(prompt), list(response)) for prompt, response in rows]),
+        **collate(list(number)),
         "chosen": torch.tensor(chosen),
         "rejected": torch.tensor(rejected),
-        "lengths": torch.tensor([len(p["chosen_ids"]) for p in pairs]),
-        "rejected_lengths": torch.tensor([len(p["rejected_ids"]) for p in pairs]),
+        "lengths": torch.tensor([len(p.chosen_ids) for p in pairs]),
+        "rejected_lengths": torch.tensor([len(p.rejected_ids) for p in pairs]),
     }
-    if "reference_chosen" in pairs[0]:  # a loss without a reference has none scored
-        batch["reference"] = torch.tensor([[p["reference_chosen"], p["reference_rejected"]] for p in pairs])
+    if pairs[0].reference_chosen is not None:  # a loss without a reference has none scored
+        batch["reference"] = torch.tensor([[p.reference_chosen, p.reference_rejected] for p in pairs])
     return batch
 
 
 def token_logps(logits: Tensor, tokens: Tensor) -> Tensor:
-    """log p of `tokens` [..., length] under `logits` [..., length, vocabulary] that predict them, in float32 or wider."""
+    """log p of `tokens` [..., length] under the `logits` [..., length, vocabulary] before them, in float32 or wider."""
     logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
     picked = logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
     return picked - logits.logsumexp(-1)

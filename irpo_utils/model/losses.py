@@ -1,4 +1,6 @@
-"""The losses as pure functions of sequence log-probabilities. A method picks one of `LOSSES`.
+"""The losses as pure functions of sequence log-probabilities: `dpo_nll` (IRPO), `dpo`, `nll` and `orpo`.
+
+Each takes `Scores` and its own parameters, and gives `PairLosses`. A loss of your own has the same form.
 
 Iterative Reasoning Preference Optimization, arXiv 2404.19733 v3, Eq. 1, for a chosen (w) and a rejected (l) response:
 
@@ -13,8 +15,8 @@ ORPO, arXiv 2403.07691, Eq. 6 and 7 (here as in Self-Iterative Process Feedback,
 
     L = -log M_th(w|x) / |w|  -  lambda * log sigma( log odds(w|x) - log odds(l|x) ),   odds = P / (1 - P),
 
-where P is the geometric mean of the token probabilities of a response, exp(log M_th(y|x) / |y|). TRL's ORPOTrainer takes
-the NLL over the prompt's tokens as well as the chosen response's.
+where P is the geometric mean of the token probabilities of a response, exp(log M_th(y|x) / |y|). TRL's ORPOTrainer
+takes the NLL over the prompt's tokens as well as the chosen response's.
 """
 
 from __future__ import annotations
@@ -25,15 +27,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LOSSES = ("dpo+nll", "dpo", "nll", "orpo")
-REFERENCE_FREE = ("nll", "orpo")  # the policy alone decides them: no reference to score, none to check at the start
+
+class Scores(NamedTuple):
+    """What a loss sees of the pairs, each of shape [pairs].
+
+    Log-probabilities are sums over response tokens, in nats. Lengths are numbers of response tokens, EOS included.
+    """
+
+    chosen: Tensor  # log-probabilities under the policy
+    rejected: Tensor  # zeros where nothing is rejected
+    reference_chosen: Tensor | None  # under the reference; None for a loss without one
+    reference_rejected: Tensor | None
+    chosen_lengths: Tensor
+    rejected_lengths: Tensor | None = None  # None for a loss that does not look at them
 
 
 class PairLosses(NamedTuple):
     """Per-pair terms, each of shape [pairs]. `total` is what is averaged and minimised.
 
-    The rewards are what the preference term compares: DPO's implicit rewards, ORPO's log odds. What a loss does not have is
-    None: `dpo` without a reference, `odds` but for ORPO, rewards where no term compares.
+    The rewards are what the preference term compares: DPO's implicit rewards, ORPO's log odds. What a loss does not
+    have is None: `dpo` without a reference, `odds` except in ORPO, rewards where no term compares.
     """
 
     total: Tensor
@@ -62,7 +75,7 @@ def dpo_term(
 
 
 def nll_term(policy_chosen: Tensor, chosen_lengths: Tensor) -> Tensor:
-    """Length-normalised negative log-likelihood of the chosen responses, nats per token, [pairs] (Eq. 1, second term)."""
+    """Length-normalised negative log-likelihood of chosen responses, nats per token, [pairs] (Eq. 1, second term)."""
     return -policy_chosen / chosen_lengths
 
 
@@ -80,52 +93,51 @@ def orpo_term(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The odds ratio term of ORPO and the log odds of both responses (arXiv 2403.07691, Eq. 7).
 
-    Args are sequence log-probabilities, sums over response tokens in nats, and numbers of response tokens, each [pairs].
+    Args are sequence log-probabilities (sums over response tokens, nats) and numbers of response tokens, each [pairs].
     Returns (loss, log odds of the chosen, log odds of the rejected), each [pairs]. For equal odds the loss is ln 2.
     """
     chosen, rejected = log_odds(policy_chosen, chosen_lengths), log_odds(policy_rejected, rejected_lengths)
     return -F.logsigmoid(chosen - rejected), chosen, rejected
 
 
-def pair_losses(
-    loss: str,
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
-    reference_chosen: Tensor | None,
-    reference_rejected: Tensor | None,
-    chosen_lengths: Tensor,
-    beta: float = 0.1,
-    alpha: float = 1.0,
-    *,
-    rejected_lengths: Tensor | None = None,
-    odds_weight: float = 0.1,
-) -> PairLosses:
-    """The loss of each pair: "dpo+nll" is IRPO, "dpo" its first term alone, "nll" its second alone (SFT, STaR), "orpo" ORPO.
-
-    Args:
-        loss: one of `LOSSES`.
-        policy_chosen, policy_rejected, reference_chosen, reference_rejected: sequence log-probabilities, [pairs], nats; the
-            reference's are None for a loss of `REFERENCE_FREE`.
-        chosen_lengths: number of response tokens of the chosen responses, EOS included, [pairs].
-        beta: strength of the KL constraint in the DPO term.
-        alpha: weight of the NLL term in "dpo+nll".
-        rejected_lengths: number of response tokens of the rejected responses, [pairs]; "orpo" needs it.
-        odds_weight: lambda, the weight of the odds ratio term in "orpo".
+def dpo(scores: Scores, beta: float) -> PairLosses:
+    """DPO: the first term of Eq. 1 alone. `beta` is the strength of the KL constraint.
 
     Raises:
-        ValueError: `loss` is not one of `LOSSES`, or what it needs is missing.
+        ValueError: the reference's log-probabilities are missing.
     """
-    if loss not in LOSSES:
-        raise ValueError(f"no loss is called {loss!r}; there is: {', '.join(LOSSES)}")
-    nll = nll_term(policy_chosen, chosen_lengths)
-    if loss == "nll":
-        return PairLosses(nll, None, nll, None, None)
-    if loss == "orpo":
-        if rejected_lengths is None or not rejected_lengths.all():
-            raise ValueError("the odds ratio of ORPO needs a rejected response, and its length, for every chosen one")
-        odds, *rewards = orpo_term(policy_chosen, policy_rejected, chosen_lengths, rejected_lengths)
-        return PairLosses(nll + odds_weight * odds, None, nll, *rewards, odds)
+    policy_chosen, policy_rejected, reference_chosen, reference_rejected, chosen_lengths, _ = scores
     if reference_chosen is None or reference_rejected is None:
-        raise ValueError(f"the loss {loss!r} needs the reference's log-probabilities")
-    dpo, *rewards = dpo_term(policy_chosen, policy_rejected, reference_chosen, reference_rejected, beta)
-    return PairLosses(dpo + alpha * nll if loss == "dpo+nll" else dpo, dpo, nll, *rewards)
+        raise ValueError("the DPO term needs the reference's log-probabilities")
+    term, *rewards = dpo_term(policy_chosen, policy_rejected, reference_chosen, reference_rejected, beta)
+    return PairLosses(term, term, nll_term(policy_chosen, chosen_lengths), *rewards)
+
+
+def dpo_nll(scores: Scores, beta: float, alpha: float) -> PairLosses:
+    """IRPO: both terms of Eq. 1. `alpha` is the weight of the NLL term.
+
+    Raises:
+        ValueError: the reference's log-probabilities are missing.
+    """
+    terms = dpo(scores, beta)
+    return terms._replace(total=terms.dpo + alpha * terms.nll)
+
+
+def nll(scores: Scores) -> PairLosses:
+    """SFT, STaR: the second term of Eq. 1 alone. It imitates the chosen responses."""
+    term = nll_term(scores.chosen, scores.chosen_lengths)
+    return PairLosses(term, None, term, None, None)
+
+
+def orpo(scores: Scores, odds_weight: float) -> PairLosses:
+    """ORPO (Eq. 6 of its paper). `odds_weight` is lambda, the weight of the odds ratio term.
+
+    Raises:
+        ValueError: a rejected response, or its length, is missing.
+    """
+    policy_chosen, policy_rejected, _, _, chosen_lengths, rejected_lengths = scores
+    if rejected_lengths is None or not rejected_lengths.all():
+        raise ValueError("the odds ratio of ORPO needs a rejected response, and its length, for every chosen one")
+    odds, *rewards = orpo_term(policy_chosen, policy_rejected, chosen_lengths, rejected_lengths)
+    term = nll_term(policy_chosen, chosen_lengths)
+    return PairLosses(term + odds_weight * odds, None, term, *rewards, odds)

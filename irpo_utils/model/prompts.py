@@ -1,4 +1,4 @@
-"""Text to token ids: prompts through the chat template, responses as the sampler would have drawn them, and what ends one."""
+"""Text to token ids: prompts through the chat template, responses as they would have been drawn, and what ends one."""
 
 from __future__ import annotations
 
@@ -7,24 +7,27 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from ..settings import ModelConfig
 from ..tasks.base import Problem, Task
-from .tokens import base_path
+from .load import base_path
 
 
-def encode_prompts(task: Task, tokenizer, problems: list[Problem]) -> dict[str, list[int]]:
-    """Problem id -> prompt token ids: through the chat template where there is one, else plain text. One BOS either way."""
+def encode_prompts(task: Task, tokenizer: PreTrainedTokenizerBase, problems: list[Problem]) -> dict[str, list[int]]:
+    """Problem id -> prompt token ids, through the chat template where there is one, else as plain text.
+
+    Either way there is one BOS.
+    """
     if not tokenizer.chat_template:
         return {p.id: tokenizer(task.prompt(p)).input_ids for p in problems}
-    turns = (
-        [{"role": "user", "content": task.prompt(p)}] for p in problems
-    )  # no system turn: some templates have none
-    texts = [chat_text(tokenizer, turn, add_generation_prompt=True) for turn in turns]
+    # Without a system turn, since some templates have none.
+    conversations = [[{"role": "user", "content": task.prompt(p)}] for p in problems]
+    texts = [chat_text(tokenizer, turns, add_generation_prompt=True) for turns in conversations]
     return {p.id: tokenizer(t, add_special_tokens=False).input_ids for p, t in zip(problems, texts, strict=True)}
 
 
-def chat_text(tokenizer, turns: list[dict[str, str]], **options: Any) -> str:
+def chat_text(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], **options: Any) -> str:
     """A conversation in the tokenizer's template. The date is fixed, since some templates would write today's."""
     try:
         return tokenizer.apply_chat_template(turns, tokenize=False, date_string="26 Jul 2024", **options)
@@ -32,7 +35,7 @@ def chat_text(tokenizer, turns: list[dict[str, str]], **options: Any) -> str:
         raise ValueError(f"model.path: the tokenizer's chat template cannot write this conversation: {error}") from None
 
 
-def stop_ids(config, tokenizer) -> list[int]:
+def stop_ids(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens that end a response; the first is the one that gold solutions are ended with.
 
     A chat model ends its turn with the token that its template puts behind an answer, which need not be the
@@ -42,19 +45,18 @@ def stop_ids(config, tokenizer) -> list[int]:
     if not tokenizer.chat_template:
         return known
     turns = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "@@"}]
-    behind = chat_text(tokenizer, turns).rpartition("@@")[2]
-    ending = [
-        i for i in tokenizer(behind, add_special_tokens=False).input_ids if i in tokenizer.all_special_ids or i in known
-    ]
+    after_answer = chat_text(tokenizer, turns).rpartition("@@")[2]
+    after_ids = tokenizer(after_answer, add_special_tokens=False).input_ids
+    ending = [i for i in after_ids if i in tokenizer.all_special_ids or i in known]
     return list(dict.fromkeys([*ending[:1], *known]))
 
 
-def encode_response(tokenizer, text: str, end: int) -> list[int]:
+def encode_response(tokenizer: PreTrainedTokenizerBase, text: str, end: int) -> list[int]:
     """A response's token ids as the sampler would have drawn them: no BOS, the `end` token at the end."""
     return [*tokenizer(text, add_special_tokens=False).input_ids, end]
 
 
-def generation_stops(config) -> list[int]:
+def generation_stops(config: ModelConfig) -> list[int]:
     """The ids that end a generation according to the model's own generation_config.json, if it has one."""
     return _generation_stops(str(Path(base_path(config)).expanduser()))
 

@@ -1,8 +1,8 @@
 """One prompt, many responses: a cache that holds every prompt once, and the attention that reads it.
 
-Decoding is reading: at every step attention reads all keys and values of every row. N samples of a problem have the same
-prompt, so here its keys and values lie in memory once, and the queries of a step meet them in one matrix product; only
-what a row has said itself is read for that row alone. The scores of both parts go through one softmax, so the result is
+Decoding is reading: at every step attention reads all keys and values of every row. N samples of a problem have the
+same prompt, so here its keys and values lie in memory once, and the queries of a step meet them in one matrix product;
+only a row's own response is read for that row alone. The scores of both parts go through one softmax, so the result is
 that of ordinary attention.
 
 Models of transformers take it as one more attention function. Whether a model computes the same with it is tried on a
@@ -11,10 +11,9 @@ few tokens before it is used (`shares_prompts`); for a model that does not, ever
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from weakref import WeakKeyDictionary
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +22,7 @@ from torch import Tensor
 from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from .load import causal_model
+from .load import causal_model, passes
 
 KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 
@@ -37,18 +36,18 @@ def numbered(groups: np.ndarray) -> np.ndarray:
 
 
 class SampleLayer(DynamicLayer):
-    """One layer's keys and values, with room for the tokens to come.
+    """One layer's keys and values, with memory for the tokens to come.
 
     `prompt` are those of the prompts [problems, heads, length, width]; `buffers` those of the responses
-    [capacity, heads, room, width], of which `rows` rows and `length` tokens are in use.
+    [capacity, heads, max_tokens, width], of which `rows` rows and `length` tokens are in use.
     """
 
-    def __init__(self, prompt: tuple[Tensor, Tensor], capacity: int, room: int, shared: bool):
+    def __init__(self, prompt: tuple[Tensor, Tensor], capacity: int, max_tokens: int, shared: bool):
         super().__init__()
         self.dtype, self.device, self.is_initialized = prompt[0].dtype, prompt[0].device, True
         self.rows, heads, length, _ = prompt[0].shape
         self.length = 0 if shared else length  # unless shared, the prompt stands in front of every response
-        self.buffers = [p.new_empty(capacity, heads, self.length + room, p.shape[-1]) for p in prompt]
+        self.buffers = [p.new_empty(capacity, heads, self.length + max_tokens, p.shape[-1]) for p in prompt]
         self.prompt = prompt if shared else None
         if not shared:
             for buffer, part in zip(self.buffers, prompt, strict=True):
@@ -80,52 +79,56 @@ class SampleCache(DynamicCache):
 
     Args:
         prompts: the prompts' caches, in parts. mask: [problems, length], 0 where a prompt is padded (on its left).
-        capacity: rows that there may be. room: tokens that each of them may have.
+        capacity: rows that there may be. max_tokens: tokens that each of them may have.
         shared: whether rows read one copy of their prompt (with `attend`) or each its own (with any attention).
     """
 
-    def __init__(self, prompts: list[DynamicCache], mask: Tensor, capacity: int, room: int, shared: bool):
+    def __init__(self, prompts: list[DynamicCache], mask: Tensor, capacity: int, max_tokens: int, shared: bool):
         super().__init__()
         self.mask, self.biases, self.windows = mask, {}, set()
-        self.place(np.arange(len(mask)))
+        self.assign(np.arange(len(mask)))
         for parts in zip(*(prompt.layers for prompt in prompts), strict=True):
             whole = tuple(torch.cat([getattr(part, side) for part in parts]) for side in ("keys", "values"))
-            self.layers.append(SampleLayer(whole, capacity, room, shared))
+            self.layers.append(SampleLayer(whole, capacity, max_tokens, shared))
 
-    def place(self, owner: np.ndarray) -> None:
-        """Say which prompt each row has, `owner` [rows]."""
-        self.owner = torch.from_numpy(owner).to(self.mask.device)
-        number = numbered(owner)
-        self.width = int(number.max()) + 1
-        slots = owner * self.width + number
-        dense = len(slots) == len(self.mask) * self.width and bool((np.diff(slots) == 1).all())
+    def assign(self, prompt_of_row: np.ndarray) -> None:
+        """Say which prompt each row has, `prompt_of_row` [rows]."""
+        self.prompt_of_row = torch.from_numpy(prompt_of_row).to(self.mask.device)
+        number = numbered(prompt_of_row)
+        self.rows_per_prompt = int(number.max()) + 1
+        slots = prompt_of_row * self.rows_per_prompt + number
+        dense = len(slots) == len(self.mask) * self.rows_per_prompt and bool((np.diff(slots) == 1).all())
         self.slots = None if dense else torch.from_numpy(slots).to(self.mask.device)
         self.biases = {}
 
-    def copy(self, sources: np.ndarray, targets: np.ndarray | slice, owner: np.ndarray) -> None:
-        """Let rows `targets` go on where rows `sources` are; after it the rows have the prompts `owner`."""
+    def copy(self, sources: np.ndarray, targets: np.ndarray | slice, prompt_of_row: np.ndarray) -> None:
+        """Let rows `targets` go on where rows `sources` are; after it the rows have the prompts `prompt_of_row`."""
         sources = torch.from_numpy(sources).to(self.mask.device)
         if isinstance(targets, np.ndarray):
             targets = torch.from_numpy(targets).to(self.mask.device)
         for layer in self.layers:
-            layer.copy(sources, targets, len(owner))
-        self.place(owner)
+            layer.copy(sources, targets, len(prompt_of_row))
+        self.assign(prompt_of_row)
 
     def by_prompt(self, rows: Tensor) -> Tensor:
-        """What belongs to rows [rows, heads, group, n], as [problems, heads, most rows of one prompt x group, n]."""
+        """What belongs to rows [rows, heads, group, n], as [problems, heads, rows per prompt x group, n].
+
+        Rows per prompt are those of the prompt that has most.
+        """
         _, heads, group, n = rows.shape
         if self.slots is not None:
-            rows = rows.new_zeros(len(self.mask) * self.width, heads, group, n).index_copy_(0, self.slots, rows)
-        rows = rows.view(len(self.mask), self.width, heads, group, n).transpose(1, 2)
-        return rows.reshape(len(self.mask), heads, self.width * group, n)
+            grid = rows.new_zeros(len(self.mask) * self.rows_per_prompt, heads, group, n)
+            rows = grid.index_copy_(0, self.slots, rows)
+        rows = rows.view(len(self.mask), self.rows_per_prompt, heads, group, n).transpose(1, 2)
+        return rows.reshape(len(self.mask), heads, self.rows_per_prompt * group, n)
 
     def by_row(self, grid: Tensor) -> Tensor:
-        """The other way round."""
+        """The inverse of `by_prompt`: [problems, heads, rows per prompt x group, n] as [rows, heads, group, n]."""
         problems, heads, _, n = grid.shape
-        grid = grid.view(problems, heads, self.width, -1, n).transpose(1, 2)
+        grid = grid.view(problems, heads, self.rows_per_prompt, -1, n).transpose(1, 2)
         if self.slots is None:
             return grid.flatten(0, 1)
-        return grid.reshape(problems * self.width, heads, -1, n).index_select(0, self.slots)
+        return grid.reshape(problems * self.rows_per_prompt, heads, -1, n).index_select(0, self.slots)
 
     def bias(self, window: int | None, length: int) -> Tensor | None:
         """What is added to the scores [rows, prompt + response keys]: -inf where a key is padding or out of the window.
@@ -139,7 +142,7 @@ class SampleCache(DynamicCache):
             if window is not None:
                 seen = seen & (lengths + length - self.mask.cumsum(-1) < window)
                 own[:, : max(0, length - window)] = False
-            seen = torch.cat([seen, own], -1)[self.owner]
+            seen = torch.cat([seen, own], -1)[self.prompt_of_row]
             bias = torch.zeros(seen.shape, device=seen.device).masked_fill_(~seen, -torch.inf)
             self.biases = {k: v for k, v in self.biases.items() if k[1] == length}  # of this step
             self.biases[window, length] = None if bool(seen.all()) else bias
@@ -152,16 +155,17 @@ def attend(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    scaling: float | None = None,
-    softcap: float | None = None,
-    sliding_window: int | None = None,
-    shared: SampleCache | None = None,
-    **kwargs,
+    **options: Any,
 ) -> tuple[Tensor, None]:
     """Attention of one new token a row, `query` [rows, query heads, 1, width], over its prompt and its own response.
 
-    `key` and `value` are the responses' of a `SampleLayer` [rows, heads, length, width]. Returns [rows, 1, query heads, width].
+    `key` and `value` are the responses' of a `SampleLayer`, [rows, heads, length, width].
+    `options` are what transformers gives every attention (`scaling`, `softcap`, `sliding_window`), and the cache
+    as `shared`.
+    Returns [rows, 1, query heads, width].
     """
+    shared: SampleCache = options["shared"]
+    scaling, softcap, window = (options.get(name) for name in ("scaling", "softcap", "sliding_window"))
     rows, heads, length, width = key.shape
     prompt_keys, prompt_values = shared.layers[module.layer_idx].prompt
     prompt = prompt_keys.shape[2]
@@ -170,8 +174,8 @@ def attend(
     scores = torch.cat([shared.by_row(on_prompt), query @ key.transpose(-1, -2)], -1)
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    shared.windows.add(sliding_window)
-    bias = shared.bias(sliding_window, length)
+    shared.windows.add(window)
+    bias = shared.bias(window, length)
     if bias is not None:
         scores += bias[:, None, None]
     weights = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
@@ -180,7 +184,7 @@ def attend(
     return out.reshape(rows, 1, -1, value.shape[-1]), None
 
 
-AttentionInterface.register("shared_prefix", attend)
+AttentionInterface.register("shared_prompt", attend)
 
 
 @contextmanager
@@ -189,7 +193,7 @@ def shared_attention(model: PreTrainedModel, shared: bool = True) -> Iterator[No
     model = causal_model(model)
     before = model.config._attn_implementation
     if shared:
-        model.set_attn_implementation("shared_prefix")
+        model.set_attn_implementation("shared_prompt")
     try:
         yield
     finally:
@@ -197,53 +201,57 @@ def shared_attention(model: PreTrainedModel, shared: bool = True) -> Iterator[No
             model.set_attn_implementation(before)
 
 
-_tried: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
+def shares_prompts(model: PreTrainedModel) -> bool:
+    """Whether the model computes the same logits when samples share their prompt. Says so, once, if it does not."""
+    return passes(model, shared_trial, "every sample gets a prompt cache of its own")
 
 
 @torch.inference_mode()
-def shares_prompts(model: PreTrainedModel) -> bool:
-    """Whether the model computes the same logits when samples share their prompt; says so, once, if it does not."""
-    if model not in _tried:
-        why = _why_not(model)
-        _tried[model] = why is None
-        if why:
-            kind = causal_model(model).config.model_type
-            warnings.warn(f"every sample gets a prompt cache of its own, since a {kind} {why}", stacklevel=2)
-    return _tried[model]
-
-
-def _why_not(model: PreTrainedModel) -> str | None:
+def shared_trial(model: PreTrainedModel) -> str | None:
+    """What is wrong when the model's samples share their prompt, tried on a few tokens; None if nothing is."""
     config = causal_model(model).config.get_text_config()
-    if other := set(getattr(config, "layer_types", None) or KNOWN_LAYERS) - KNOWN_LAYERS:
+    layer_types = getattr(config, "layer_types", None)
+    if other := set(layer_types or KNOWN_LAYERS) - KNOWN_LAYERS:
         return f"has layers of another kind ({', '.join(sorted(other))})"
     if not causal_model(model)._can_set_attn_implementation():
         return "does not let its attention be replaced"
-    device, vocabulary = next(model.parameters()).device, config.vocab_size
-    ids = (torch.arange(3 * 6, device=device).view(3, 6) * 7 + 3) % vocabulary
+    device = next(model.parameters()).device
+    ids = (torch.arange(3 * 6, device=device).view(3, 6) * 7 + 3) % config.vocab_size
     ids[2, :4] = ids[0, :4]  # rows 0 and 2 have the same prompt, row 1 a shorter one
     mask = torch.ones_like(ids)
     mask[1, :2] = 0
-    place = (mask.cumsum(-1) - 1).clamp_(min=0)
-    wanted = model(input_ids=ids, attention_mask=mask, position_ids=place, use_cache=False).logits[:, 4:]
+    positions = (mask.cumsum(-1) - 1).clamp_(min=0)
+    wanted = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits[:, 4:]
     prompts = DynamicCache()
-    model(input_ids=ids[:2, :4], attention_mask=mask[:2, :4], position_ids=place[:2, :4], past_key_values=prompts, use_cache=True)  # fmt: skip
+    model(
+        input_ids=ids[:2, :4],
+        attention_mask=mask[:2, :4],
+        position_ids=positions[:2, :4],
+        past_key_values=prompts,
+        use_cache=True,
+    )
+    steps = []
     try:
-        cache = SampleCache([prompts], mask[:2, :4], capacity=3, room=2, shared=True)
+        cache = SampleCache([prompts], mask[:2, :4], capacity=3, max_tokens=2, shared=True)
         cache.copy(np.array([0]), np.array([2]), np.array([0, 1, 0]))
         with shared_attention(model):
-            steps = [
-                model(input_ids=ids[:, i : i + 1], position_ids=place[:, i : i + 1], past_key_values=cache, use_cache=True, shared=cache).logits
-                for i in (4, 5)
-            ]  # fmt: skip
+            for i in (4, 5):
+                out = model(
+                    input_ids=ids[:, i : i + 1],
+                    position_ids=positions[:, i : i + 1],
+                    past_key_values=cache,
+                    use_cache=True,
+                    shared=cache,
+                )
+                steps.append(out.logits)
     except Exception as error:
         if should_reduce_batch_size(error):  # that says nothing of the model
             raise
         return f"cannot ({type(error).__name__}: {error})"
-    kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
     slides = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
-    if slides and "sliding_attention" in kinds and cache.windows == {None}:
+    if slides and "sliding_attention" in (layer_types or ["sliding_attention"]) and cache.windows == {None}:
         return "does not tell its attention its window"
     got, wanted = torch.cat(steps, 1).float(), wanted.float()
-    near = 1e-4 if next(model.parameters()).dtype == torch.float32 else 5e-2  # 16-bit weights round
+    tolerance = 1e-4 if next(model.parameters()).dtype == torch.float32 else 5e-2  # 16-bit weights round
     off = (got - wanted).norm() / wanted.norm()
-    return None if off < near else f"computes other logits then (off by {off:.1e} of their size)"
+    return None if off < tolerance else f"computes other logits then (off by {off:.1e} of their size)"

@@ -13,7 +13,8 @@ import json
 import math
 import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,83 +23,86 @@ from torch import Tensor
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from ..files import write_json, write_jsonl
+from ..settings import TrainConfig
 from .load import save
-from .logprobs import Pair, check_head, pair_batch, reference_logps, response_logps, to_device
-from .losses import REFERENCE_FREE, pair_losses
+from .logprobs import check_head, pair_batch, reference_logps, response_logps, to_device
+from .losses import PairLosses, Scores
+from .records import Pair
 
 LN2 = math.log(2)
+OPTIMIZERS = {"adamw": "adamw_torch", "paged_adamw_8bit": "paged_adamw_8bit"}  # what transformers calls them
+Loss = Callable[..., PairLosses]  # (scores, weights by name), as in `losses.py`
+Logps = list[tuple[float, float]]  # of each pair's chosen and rejected response
 
 
-def training_order(
-    count: int,
-    batch: int,
-    max_steps: int,
-    max_epochs: int,
-    seed: int,
-    problems: list[str] | None = None,
-    together: int = 1,
-) -> list[int]:
-    """Which pair comes when: whole shuffled passes over `count` pairs, cut to `max_steps` batches or `max_epochs`.
+def training_order(problems: Sequence[str], config: TrainConfig, seed: int) -> list[int]:
+    """Which pair comes when, by number; `problems` [pairs] names the problem of each pair.
 
-    With `together` above 1 up to so many pairs of one problem (`problems` [count] names each pair's) follow one another, so
-    that they share their prompt in a batch: less work, and a gradient from fewer problems.
+    Whole shuffled passes over the pairs, cut to `config.max_steps` batches or `config.max_epochs` passes. With
+    `pairs_together` above 1, up to so many pairs of one problem follow one another, so that they share their prompt in
+    a batch: less work, and a gradient from fewer problems.
     """
+    count, batch, together = len(problems), config.batch, config.pairs_together
     rng, order = random.Random(seed), []
-    steps = min(max_steps, max(1, count * max_epochs // batch))
+    steps = min(config.max_steps, max(1, count * config.max_epochs // batch))
     while len(order) < steps * batch:
         shuffled = rng.sample(range(count), count)
         if together > 1:
             groups: dict[str, list[list[int]]] = {}
             for i in shuffled:
-                mine = groups.setdefault(problems[i], [[]])
-                if len(mine[-1]) == together:
-                    mine.append([])
-                mine[-1].append(i)
-            parts = [part for mine in groups.values() for part in mine]
+                own = groups.setdefault(problems[i], [[]])
+                if len(own[-1]) == together:
+                    own.append([])
+                own[-1].append(i)
+            parts = [part for own in groups.values() for part in own]
             shuffled = [i for part in rng.sample(parts, len(parts)) for i in part]
         order += shuffled
     return order[: steps * batch]
 
 
+def sorted_in_batches(order: list[int], batch: int, key: Callable[[int], Any]) -> list[int]:
+    """The same order with every batch sorted by `key`, so that a micro-batch holds like lengths and like problems."""
+    return [i for first in range(0, len(order), batch) for i in sorted(order[first : first + batch], key=key)]
+
+
 def pair_tokens(pair: Pair) -> int:
     """Tokens of prompt and response, on both sides: what a step costs that shares nothing."""
-    return sum(len(pair["prompt_ids"]) + len(ids) for ids in (pair["chosen_ids"], pair["rejected_ids"]) if ids)
+    return sum(len(pair.prompt_ids) + len(ids) for ids in (pair.chosen_ids, pair.rejected_ids) if ids)
 
 
 def batch_losses(
-    model: PreTrainedModel, batch: dict[str, Tensor], loss: str, beta: float, alpha: float, odds_weight: float = 0.1
-):
-    """The `PairLosses` of a batch made by `pair_batch`, and the policy's (chosen, rejected) log-probabilities [pairs]."""
+    model: PreTrainedModel, batch: dict[str, Tensor], loss: Loss, weights: dict[str, float]
+) -> tuple[PairLosses, Tensor, Tensor]:
+    """The losses of a batch made by `pair_batch`, and the policy's (chosen, rejected) log-probabilities [pairs].
+
+    Args:
+        loss: a function of `losses.py`, or of that form. weights: its parameters by name.
+    """
     logps = response_logps(model, batch)
     chosen = logps[batch["chosen"]]
     rejected = torch.where(batch["rejected"] < 0, torch.zeros_like(chosen), logps[batch["rejected"]])
-    reference = (None, None) if loss in REFERENCE_FREE else batch["reference"].to(logps.dtype).unbind(-1)
-    terms = pair_losses(
-        loss, chosen, rejected, *reference, batch["lengths"], beta, alpha,
-        rejected_lengths=batch["rejected_lengths"], odds_weight=odds_weight,
-    )  # fmt: skip
-    return terms, chosen, rejected
+    reference = batch["reference"].to(logps.dtype).unbind(-1) if "reference" in batch else (None, None)
+    scores = Scores(chosen, rejected, *reference, batch["lengths"], batch["rejected_lengths"])
+    return loss(scores, **weights), chosen, rejected
 
 
-def trainer_arguments(
-    folder: Path, config, steps: int, batch: int, micro_batch: int, lr: float, seed: int, **more: Any
-) -> TrainingArguments:
+def trainer_arguments(folder: Path, config: TrainConfig, steps: int, seed: int, **saving: Any) -> TrainingArguments:
     """How every model here is trained: `steps` batches in the order given, at a rate that warms up and falls to 0.
 
     Args:
-        folder: gets `checkpoints/`. config: a `TrainConfig`, whose own rate and sizes are not looked at. more: when to save.
+        folder: gets `checkpoints/`. saving: when checkpoints are written, as `TrainingArguments` takes it.
     """
     arguments = TrainingArguments(
         output_dir=str(folder / "checkpoints"),
         max_steps=steps,
-        per_device_train_batch_size=micro_batch,
-        gradient_accumulation_steps=batch // micro_batch,
-        learning_rate=lr,
+        per_device_train_batch_size=config.micro_batch,
+        gradient_accumulation_steps=config.batch // config.micro_batch,
+        learning_rate=config.lr,
         lr_scheduler_type="linear",
         warmup_steps=math.ceil(config.warmup * steps),
         max_grad_norm=config.max_grad_norm,
         weight_decay=0.0,
-        optim={"adamw": "adamw_torch", "paged_adamw_8bit": "paged_adamw_8bit"}[config.optimizer],
+        optim=OPTIMIZERS[config.optimizer],
         activation_checkpointing=config.gradient_checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False},
         train_sampling_strategy="sequential",  # the order is the shuffle, so that a resumed run sees the same batches
@@ -109,7 +113,7 @@ def trainer_arguments(
         remove_unused_columns=False,
         dataloader_pin_memory=False,
         seed=seed,
-        **more,
+        **saving,
     )
     arguments._n_gpu = 1  # one process, one device: the Trainer would split batches over all GPUs that it sees
     return arguments
@@ -118,24 +122,28 @@ def trainer_arguments(
 class PreferenceTrainer(Trainer):
     """The transformers Trainer with the loss of a method; `terms` holds the last step's means for the log."""
 
-    def __init__(self, *args: Any, loss: str, beta: float, alpha: float, odds_weight: float = 0.1, **kwargs: Any):
+    def __init__(self, *args: Any, loss: Loss, weights: dict[str, float], **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.remove_callback(PrinterCallback)  # prints a line of the Trainer's own bookkeeping
         # Our loss is a mean over pairs, so the Trainer must divide by the accumulation steps itself.
         self.model_accepts_loss_kwargs = False
-        self.loss, self.weights = loss, (beta, alpha, odds_weight)
+        self.loss, self.weights = loss, weights
         self.terms: list[dict[str, float]] = []
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        terms, chosen, rejected = batch_losses(model, inputs, self.loss, *self.weights)
+        terms, chosen, rejected = batch_losses(model, inputs, self.loss, self.weights)
         loss = terms.total.mean()
         if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"the loss is {loss.item()} at step {self.state.global_step + 1}; lower train.lr (it is {self.args.learning_rate:g})"
-            )
+            step, lr = self.state.global_step + 1, self.args.learning_rate
+            raise FloatingPointError(f"the loss is {loss.item()} at step {step}; lower train.lr (it is {lr:g})")
         values = {
-            "loss": loss, "dpo": terms.dpo, "nll": terms.nll, "odds": terms.odds, "chosen_logp": chosen, "rejected_logp": rejected,
-        }  # fmt: skip
+            "loss": loss,
+            "dpo": terms.dpo,
+            "nll": terms.nll,
+            "odds": terms.odds,
+            "chosen_logp": chosen,
+            "rejected_logp": rejected,
+        }
         if terms.chosen_reward is not None:
             margin = terms.chosen_reward - terms.rejected_reward
             values |= {"margin": margin, "accuracy": (margin > 0).float()}
@@ -245,40 +253,47 @@ def check_start(terms: Tensor, tolerance: float) -> float:
     return dpo
 
 
-def check_sampled(pairs: list[Pair], tolerance: float, exact: bool = True) -> float:
-    """Difference per token between the sampler's log-probabilities and the reference's, nats: the largest of all responses.
+def check_sampled(pairs: list[Pair], start_logps: Logps, tolerance: float, exact: bool = True) -> float:
+    """Difference per token between the sampler's log-probabilities and `start_logps`, in nats.
 
-    Without `exact` (16-bit weights, where every batch shape rounds differently) it is their mean.
+    It is the largest of all responses. Without `exact` (16-bit weights, where every batch shape rounds differently) it
+    is their mean.
+
+    Args:
+        start_logps: of the pairs' responses under the model that is trained, before the first step.
 
     Raises:
         RuntimeError: it exceeds `tolerance`: the sampler did not run the model that is trained.
     """
     gaps = [
-        abs(p[f"{side}_logp"] - p[f"reference_{side}"]) / len(p[f"{side}_ids"])
-        for p in pairs
-        for side in ("chosen", "rejected")
-        if p[f"{side}_logp"] is not None
+        abs(sampled - start) / len(ids)
+        for pair, (chosen, rejected) in zip(pairs, start_logps, strict=True)
+        for sampled, start, ids in (
+            (pair.chosen_logp, chosen, pair.chosen_ids),
+            (pair.rejected_logp, rejected, pair.rejected_ids),
+        )
+        if sampled is not None
     ]
     worst = (max(gaps) if exact else sum(gaps) / len(gaps)) if gaps else 0.0
     if not worst < tolerance:
         raise RuntimeError(
-            f"the sampler saw other log-probabilities than the reference (off by {worst:.4f} nats per token): "
-            "the pairs are not samples of M_t; run 01_sample and 02_pairs again"
+            "the sampler saw other log-probabilities than the model that is trained "
+            f"(off by {worst:.4f} nats per token): the pairs are not samples of M_t; run 01_sample and 02_pairs again"
         )
     return worst
 
 
-def kept_reference_logps(
-    model: PreTrainedModel, pairs: list[Pair], rows: int, keep: tuple[Path, Any] | None
-) -> list[tuple[float, float]]:
-    """`reference_logps`, read from the file in `keep` if it is about these pairs and what `keep` names beside it, else written there.
+def kept_reference_logps(model: PreTrainedModel, pairs: list[Pair], rows: int, keep: tuple[Path, Any] | None) -> Logps:
+    """`reference_logps`, kept in a file, so that training that goes on after a kill does not score the pairs anew.
 
-    So training that goes on after a kill, or again at another rate, does not score the pairs anew.
+    Args:
+        keep: the file, and what (as JSON) names the model. The file is read if it is about this model and these pairs,
+            else written.
     """
     if keep is None:
         return reference_logps(model, pairs, rows)
     file, named = keep
-    about = [named, rows, [[p["problem"], p["prompt_ids"], p["chosen_ids"], p["rejected_ids"]] for p in pairs]]
+    about = [named, rows, [[p.problem, p.prompt_ids, p.chosen_ids, p.rejected_ids] for p in pairs]]
     key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # none, or damaged: scored anew
         found = json.loads(file.read_text())
@@ -289,15 +304,33 @@ def kept_reference_logps(
     return logps
 
 
+def dpo_at_start(
+    model: PreTrainedModel, pairs: list[Pair], micro_batch: int, loss: Loss, weights: dict[str, float]
+) -> Tensor | None:
+    """The DPO terms [pairs] of the first pairs before the first step; None for a loss without such a term.
+
+    They are 16 pairs or more, since in 16 bits one pair may be off by more than the tolerance.
+    """
+    terms = []
+    with torch.no_grad():
+        for first in range(0, min(16, len(pairs)), micro_batch):
+            batch = to_device(pair_batch(pairs[first : first + micro_batch]), model)
+            terms.append(batch_losses(model, batch, loss, weights)[0].dpo)
+    return None if terms[0] is None else torch.cat(terms)
+
+
 def train(
     model: PreTrainedModel,
     pairs: list[Pair],
     folder: Path,
     *,
-    loss: str,
-    config,
+    loss: Loss,
+    weights: dict[str, float],
+    has_reference: bool,
+    config: TrainConfig,
     seed: int,
     sampled_by_start: bool,
+    reference_is_start: bool = True,
     score: Callable[[PreTrainedModel], float] | None = None,
     stop_after: int | None = None,
     keep_reference: tuple[Path, Any] | None = None,
@@ -306,65 +339,70 @@ def train(
     """Train `model` on `pairs` in place and leave the best policy in `folder`/best; a killed run goes on where it was.
 
     Args:
-        model: M_t (or M_0), trainable. It is the reference too, so its log-probabilities are taken before step 1 (not for a
-            loss without a reference, unless they verify who sampled the pairs).
+        model: M_t (or M_0), trainable.
         folder: gets `steps.jsonl` (a line per step), `best/` and, while it runs, checkpoints.
-        loss: one of `losses.LOSSES`. config: a `TrainConfig`.
+        loss: a function of `losses.py`, or of that form. weights: its parameters by name.
+        has_reference: whether the loss looks at a reference's log-probabilities.
+        config: batch sizes, rate and length of the training; the weights in it are not looked at.
         sampled_by_start: the pairs' responses were sampled from `model` as it is now, which is then verified.
+        reference_is_start: the reference is `model` as it is now. Its log-probabilities are taken before step 1, and
+            the DPO term must be ln 2 there. Else the pairs bring the reference's log-probabilities with them.
         score: dev score of a policy, higher is better, called every `config.eval_every` steps; None keeps the last.
         stop_after: stop after this step, on the schedule of the whole training.
-        keep_reference: a file for the reference log-probabilities, and what (as JSON) names the model that gives them.
+        keep_reference: a file for the log-probabilities of `model` before step 1, and what (as JSON) names the model.
 
     Returns:
-        step and score of the best policy, the DPO term at the start (None without a reference), the gap of `check_sampled`
-        (None unless `sampled_by_start`), the number of steps, and the tokens of prompts and responses trained on.
+        step and score of the best policy, the DPO term at the start (None where it is not checked), the gap of
+        `check_sampled` (None unless `sampled_by_start`), the number of steps, and the tokens of prompts and responses
+        trained on.
+
+    Raises:
+        ValueError: the pairs should bring the reference's log-probabilities, and do not.
+        RuntimeError: `model` is not its reference, or did not sample the pairs (`check_start`, `check_sampled`).
+        FloatingPointError: the loss or the weights are no longer finite.
     """
     folder.mkdir(parents=True, exist_ok=True)
     exact = next(model.parameters()).dtype == torch.float32
     tolerance = 1e-3 if exact else 5e-2
-    pairs = [dict(p) for p in pairs]
-    alone = not any(p["rejected_ids"] for p in pairs)  # a response without a rejected one is half a pair
-    batch, micro_batch = (size * (1 + alone) for size in (config.batch, config.micro_batch))
+    if not any(p.rejected_ids for p in pairs):  # a response without a rejected one is half a pair
+        config = config.but(batch=2 * config.batch, micro_batch=2 * config.micro_batch)
+    batch, micro_batch = config.batch, config.micro_batch
     check_head(model.eval())
-    sampled = any(p[f"{side}_logp"] is not None for p in pairs for side in ("chosen", "rejected"))
-    if loss not in REFERENCE_FREE or (sampled_by_start and sampled):
-        reference = kept_reference_logps(model, pairs, 2 * micro_batch, keep_reference)
-        for pair, (chosen, rejected) in zip(pairs, reference, strict=True):
-            pair["reference_chosen"], pair["reference_rejected"] = chosen, rejected
+    own_reference = has_reference and reference_is_start
+    if has_reference and not reference_is_start and any(p.reference_chosen is None for p in pairs):
+        raise ValueError(
+            "the pairs have no log-probabilities of the reference; score them with `reference_logps` first"
+        )
+    sampled = sampled_by_start and any(logp is not None for p in pairs for logp in (p.chosen_logp, p.rejected_logp))
+    start_logps: Logps = [(0.0, 0.0)] * len(pairs)  # not looked at unless they are scored
+    if own_reference or sampled:
+        start_logps = kept_reference_logps(model, pairs, 2 * micro_batch, keep_reference)
+    if own_reference:
+        pairs = [
+            replace(pair, reference_chosen=chosen, reference_rejected=rejected)
+            for pair, (chosen, rejected) in zip(pairs, start_logps, strict=True)
+        ]
     model.train()
-    start = None
-    if loss not in REFERENCE_FREE:
-        with torch.no_grad():  # over 16 pairs or more, since in 16 bits one pair may be off by more than the tolerance
-            parts = [pairs[i : i + micro_batch] for i in range(0, min(16, len(pairs)), micro_batch)]
-            first = [
-                batch_losses(model, to_device(pair_batch(part), model), loss, config.beta, config.alpha)[0].dpo
-                for part in parts
-            ]
-            start = check_start(torch.cat(first), tolerance)
-    gap = check_sampled(pairs, tolerance, exact) if sampled_by_start else None
+    terms = dpo_at_start(model, pairs, micro_batch, loss, weights) if own_reference else None
+    start = None if terms is None else check_start(terms, tolerance)
+    gap = check_sampled(pairs, start_logps, tolerance, exact) if sampled_by_start else None
 
-    problems = [p["problem"] for p in pairs]
-    order = training_order(
-        len(pairs), batch, config.max_steps, config.max_epochs, seed, problems, config.pairs_together
-    )
+    order = training_order([p.problem for p in pairs], config, seed)
     steps = len(order) // batch
     trained = sum(pair_tokens(pairs[i]) for i in order[: batch * (stop_after or steps)])
-    if micro_batch < batch:  # micro-batches of a step by length and by problem: less padding, more sharing
-        size = lambda i: (len(pairs[i]["prompt_ids"]), problems[i], len(pairs[i]["chosen_ids"]))  # noqa: E731
-        order = [i for at in range(0, len(order), batch) for i in sorted(order[at : at + batch], key=size)]
+    if micro_batch < batch:  # less padding, and more prompts that are shared
+        order = sorted_in_batches(
+            order, batch, lambda i: (len(pairs[i].prompt_ids), pairs[i].problem, len(pairs[i].chosen_ids))
+        )
     recorder = Recorder(folder, config.eval_every, score, show, stop_after)
-    # The recorder asks for a checkpoint after each dev score.
-    arguments = trainer_arguments(folder, config, steps, batch, micro_batch, config.lr, seed, save_strategy="no")
     trainer = PreferenceTrainer(
         model,
-        arguments,
+        trainer_arguments(folder, config, steps, seed, save_strategy="no"),  # the recorder asks for checkpoints
         train_dataset=[pairs[i] for i in order],
         data_collator=pair_batch,
         callbacks=[recorder],
         loss=loss,
-        beta=config.beta,
-        alpha=config.alpha,
-        odds_weight=config.odds_weight,
+        weights=weights,
     )
     recorder.trainer = trainer
     checkpoint = last_checkpoint(folder / "checkpoints")

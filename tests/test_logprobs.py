@@ -1,5 +1,7 @@
 """Shared prompts change nothing: log-probabilities and gradients are those of one padded row for each response."""
 
+from itertools import groupby
+
 import numpy as np
 import pytest
 import torch
@@ -9,10 +11,13 @@ from small_models import SHAPE
 from transformers import AutoModelForCausalLM, BloomConfig, Gemma2Config, LlamaConfig, Qwen2Config
 
 from irpo_utils.model import logprobs
-from irpo_utils.model.losses import LOSSES
+from irpo_utils.model.losses import dpo, dpo_nll, nll, orpo
+from irpo_utils.model.records import Pair
 from irpo_utils.model.training import batch_losses, kept_reference_logps, training_order
+from irpo_utils.settings import TrainConfig
 
 KINDS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "gemma2": Gemma2Config}
+WEIGHTS = {dpo_nll: {"beta": 0.1, "alpha": 1.0}, dpo: {"beta": 0.1}, nll: {}, orpo: {"odds_weight": 0.1}}
 
 
 @pytest.fixture(scope="module")
@@ -25,32 +30,39 @@ def networks():
     return found
 
 
-def make_pairs(lengths: list[tuple[int, int, int]]) -> list[logprobs.Pair]:
+def make_pairs(lengths: list[tuple[int, int, int]]) -> list[Pair]:
     """Pairs with (prompt, chosen, rejected) of these lengths; equal numbers give equal prompts and responses."""
-    ids = lambda n, first: [(first + i) % 37 + 3 for i in range(n)]  # noqa: E731
+
+    def ids(count, first):
+        return tuple((first + i) % 37 + 3 for i in range(count))
+
     return [
-        {
-            "problem": f"p{p}", "prompt_ids": ids(p, 1), "chosen_ids": ids(c, 5), "rejected_ids": ids(r, 11) if r else [],
-            "reference_chosen": -3.0 * c, "reference_rejected": -3.5 * r,
-        }
-        for p, c, r in lengths
-    ]  # fmt: skip
+        Pair(
+            f"p{prompt}",
+            *("", "", ""),
+            *(ids(prompt, 1), ids(chosen, 5), ids(rejected, 11)),
+            *(None, None),
+            reference_chosen=-3.0 * chosen,
+            reference_rejected=-3.5 * rejected,
+        )
+        for prompt, chosen, rejected in lengths
+    ]
 
 
 def gradients(model, pairs, loss, score, monkeypatch):
     monkeypatch.setattr("irpo_utils.model.training.response_logps", score)
     model.zero_grad()
-    terms, chosen, rejected = batch_losses(model, logprobs.pair_batch(pairs), loss, 0.1, 1.0)
+    terms, chosen, rejected = batch_losses(model, logprobs.pair_batch(pairs), loss, WEIGHTS[loss])
     terms.total.mean().backward()
     return torch.stack([chosen, rejected]).detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", WEIGHTS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_are_those_of_padded_rows(kind, loss, networks, monkeypatch):
-    """Unequal lengths, a response in several pairs, two prompts, a prompt of one token, and one pair without a loser."""
+    """Unequal lengths, a response in several pairs, two prompts, a prompt of one token, and a pair without a loser."""
     shape = [(9, 5, 7), (9, 5, 3), (4, 12, 7), (1, 6, 2), (30, 1, 4)]
-    pairs = make_pairs(shape if loss != "nll" else [*shape, (9, 8, 0)])
+    pairs = make_pairs(shape if loss is not nll else [*shape, (9, 8, 0)])
     wanted = gradients(networks[kind], pairs, loss, logprobs.padded_logps, monkeypatch)
     for score in (logprobs.response_logps, logprobs.tree_logps):
         found = gradients(networks[kind], pairs, loss, score, monkeypatch)
@@ -64,7 +76,7 @@ def test_gradients_are_those_of_padded_rows(kind, loss, networks, monkeypatch):
 @given(st.lists(st.tuples(st.integers(1, 12), st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=6))
 def test_any_lengths_score_as_each_response_alone(networks, lengths):
     pairs, model = make_pairs(lengths), networks["llama"]
-    rows = [(p["prompt_ids"], p[f"{side}_ids"]) for p in pairs for side in ("chosen", "rejected")]
+    rows = [(p.prompt_ids, ids) for p in pairs for ids in (p.chosen_ids, p.rejected_ids)]
     with torch.no_grad():
         together = logprobs.response_logps(model, logprobs.collate(rows))
         alone = torch.cat([logprobs.padded_logps(model, logprobs.collate([row])) for row in rows])
@@ -80,11 +92,10 @@ def test_a_response_in_several_pairs_is_one_row():
 @given(st.lists(st.sampled_from("abcd"), min_size=4, max_size=40), st.integers(1, 5), st.integers(0, 9))
 def test_pairs_of_a_problem_come_together_and_every_pass_has_every_pair_once(problems, together, seed):
     count = len(problems)
-    order = training_order(
-        count, batch=count, max_steps=2, max_epochs=9, seed=seed, problems=problems, together=together
-    )
+    config = TrainConfig(batch=count, micro_batch=1, max_steps=2, max_epochs=9, pairs_together=together)
+    order = training_order(problems, config, seed)
     assert sorted(order[:count]) == sorted(order[count:]) == list(range(count))
-    runs = [len(list(group)) for _, group in __import__("itertools").groupby(problems[i] for i in order[:count])]
+    runs = [len(list(group)) for _, group in groupby(problems[i] for i in order[:count])]
     if together > 1 and len(set(problems)) > 1:
         assert len(runs) <= sum(-(-problems.count(p) // together) for p in set(problems))
 
@@ -92,9 +103,9 @@ def test_pairs_of_a_problem_come_together_and_every_pass_has_every_pair_once(pro
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_chunked_head_changes_nothing(kind, networks, monkeypatch):
     pairs = make_pairs([(9, 5, 7), (4, 12, 7)])
-    whole = gradients(networks[kind], pairs, "dpo+nll", logprobs.response_logps, monkeypatch)
+    whole = gradients(networks[kind], pairs, dpo_nll, logprobs.response_logps, monkeypatch)
     monkeypatch.setattr(logprobs, "CHUNK", 3 * 40)  # three tokens at a time
-    parts = gradients(networks[kind], pairs, "dpo+nll", logprobs.response_logps, monkeypatch)
+    parts = gradients(networks[kind], pairs, dpo_nll, logprobs.response_logps, monkeypatch)
     assert torch.allclose(whole[0], parts[0], rtol=1e-6, atol=1e-5)
     for one, other in zip(whole[1], parts[1], strict=True):
         assert (one - other).norm() <= 1e-5 * other.norm() + 1e-9
@@ -124,7 +135,10 @@ def test_reference_is_scored_once_for_the_same_pairs_and_model(networks, tmp_pat
     pairs, runs = make_pairs([(9, 5, 7), (9, 5, 3), (4, 12, 7)]), []
     handle = networks["llama"].base_model.register_forward_hook(lambda *_: runs.append(1))
     try:
-        kept = lambda pairs, named: kept_reference_logps(networks["llama"], pairs, 8, (tmp_path / "r.json", named))  # noqa: E731
+
+        def kept(pairs, named):
+            return kept_reference_logps(networks["llama"], pairs, 8, (tmp_path / "r.json", named))
+
         first, once = kept(pairs, {"policy": "a"}), len(runs)
         assert kept(pairs, {"policy": "a"}) == first and len(runs) == once
         assert np.allclose(kept(pairs[:2], {"policy": "a"}), first[:2], rtol=1e-5) and len(runs) > once  # other pairs
@@ -141,15 +155,17 @@ def test_activation_checkpointing_shares_prompts_too(networks, monkeypatch):
     """Ten responses to one prompt are one row with a tree mask."""
     model, widths = networks["gemma2"], []
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    handle = model.base_model.register_forward_pre_hook(lambda m, a, k: widths.append(k["input_ids"].shape), with_kwargs=True)  # fmt: skip
+    handle = model.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: widths.append(kwargs["input_ids"].shape), with_kwargs=True
+    )
     try:
         pairs = make_pairs([(30, c, c + 1) for c in range(2, 12, 2)])
-        found = gradients(model, pairs, "dpo+nll", logprobs.response_logps, monkeypatch)
+        found = gradients(model, pairs, dpo_nll, logprobs.response_logps, monkeypatch)
         assert widths[-1][0] == 1 and widths[-1][1] > 30 + 2 * 11
     finally:
         handle.remove()
         model.gradient_checkpointing_disable()
-    wanted = gradients(model, pairs, "dpo+nll", logprobs.padded_logps, monkeypatch)
+    wanted = gradients(model, pairs, dpo_nll, logprobs.padded_logps, monkeypatch)
     for one, other in zip(found[1], wanted[1], strict=True):
         assert (one - other).norm() <= 1e-5 * other.norm() + 1e-9
 
