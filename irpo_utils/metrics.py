@@ -1,4 +1,4 @@
-"""Accuracy of a model: greedy, majority vote, pass@k, with intervals; and what is wrong where it is wrong."""
+"""Accuracy of a model: greedy, majority vote, pass@k, with intervals and tests; and which of its steps are wrong."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
+
+import numpy as np
 
 Record = dict[str, Any]
 
@@ -22,18 +24,24 @@ def wilson(correct: int, total: int, z: float = 1.96) -> tuple[float, float]:
 
 def bootstrap(values: Sequence[float], draws: int = 1000) -> tuple[float, float]:
     """The 95 % interval of a mean over problems, [problems], by resampling the problems (seeded percentile bootstrap)."""
-    import numpy as np
-
     rng = np.random.default_rng(0)
     means = np.asarray(values)[rng.integers(0, len(values), (draws, len(values)))].mean(axis=1)
     low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)
 
 
+def sign_test(gained: int, lost: int) -> float:
+    """Two-sided exact p of the sign test: how likely so uneven a split of the changes is if either way is equally likely.
+
+    Args:
+        gained, lost: how many of the problems changed for the better, and for the worse.
+    """
+    n, k = gained + lost, min(gained, lost)
+    return min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n)
+
+
 def auc(scores: Sequence[float], labels: Sequence[int]) -> float | None:
     """Probability that a positive scores above a negative (ties count half), [n] each; None where one of them is missing."""
-    import numpy as np
-
     scores, positive = np.asarray(scores, dtype=float), np.asarray(labels, dtype=bool)
     if positive.all() or not positive.any():
         return None
@@ -95,8 +103,6 @@ def weighted_majority(
     Args:
         answers: extracted, None (unparsed) has no vote; weights: of each sample, [samples]; right: whether it is right.
     """
-    import numpy as np
-
     total, rng = len(answers), np.random.default_rng(0)
     if not 1 <= n <= total:
         raise ValueError(f"a vote of {n} needs at least {n} samples, got {total}")
@@ -177,8 +183,6 @@ def ranking(problems: Sequence[tuple[Sequence[float], Sequence[bool]]], draws: i
         which the right one scores higher; ties count half. With `_low` and `_high`: the 95 % interval from `draws` seeded
         resamplings of the problems.
     """
-    import numpy as np
-
     values, at = np.unique([s for scores, _ in problems for s in scores], return_inverse=True)
     number = np.repeat(np.arange(len(problems)), [len(scores) for scores, _ in problems])
     truth = np.array([bool(r) for _, right in problems for r in right])
@@ -206,24 +210,24 @@ def ranking(problems: Sequence[tuple[Sequence[float], Sequence[bool]]], draws: i
     return out
 
 
-def step_summary(judged: list[list[tuple[str, str]]], rewards: list[float | None]) -> dict[str, Any]:
-    """What step-by-step truth says of solutions (only a task with `judge_steps` has it).
+def step_summary(checked: list[list[tuple[str, str]]], rewards: list[float | None]) -> dict[str, Any]:
+    """How many solutions are right step by step, for a task whose `check_steps` knows.
 
     Args:
-        judged: (kind, verdict) of every event of every solution. rewards: the solutions' rewards.
+        checked: (kind, verdict) of every event of every solution. rewards: the solutions' rewards.
 
     Returns:
         `steps_right`: share of solutions whose every step is right. `right_for_wrong_reason`: share of all solutions
         with a right answer and a wrong step. `errors`: kind -> {"careless", "wrong", "count"}: shares of its events.
     """
-    clean = [all(verdict == "right" for _, verdict in steps) for steps in judged]
+    clean = [all(verdict == "right" for _, verdict in steps) for steps in checked]
     counts: dict[str, Counter[str]] = {}
-    for steps in judged:
+    for steps in checked:
         for kind, verdict in steps:
             counts.setdefault(kind, Counter())[verdict] += 1
     return {
-        "steps_right": sum(clean) / len(judged),
-        "right_for_wrong_reason": sum(r == 1 and not c for r, c in zip(rewards, clean, strict=True)) / len(judged),
+        "steps_right": sum(clean) / len(checked),
+        "right_for_wrong_reason": sum(r == 1 and not c for r, c in zip(rewards, clean, strict=True)) / len(checked),
         "errors": {
             kind: {
                 "careless": c["careless"] / c.total(),

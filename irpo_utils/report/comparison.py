@@ -2,172 +2,24 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from ..files import MissingArtefact, read_jsonl, relative
-from ..methods.recipes import methods
+from ..model.records import Pair
 from ..run.config import Config
-from ..run.store import Stage, arms
+from ..run.stages.evaluate import EvaluateStage, read_evaluation
+from ..run.stages.extrapolate import ExtrapolateStage
+from ..run.stages.pairs import PairsStage
+from ..run.stages.reward import RewardStage
+from ..run.stages.train import TrainStage
 from ..tasks import get_task
+from .tables import all_rounds, percent, read_facts
 
-ARM = ["method", "seed", "iteration"]
+MODEL = ["method", "seed", "iteration"]
 SPENT = ["samples", "drawn", "trained"]
-
-
-def recipe_table(names: list[str]) -> pd.DataFrame:
-    """The recipes, a row for each kind of round."""
-    rows = []
-    for name in names:
-        recipe = methods()[name]
-        first = len(recipe.kinds) - recipe.repeat
-        for i, kind in enumerate(recipe.kinds):
-            again = recipe.repeat and i >= first
-            reference = kind.start if "dpo" in kind.loss else "-"
-            rows.append(
-                {
-                    "method": recipe.label if i == 0 else "",
-                    "round": f"{i + 1}, {i + 1 + recipe.repeat}, ..." if again else str(i + 1),
-                    "reward": kind.reward,
-                    "selection": kind.selection + (", accumulated" if kind.accumulate else ""),
-                    "loss": kind.loss,
-                    "start": kind.start,
-                    "reference": reference,
-                    "source": recipe.source if i == 0 else "",
-                }
-            )
-    return pd.DataFrame(rows)
-
-
-def spent_table(run: Path, config: Config) -> pd.DataFrame:
-    """What every round of every arm used up: samples, tokens drawn, and tokens of prompts and responses trained on."""
-    rows = []
-    for method, seed in arms(config):
-        for t in range(1, config.rounds(method) + 1):
-            kind = methods()[method].round(t)
-            facts = lambda name, file: _facts(Stage(name, run, method, seed, t), file)  # noqa: B023, E731 - used here only
-            audit = facts("02_pairs", "audit.json") if kind.loss != "extrapolate" else {}
-            reward = facts("01b_reward", "reward.json") if kind.scored else {}
-            training = facts("03_train", "training.json")
-            continuations = reward.get("prefixes_simulated", 0) * config.process.continuations
-            rows.append(
-                {
-                    "method": method,
-                    "seed": seed,
-                    "iteration": t,
-                    "samples": audit.get("samples", 0) + reward.get("samples", 0) + continuations,
-                    "drawn": audit.get("drawn_tokens", 0) + reward.get("drawn_tokens", 0),
-                    "trained": training["trained_tokens"] + reward.get("trained_tokens", 0),
-                }
-            )
-    return pd.DataFrame(rows)
-
-
-def _facts(stage: Stage, file: str) -> dict[str, Any]:
-    path = stage.path(file)
-    if not path.exists():
-        raise MissingArtefact(f"{relative(path)} is missing; run notebooks/{stage.name}.ipynb for it, or ./run_all.sh")
-    return json.loads(path.read_text())
-
-
-def by_seed(metrics: pd.DataFrame, spent: pd.DataFrame) -> pd.DataFrame:
-    """Test results, a row for each method, seed and iteration, with what was used up until then."""
-    test = metrics[metrics.split == "test"].drop(columns=["run", "split"])
-    total = spent.sort_values("iteration").set_index(ARM).groupby(["method", "seed"])[SPENT].cumsum().reset_index()
-    return test.merge(total, on=ARM, how="left").fillna(dict.fromkeys(SPENT, 0)).astype(dict.fromkeys(SPENT, int))
-
-
-def forward_passes(table: pd.DataFrame) -> pd.Series:
-    """Compute in forward passes of one token: one for a token drawn, three for one trained on."""
-    return table.drawn + 3 * table.trained
-
-
-def _spread(values: pd.Series) -> str:
-    values = values.dropna() * 100
-    if not len(values):
-        return ""
-    return f"{values.mean():.1f}" + (f" ± {values.std():.1f}" if len(values) > 1 else "")
-
-
-def family_table(metrics: pd.DataFrame) -> pd.DataFrame:
-    """Greedy test accuracy of each method by iteration, the best last model first; percent, mean ± standard deviation over seeds."""
-    test, rows = metrics[metrics.split == "test"], []
-    iterations = sorted(set(test.iteration) - {0})
-    for method, mine in test.groupby("method", sort=False):
-        last = mine[mine.iteration == mine.iteration.max()]
-        row: dict[str, Any] = {"method": methods()[method].label, "seeds": mine.seed.nunique(), "M_0": _spread(mine[mine.iteration == 0].greedy)}  # fmt: skip
-        row |= {f"M_{t}": _spread(mine[mine.iteration == t].greedy) for t in iterations}
-        if last.steps_right.notna().any():
-            row |= {"steps (last)": _spread(last.steps_right), "lucky (last)": _spread(last.right_for_wrong_reason)}
-        rows.append((last.greedy.mean(), row))
-    return pd.DataFrame([row for _, row in sorted(rows, key=lambda pair: -pair[0])])
-
-
-def budget_table(spent: pd.DataFrame) -> pd.DataFrame:
-    """What each method used up in a whole arm, in thousands, mean over seeds."""
-    whole = spent.groupby(["method", "seed"], sort=False)[SPENT].sum()
-    whole["forward passes"] = forward_passes(whole)
-    mean = whole.groupby("method", sort=False).mean() / 1000
-    names = {"samples": "samples (k)", "drawn": "tokens drawn (k)", "trained": "tokens trained on (k)", "forward passes": "forward passes (k)"}  # fmt: skip
-    table = mean.rename(columns=names).map(lambda value: f"{value:,.0f}").reset_index()
-    rounds = spent.groupby("method", sort=False).iteration.max()
-    table.insert(1, "rounds", [rounds[m] for m in table.method])
-    table["method"] = [methods()[m].label for m in table.method]
-    return table
-
-
-def trained_on(run: Path, config: Config) -> pd.DataFrame | None:
-    """How many of the chosen responses of every round have every step right, for a task that knows; percent, mean over seeds.
-
-    No method sees it. `records` are pairs or single responses; None for a task without such a truth.
-    """
-    task = get_task(config.task)
-    if not hasattr(task, "judge_steps"):
-        return None
-    problems = {p.id: p for split in ("train", "dev") for p in task.problems(split)}
-    rows = []
-    for method, seed in arms(config):
-        for t in range(1, config.rounds(method) + 1):
-            if methods()[method].round(t).selection == "none":
-                continue
-            stage = Stage("02_pairs", run, method, seed, t)
-            pairs = read_jsonl(stage.path("pairs.jsonl"), "02_pairs.ipynb")
-            steps = [task.judge_steps(problems[pair["problem"]], pair["chosen"]) for pair in pairs]
-            clean = sum(all(verdict == "right" for _, verdict in mine) for mine in steps)
-            rows.append({"method": method, "iteration": t, "records": len(pairs), "clean": clean / len(pairs)})
-    mean = pd.DataFrame(rows).groupby(["method", "iteration"], sort=False).mean().unstack("iteration")
-    text = {f"M_{t}": [f"{clean:.0%} of {count:,.0f}" if count == count else "" for clean, count in zip(mean.clean[t], mean.records[t], strict=True)] for t in mean.clean}  # fmt: skip
-    return pd.DataFrame({"method": [methods()[m].label for m in mean.index], **text})
-
-
-def in_words(run: Path, metrics: pd.DataFrame, spent: pd.DataFrame, config: Config) -> list[str]:
-    """What the figures say: the best and the worst, each pair of methods that differ in one part, and the judge."""
-    test = metrics[metrics.split == "test"].set_index(ARM).greedy * 100
-    label = lambda method: methods()[method].label  # noqa: E731
-    final = {m: [test[m, s, config.rounds(m)] for s in range(config.seeds)] for m in config.methods}
-    mean = {m: sum(values) / len(values) for m, values in final.items()}
-    best, worst = max(mean, key=mean.get), min(mean, key=mean.get)
-    m0 = test[config.methods[0], 0, 0]
-    told = [
-        f"M_0 solves {m0:.1f} % of the test problems. The last model of {label(best)} solves the most, {mean[best]:.1f} %, that of {label(worst)} the fewest, {mean[worst]:.1f} %."
-    ]
-    for one, other, what in NEIGHBOURS:
-        if one in final and other in final:
-            apart = [a - b for a, b in zip(final[one], final[other], strict=True)]
-            ahead = sum(d > 0 for d in apart)
-            every = ", ".join(f"{d:+.1f}" for d in apart)
-            told.append(
-                f"**{label(one)} against {label(other)}** ({what}): {mean[one]:.1f} and {mean[other]:.1f} %, ahead in {ahead} of {len(apart)} seeds ({every} points)."
-            )
-    for method, seed in arms(config):
-        if seed == 0 and methods()[method].round(1).reward == "judge":
-            told += _judge_in_words(run, config, method)
-    return told
-
-
+REFERENCES = {"moving": "M_t", "M_0": "M_0", "none": "-"}  # a moving reference is the model that was sampled
 # Methods that differ in one part, or nearly so.
 NEIGHBOURS = [
     ("irpo", "dpo", "with and without the NLL term"),
@@ -178,9 +30,153 @@ NEIGHBOURS = [
     ("dpo", "self_rewarding", "rewarded by the answer or by the model itself"),
     ("sipf", "orpo", "the same rounds, pairs by a process reward model or by the answer"),
     ("sipf", "sft_gold", "a warm start and rounds of process feedback, or gold alone for all rounds"),
-]  # fmt: skip
+]
+
+
+def recipe_table(config: Config) -> pd.DataFrame:
+    """The recipes of a run's methods, a row for each kind of round."""
+    rows = []
+    for name in config.methods:
+        recipe = config.recipe(name)
+        once = len(recipe.rounds) - recipe.repeat  # rounds that come once, before those that go on
+        for i, choices in enumerate(recipe.rounds):
+            again = recipe.repeat and i >= once
+            rows.append(
+                {
+                    "method": recipe.label if i == 0 else "",
+                    "round": f"{i + 1}, {i + 1 + recipe.repeat}, ..." if again else str(i + 1),
+                    "reward": choices.reward,
+                    "selection": choices.selection + (", accumulated" if choices.accumulate else ""),
+                    "loss": choices.loss,
+                    "start": choices.start,
+                    "reference": REFERENCES[choices.reference],
+                    "source": recipe.source if i == 0 else "",
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def spent_table(run: Path, config: Config) -> pd.DataFrame:
+    """What every round used up: samples, tokens drawn, and tokens of prompts and responses that were trained on."""
+    rows = []
+    for method, seed, t, choices in all_rounds(config):
+        trainer = TrainStage if choices.trains else ExtrapolateStage
+        training = read_facts(trainer(run, method, seed, t, config), "training.json")
+        audit, reward, continuations = {}, {}, 0
+        if choices.trains:
+            audit = read_facts(PairsStage(run, method, seed, t, config), "audit.json")
+        if choices.scored:
+            stage = RewardStage(run, method, seed, t, config)
+            reward = read_facts(stage, "reward.json")
+            continuations = reward.get("prefixes_simulated", 0) * stage.config.process.continuations
+        rows.append(
+            {
+                "method": method,
+                "seed": seed,
+                "iteration": t,
+                "samples": audit.get("samples", 0) + reward.get("samples", 0) + continuations,
+                "drawn": audit.get("drawn_tokens", 0) + reward.get("drawn_tokens", 0),
+                "trained": training["trained_tokens"] + reward.get("trained_tokens", 0),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def by_seed(metrics: pd.DataFrame, spent: pd.DataFrame) -> pd.DataFrame:
+    """Test results, a row for each method, seed and iteration, with what was used up until then."""
+    test = metrics[metrics.split == "test"].drop(columns=["run", "split"])
+    total = spent.sort_values("iteration").set_index(MODEL).groupby(["method", "seed"])[SPENT].cumsum().reset_index()
+    return test.merge(total, on=MODEL, how="left").fillna(dict.fromkeys(SPENT, 0)).astype(dict.fromkeys(SPENT, int))
+
+
+def forward_passes(table: pd.DataFrame) -> pd.Series:
+    """Compute in forward passes of one token: one for a token drawn, three for one trained on."""
+    return table.drawn + 3 * table.trained
+
+
+def family_table(metrics: pd.DataFrame, config: Config) -> pd.DataFrame:
+    """Greedy test accuracy of each method by iteration, the best last model first; percent, mean ± standard deviation over seeds."""
+    test, rows = metrics[metrics.split == "test"], []
+    iterations = sorted(set(test.iteration) - {0})
+    for method, own in test.groupby("method", sort=False):
+        last = own[own.iteration == own.iteration.max()]
+        row: dict[str, Any] = {"method": config.recipe(method).label, "seeds": own.seed.nunique()}
+        row |= {f"M_{t}": percent(own[own.iteration == t].greedy) for t in [0, *iterations]}
+        if last.steps_right.notna().any():
+            row |= {"steps (last)": percent(last.steps_right), "lucky (last)": percent(last.right_for_wrong_reason)}
+        rows.append((last.greedy.mean(), row))
+    return pd.DataFrame([row for _, row in sorted(rows, key=lambda pair: -pair[0])])
+
+
+def budget_table(spent: pd.DataFrame, config: Config) -> pd.DataFrame:
+    """What each method used up in all its rounds, in thousands, mean over seeds."""
+    whole = spent.groupby(["method", "seed"], sort=False)[SPENT].sum()
+    whole["forward passes"] = forward_passes(whole)
+    mean = whole.groupby("method", sort=False).mean() / 1000
+    names = {"drawn": "tokens drawn", "trained": "tokens trained on"}
+    table = mean.rename(columns=lambda name: f"{names.get(name, name)} (k)").map("{:,.0f}".format).reset_index()
+    rounds = spent.groupby("method", sort=False).iteration.max()
+    table.insert(1, "rounds", [rounds[m] for m in table.method])
+    table["method"] = [config.recipe(m).label for m in table.method]
+    return table
+
+
+def trained_on(run: Path, config: Config) -> pd.DataFrame | None:
+    """How many of the chosen responses of every round have every step right; percent, mean over seeds.
+
+    No method sees it. The records that are counted are pairs or single responses. None for a task that does not know the
+    truth of a step.
+    """
+    if "steps_right" not in read_evaluation(EvaluateStage(run, config.methods[0], 0, 0, config))["test"]:
+        return None
+    task = get_task(config.task)
+    problems = {p.id: p for split in ("train", "dev") for p in task.problems(split)}
+    rows = []
+    for method, seed, t, choices in all_rounds(config):
+        if not choices.trains:
+            continue
+        pairs = Pair.read(PairsStage(run, method, seed, t, config).path("pairs.jsonl"), "02_pairs.ipynb")
+        checked = [task.check_steps(problems[pair.problem], pair.chosen) for pair in pairs]
+        clean = sum(all(verdict == "right" for _, verdict in steps) for steps in checked)
+        rows.append({"method": method, "iteration": t, "records": len(pairs), "clean": clean / len(pairs)})
+    mean = pd.DataFrame(rows).groupby(["method", "iteration"], sort=False).mean().unstack("iteration")
+    table = pd.DataFrame({"method": [config.recipe(m).label for m in mean.index]})
+    for t in mean.clean:
+        both = zip(mean.clean[t], mean.records[t], strict=True)
+        table[f"M_{t}"] = ["" if pd.isna(clean) else f"{clean:.0%} of {count:,.0f}" for clean, count in both]
+    return table
+
+
+def differences_in_words(run: Path, metrics: pd.DataFrame, config: Config) -> list[str]:
+    """What the figures say: the best and the worst, each pair of methods that differ in one part, and the judge."""
+    test = metrics[metrics.split == "test"].set_index(MODEL).greedy * 100
+    final = {m: [test[m, s, config.rounds(m)] for s in range(config.seeds)] for m in config.methods}
+    mean = {m: sum(values) / len(values) for m, values in final.items()}
+    label = {m: config.recipe(m).label for m in config.methods}
+    best, worst = max(mean, key=mean.get), min(mean, key=mean.get)
+    texts = [
+        f"M_0 solves {test[config.methods[0], 0, 0]:.1f} % of the test problems. The last model of {label[best]} solves "
+        f"the most, {mean[best]:.1f} %, that of {label[worst]} the fewest, {mean[worst]:.1f} %."
+    ]
+    for one, other, what in NEIGHBOURS:
+        if one in final and other in final:
+            apart = [a - b for a, b in zip(final[one], final[other], strict=True)]
+            ahead = sum(d > 0 for d in apart)
+            every = ", ".join(f"{d:+.1f}" for d in apart)
+            texts.append(
+                f"**{label[one]} against {label[other]}** ({what}): {mean[one]:.1f} and {mean[other]:.1f} %, "
+                f"ahead in {ahead} of {len(apart)} seeds ({every} points)."
+            )
+    for method in config.methods:
+        if config.recipe(method).round(1).reward == "judge":
+            texts += _judge_in_words(run, config, method)
+    return texts
 
 
 def _judge_in_words(run: Path, config: Config, method: str) -> list[str]:
-    facts = [_facts(Stage("01b_reward", run, method, seed, 1), "reward.json") for seed in range(config.seeds)]
-    return [f"**The judge of {methods()[method].label}**, before the first round, seed {s}: {f['verdict']}" for s, f in enumerate(facts)]  # fmt: skip
+    texts = []
+    for seed in range(config.seeds):
+        facts = read_facts(RewardStage(run, method, seed, 1, config), "reward.json")
+        name = f"**The judge of {config.recipe(method).label}**"
+        texts.append(f"{name}, before the first round, seed {seed}: {facts['verdict']}")
+    return texts

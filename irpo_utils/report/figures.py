@@ -1,29 +1,40 @@
-"""The figures. Each takes plain records, so that they render wherever the small artefacts are."""
+"""The figures. Each takes plain records, so that they render wherever the small artefacts are.
+
+A figure of several methods takes the run's catalogue, `config.catalogue`: a method has the colour of its place there.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from importlib.metadata import version
+from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 import matplotlib.pyplot as plt
+from IPython.display import display
 from matplotlib.figure import Figure
 
-from ..methods.recipes import methods
-
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # named in annotations only; pandas takes a second to import
     import pandas as pd
 
-# A colour for each method of methods.yaml, in its order; a method that is added later gets the next one.
-PALETTE = ["#1b6ca8", "#c44e52", "#55a868", "#8172b3", "#2ca02c", "#17becf", "#bcbd22", "#e377c2", "#7f7f7f", "#8c564b", "#ff9f40", "#d62728", "#4c9be8"]  # fmt: skip
-
-
-def color(method: str) -> str:
-    names = list(methods())
-    return PALETTE[names.index(method) % len(PALETTE)]
-
+    from ..methods.recipes import Method
+    from ..model.records import Sample
 
 Steps = list[dict[str, float]]
+Record = dict[str, Any]
+Catalogue = dict[str, "Method"]
+
+BLUE, RED, GREEN, PURPLE = "#1b6ca8", "#c44e52", "#55a868", "#8172b3"
+# A colour for each method of recipes.yaml, in its order, and some more for methods of your own.
+PALETTE = (
+    BLUE, RED, GREEN, PURPLE, "#2ca02c", "#17becf", "#bcbd22", "#e377c2", "#7f7f7f", "#8c564b", "#ff9f40", "#d62728",
+    "#4c9be8", "#000000", "#006d2c", "#54278f", "#b15928", "#fb9a99",
+)  # fmt: skip
+
+
+def color_of(method: str, catalogue: Catalogue) -> str:
+    """The colour of a method, by its place in the catalogue."""
+    return PALETTE[list(catalogue).index(method) % len(PALETTE)]
 
 
 def versions(torch: bool = True) -> str:
@@ -34,8 +45,6 @@ def versions(torch: bool = True) -> str:
 
 def show(fig: Figure) -> None:
     """Display a figure once and free it."""
-    from IPython.display import display
-
     display(fig)
     plt.close(fig)
 
@@ -44,7 +53,7 @@ def correct_counts(counts: list[int], n: int, title: str) -> Figure:
     """Histogram of how many of a problem's n samples are right."""
     fig, ax = plt.subplots(figsize=(7, 3), layout="constrained")
     heights = [counts.count(i) for i in range(n + 1)]
-    ax.bar(range(n + 1), heights, color=["#c44e52", *["#1b6ca8"] * (n - 1), "#999999"])
+    ax.bar(range(n + 1), heights, color=[RED, *[BLUE] * (n - 1), "#999999"])
     ax.set(xlabel=f"right samples of {n}", ylabel="problems", title=f"{title}: red and grey give no pair")
     return fig
 
@@ -53,37 +62,34 @@ def loss_curves(steps: Steps, best_step: int) -> Figure:
     """Loss terms, margin and dev accuracy against steps; the kept step is marked."""
     fig, axes = plt.subplots(1, 3, figsize=(11, 3), layout="constrained")
     x = [s["step"] for s in steps]
-    for name, color in (("loss", "black"), ("dpo", "#1b6ca8"), ("odds", "#8172b3"), ("nll", "#55a868")):
+    for name, color in (("loss", "black"), ("dpo", BLUE), ("odds", PURPLE), ("nll", GREEN)):
         if name in steps[0]:  # a loss has not every term
             axes[0].plot(x, [s[name] for s in steps], label=name, color=color)
     axes[0].set(xlabel="step", ylabel="nats", title="loss and its terms")
     axes[0].legend(frameon=False)
     if "margin" in steps[0]:
-        axes[1].plot(x, [s["margin"] for s in steps], color="#1b6ca8")
+        axes[1].plot(x, [s["margin"] for s in steps], color=BLUE)
         axes[1].set(xlabel="step", title="margin (chosen minus rejected reward)")
     else:  # the NLL compares nothing
-        axes[1].plot(x, [s["chosen_logp"] for s in steps], color="#1b6ca8")
+        axes[1].plot(x, [s["chosen_logp"] for s in steps], color=BLUE)
         axes[1].set(xlabel="step", title="log-probability of the chosen (nats)")
     scored = [s for s in steps if "dev_greedy" in s]
-    axes[2].plot([s["step"] for s in scored], [s["dev_greedy"] * 100 for s in scored], "o-", color="#55a868")
+    axes[2].plot([s["step"] for s in scored], [s["dev_greedy"] * 100 for s in scored], "o-", color=GREEN)
     axes[2].axvline(best_step, color="grey", linestyle=":")
     axes[2].set(xlabel="step", title="greedy accuracy on dev (%); dotted: kept")
     return fig
 
 
-def logp_curves(curves: dict[str, Steps]) -> Figure:
+def logp_curves(curves: dict[str, Steps], catalogue: Catalogue) -> Figure:
     """The paper's figure: mean log-probability of chosen (solid) and rejected (dashed) responses against steps."""
-    import pandas as pd
-
     fig, ax = plt.subplots(figsize=(7, 3.6), layout="constrained")
     for method, steps in curves.items():
-        frame = pd.DataFrame(steps)
-        smooth = max(1, len(frame) // 15)
-        for name, style in (("chosen_logp", "-"), ("rejected_logp", "--")):
-            if name == "rejected_logp" and not frame[name].any():  # nothing is rejected
+        for side, style in (("chosen", "-"), ("rejected", "--")):
+            values = [s[f"{side}_logp"] for s in steps]
+            if side == "rejected" and not any(values):  # nothing is rejected
                 continue
-            values = frame[name].rolling(smooth, min_periods=1).mean()
-            ax.plot(frame.step, values, style, color=color(method), label=f"{method}, {name.split('_')[0]}")
+            x = [s["step"] for s in steps]
+            ax.plot(x, smoothed(values), style, color=color_of(method, catalogue), label=f"{method}, {side}")
     ax.set(
         xlabel="step",
         ylabel="log-probability of a response (nats)",
@@ -93,11 +99,17 @@ def logp_curves(curves: dict[str, Steps]) -> Figure:
     return fig
 
 
+def smoothed(values: list[float]) -> list[float]:
+    """Each value as the mean of itself and those before it, a fifteenth of all of them together."""
+    window = max(1, len(values) // 15)
+    return [mean(values[max(0, i + 1 - window) : i + 1]) for i in range(len(values))]
+
+
 def at_k(summary: dict[str, float], title: str) -> Figure:
     """maj@k and pass@k against k with their 95 % intervals, and the greedy accuracy as a line."""
     ks = [k for k in (1, 2, 4, 8, 16, 32) if f"maj{k}" in summary]
     fig, ax = plt.subplots(figsize=(6, 3), layout="constrained")
-    for name, style, color in (("pass", "o-", "#1b6ca8"), ("maj", "s-", "#55a868")):
+    for name, style, color in (("pass", "o-", BLUE), ("maj", "s-", GREEN)):
         ax.plot(ks, [summary[f"{name}{k}"] * 100 for k in ks], style, label=f"{name}@k", color=color)
         low, high = ([summary[f"{name}{k}_{end}"] * 100 for k in ks] for end in ("low", "high"))
         ax.fill_between(ks, low, high, color=color, alpha=0.15, linewidth=0)
@@ -108,7 +120,7 @@ def at_k(summary: dict[str, float], title: str) -> Figure:
     return fig
 
 
-def flips(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> str:
+def flips(before: list[Record], after: list[Record]) -> str:
     """How many greedy answers turned right, and wrong, on each split."""
     old = {(r["split"], r["problem"]): r["greedy"] == 1 for r in before}
     lines = []
@@ -118,27 +130,21 @@ def flips(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def accuracy_curves(metrics: pd.DataFrame) -> Figure:
-    """Greedy test accuracy against iteration, a line per method."""
+def accuracy_curves(metrics: pd.DataFrame, catalogue: Catalogue) -> Figure:
+    """Greedy test accuracy against iteration, a line per method of a `tables.metrics_table`."""
     count = metrics.method.nunique()
     many = count > 4
     fig, ax = plt.subplots(figsize=(9, 5) if many else (7, 3.8), layout="constrained")
     test = metrics[metrics.split == "test"]
     for i, (method, frame) in enumerate(test.groupby("method", sort=False)):
         by = frame.groupby("iteration")
-        mean, several = by.greedy.mean() * 100, frame.seed.nunique() > 1
+        middle, several = by.greedy.mean() * 100, frame.seed.nunique() > 1
         low = (by.greedy.min() if several else by.greedy_low.mean()) * 100
         high = (by.greedy.max() if several else by.greedy_high.mean()) * 100
-        x = mean.index + (i - (count - 1) / 2) * min(0.04, 0.3 / count)
-        ax.errorbar(
-            x,
-            mean,
-            [(mean - low).clip(lower=0), (high - mean).clip(lower=0)],
-            fmt="o-",
-            capsize=3,
-            color=color(method),
-            label=methods()[method].label,
-        )
+        bars = [(middle - low).clip(lower=0), (high - middle).clip(lower=0)]
+        x = middle.index + (i - (count - 1) / 2) * min(0.04, 0.3 / count)
+        look = {"color": color_of(method, catalogue), "label": catalogue[method].label}
+        ax.errorbar(x, middle, bars, fmt="o-", capsize=3, **look)
     ax.set(
         xlabel="iteration (0 is M_0)",
         ylabel="greedy accuracy on test (%)",
@@ -149,32 +155,37 @@ def accuracy_curves(metrics: pd.DataFrame) -> Figure:
     return fig
 
 
-def error_heatmap(rows: list[dict[str, Any]], names: list[str]) -> Figure:
-    """Share of wrong steps by kind and iteration, a panel per method (seed 0, test)."""
+def error_heatmap(rows: list[Record], names: list[str]) -> Figure:
+    """Share of wrong steps by kind and iteration, a panel for each method in `names` (seed 0, test).
+
+    Args:
+        rows: as `run.stages.evaluations` gives them.
+    """
     wide, high = min(4, len(names)), -(-len(names) // 4)
     fig, axes = plt.subplots(high, wide, figsize=(2 + 2.6 * wide, 3.2 * high), squeeze=False, layout="constrained")
     for ax in axes.flat[len(names) :]:
         ax.set_axis_off()
     for ax, method in zip(axes.flat, names, strict=False):
-        mine = [r for r in rows if r["method"] == method and r["seed"] == 0 and "errors" in r["test"]]
-        if not mine:
+        own = [r for r in rows if r["method"] == method and r["seed"] == 0 and "errors" in r["test"]]
+        if not own:
             ax.set_axis_off()
             continue
-        told = [kind for kind in mine[0]["test"]["errors"] if kind != "extra"]  # lines too many are no event of a story
-        kinds = sorted(told, key=lambda kind: -mine[0]["test"]["errors"][kind]["wrong"])
-        grid = [[r["test"]["errors"][kind]["wrong"] * 100 for r in mine] for kind in kinds]
+        errors = [r["test"]["errors"] for r in own]
+        events = [kind for kind in errors[0] if kind != "extra"]  # lines too many are no event of a story
+        kinds = sorted(events, key=lambda kind: -errors[0][kind]["wrong"])
+        grid = [[found[kind]["wrong"] * 100 for found in errors] for kind in kinds]
         ax.imshow(grid, vmin=0, vmax=100, cmap="Reds", aspect="auto")
         for y, line in enumerate(grid):
             for x, value in enumerate(line):
                 ax.text(x, y, f"{value:.0f}", ha="center", va="center", color="white" if value > 60 else "black")
-        ax.set(xticks=range(len(mine)), xticklabels=[r["iteration"] for r in mine], yticks=range(len(kinds)))
+        ax.set(xticks=range(len(own)), xticklabels=[r["iteration"] for r in own], yticks=range(len(kinds)))
         ax.set(yticklabels=kinds, xlabel="iteration", title=f"{method}: steps wrong (%)")
     return fig
 
 
 def watched_logps(table: pd.DataFrame) -> Figure:
     """Mean log-probability of fixed chosen (solid) and rejected (dashed) responses against steps, a colour per loss."""
-    colors = {"dpo": color("dpo"), "dpo+nll": color("irpo"), "nll": color("sft_chosen")}
+    colors = {"dpo": RED, "dpo+nll": BLUE, "nll": GREEN}  # those of Iterative DPO, IRPO and SFT on chosen
     fig, ax = plt.subplots(figsize=(7, 3.6), layout="constrained")
     for loss, rows in table.groupby("loss", sort=False):
         for side, style in (("chosen", "-"), ("rejected", "--")):
@@ -188,7 +199,7 @@ def bench_ratios(times: dict[str, pd.Series]) -> Figure:
     """How many times faster than the best other one, a bar for each shape (index), a panel for each kind of work (key)."""
     fig, axes = plt.subplots(1, len(times), figsize=(9, 2.6), layout="constrained")
     for ax, (kind, series) in zip(axes, times.items(), strict=True):
-        bars = ax.barh(series.index, series, color="#1b6ca8")
+        bars = ax.barh(series.index, series, color=BLUE)
         ax.bar_label(bars, fmt="%.1f", padding=3)
         ax.axvline(1, color="black", linewidth=1)
         ax.set(title=f"{kind}: times the speed of the best other", xlim=(0, 1.15 * series.max()))
@@ -196,14 +207,21 @@ def bench_ratios(times: dict[str, pd.Series]) -> Figure:
     return fig
 
 
-def accuracy_against_compute(results: pd.DataFrame, passes: Callable[[pd.DataFrame], pd.Series]) -> Figure:
-    """Mean greedy test accuracy against `passes` (millions) used up until then, a line per method from M_0 on; the last model is named."""
+def accuracy_against_compute(
+    results: pd.DataFrame, passes: Callable[[pd.DataFrame], pd.Series], catalogue: Catalogue
+) -> Figure:
+    """Mean greedy test accuracy against compute, a line per method from M_0 on; the last model is named.
+
+    Args:
+        results: as `comparison.by_seed` gives them. passes: their compute in forward passes of one token.
+    """
     fig, ax = plt.subplots(figsize=(9, 5), layout="constrained")
-    for method, mine in results.assign(passes=passes(results) / 1e6).groupby("method", sort=False):
-        mean = mine.groupby("iteration")[["passes", "greedy"]].mean()
-        ax.plot(mean.passes, mean.greedy, "o-", color=color(method), label=methods()[method].label, markersize=4)
-        at = (mean.passes.iloc[-1], mean.greedy.iloc[-1])
-        ax.annotate(method, at, xytext=(5, -3), textcoords="offset points", fontsize=8, color=color(method))
+    for method, own in results.assign(passes=passes(results) / 1e6).groupby("method", sort=False):
+        means = own.groupby("iteration")[["passes", "greedy"]].mean()
+        look = {"color": color_of(method, catalogue), "label": catalogue[method].label}
+        ax.plot(means.passes, means.greedy, "o-", markersize=4, **look)
+        last = (means.passes.iloc[-1], means.greedy.iloc[-1])
+        ax.annotate(method, last, xytext=(5, -3), textcoords="offset points", fontsize=8, color=look["color"])
     ticks = [0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995]
     ax.set_yscale("logit")  # what is left to solve counts: from 98 to 99 % is half of it
     ax.set_yticks(ticks, [f"{tick * 100:g}" for tick in ticks])
@@ -217,12 +235,12 @@ def accuracy_against_compute(results: pd.DataFrame, passes: Callable[[pd.DataFra
     return fig
 
 
-def reward_histogram(records: list[dict[str, Any]], title: str) -> Figure:
+def reward_histogram(samples: list[Sample], title: str) -> Figure:
     """How the rewards of samples with a right and with a wrong answer are distributed."""
     fig, ax = plt.subplots(figsize=(7, 3), layout="constrained")
-    scored = [r for r in records if r["reward"] is not None]
-    sides = [[r["reward"] for r in scored if (r["answer_reward"] == 1) == ok] for ok in (True, False)]
-    ax.hist(sides, bins=24, color=["#1b6ca8", "#c44e52"], label=["right answer", "wrong answer"], density=True)
+    scored = [s for s in samples if s.reward is not None]
+    sides = [[s.reward for s in scored if (s.answer_reward == 1) == ok] for ok in (True, False)]
+    ax.hist(sides, bins=24, color=[BLUE, RED], label=["right answer", "wrong answer"], density=True)
     ax.set(xlabel="reward", ylabel="density", title=title)
     ax.legend(frameon=False)
     return fig

@@ -5,18 +5,26 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from ..files import NOTEBOOKS, OUTPUTS, ConfigError, MissingArtefact, relative, write_text
-from ..model import load
+from ..files import NOTEBOOKS, OUTPUTS, ConfigError, MissingArtefact, load_object, relative, write_text
 from ..run.config import read_config
 from ..run.store import Stage, run_folder
 
+USAGE = "export: used as export RUN FOLDER [method=irpo] [seed=0] [iteration=1]"
+TABLES = ("*.csv", "*.png", "table.txt", "methods.txt", "config.yaml", "*.ipynb")  # beside the methods' folders
+FACTS = ("evaluation", "audit", "training", "reward")
+WITHOUT_PROBLEMS = ("03_train", "05_report")  # notebooks that show none
+
 
 def export(arguments: list[str]) -> int:
-    """`export RUN FOLDER [method=...] [seed=...] [iteration=...]`: write M_t as one whole model."""
+    """`export RUN FOLDER [method=...] [seed=...] [iteration=...]`: write M_t as one whole model.
+
+    Raises:
+        ConfigError: an argument is wrong, or the folder is not empty. MissingArtefact: there is no such run or model.
+    """
     settings = dict(a.split("=", 1) for a in arguments if "=" in a)
     names = [a for a in arguments if "=" not in a]
     if len(names) != 2 or not set(settings) <= {"method", "seed", "iteration"}:
-        raise ConfigError("export: used as export RUN FOLDER [method=irpo] [seed=0] [iteration=1]")
+        raise ConfigError(USAGE)
     run, target = run_folder(names[0]), Path(names[1]).expanduser().resolve()
     if not (run / "config.yaml").is_file():
         raise MissingArtefact(f"{relative(run)} is no run; see outputs/ for those there are")
@@ -24,14 +32,15 @@ def export(arguments: list[str]) -> int:
     method = settings.get("method", config.methods[0])
     try:
         seed, t = (int(settings.get(k, v)) for k, v in (("seed", 0), ("iteration", config.rounds(method))))
-    except (ValueError, KeyError):
+    except ValueError:
         raise ConfigError(f"export: no such method, seed or iteration: {settings}") from None
-    policy = Stage("03_train", run, method, seed, t).path("adapter")
+    policy = Stage(run, method, seed, t, config).folder_of(t) / "adapter"
     if not policy.is_dir():
         raise MissingArtefact(f"{relative(policy)} is missing; run that iteration first")
     if target.exists() and any(target.iterdir()):
         raise ConfigError(f"export: {target} is not empty; name a new folder")
-    load.export(config.model, policy, target)
+    # By name, so that publishing does not wait for torch.
+    load_object("irpo_utils.model.load:export")(config.model, policy, target)
     print(f'{target}: load it with AutoModelForCausalLM.from_pretrained("{target}", dtype="bfloat16")')
     return 0
 
@@ -41,28 +50,27 @@ def publish(run: Path) -> None:
 
     Of several methods the first has all its notebooks published (of seed 0), the others those that it has not.
     Of a run on a benchmark the notebooks that show problems are left out: its records are others' to publish.
+
+    Raises:
+        MissingArtefact: the run holds no results.
     """
     target = OUTPUTS / "reference" / run.name
-    kept = [
-        p
-        for pattern in ("*.csv", "*.png", "table.txt", "methods.txt", "config.yaml", "*.ipynb")
-        for p in sorted(run.glob(pattern))
-    ]
     config = read_config(run / "config.yaml") if (run / "config.yaml").exists() else None
     first = config.methods[0] if config else "*"
     notebooks = ("m0/seed_0/*", f"{first}/seed_0/iteration_*/*", "*/seed_0/iteration_*/0?b_*")
+    kept = [p for pattern in TABLES for p in sorted(run.glob(pattern))]
     kept += sorted({p for pattern in notebooks for p in run.glob(f"{pattern}.ipynb")})
-    kept += [p for name in ("evaluation", "audit", "training", "reward") for p in sorted(run.rglob(f"{name}.json"))]
+    kept += [p for name in FACTS for p in sorted(run.rglob(f"{name}.json"))]
     if config and config.task.name != "word_problems":
-        kept = [p for p in kept if p.suffix != ".ipynb" or p.stem in ("03_train", "05_report")]
+        kept = [p for p in kept if p.suffix != ".ipynb" or p.stem in WITHOUT_PROBLEMS]
     if not any(p.suffix == ".csv" for p in kept):
         raise MissingArtefact(f"{relative(run)} holds nothing to publish; run it first")
     shutil.rmtree(target, ignore_errors=True)
     for path in kept:
         if not path.name.startswith("."):
-            (target / path.relative_to(run)).parent.mkdir(parents=True, exist_ok=True)
             copy = target / path.relative_to(run)
-            if path.suffix in (".ipynb", ".html"):  # papermill notes where the files lay on this machine
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            if path.suffix == ".ipynb":  # papermill notes where the files lay on this machine
                 write_text(copy, path.read_text().replace(f"{NOTEBOOKS.parent}/", ""))
             else:
                 shutil.copyfile(path, copy)

@@ -3,31 +3,49 @@
 from __future__ import annotations
 
 import json
-import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from ..files import read_jsonl
-from ..methods.recipes import methods
-from ..metrics import wilson
+from ..files import MissingArtefact, read_jsonl, relative
+from ..methods.recipes import Round
+from ..metrics import sign_test, wilson
 from ..run.config import Config
-from ..run.store import Stage, arms, plan
+from ..run.stages import method_seeds, plan
+from ..run.stages.evaluate import EvaluateStage, read_evaluation
+from ..run.stages.pairs import PairsStage
+from ..run.stages.train import TrainStage
+from ..run.store import Stage
 
 KEYS = ["run", "method", "seed", "iteration", "split"]
 MEASURES = ["problems", "greedy", "greedy_low", "greedy_high"]
+KS = (1, 2, 4, 8, 16, 32)
+# Columns of the metrics as the table names them.
+LABELS = {
+    "greedy": "greedy",
+    "greedy_flexible": "flexible",
+    "steps_right": "steps",
+    "right_for_wrong_reason": "lucky",
+    **{f"{name}{k}": f"{name}@{k}" for name in ("maj", "pass") for k in KS},
+}
+AUDITED = ("none_right", "all_right", "unparsed", "duplicates", "over_long", "pairs")
 
 
 def columns(config: Config) -> list[str]:
     """The columns of metrics.csv; maj and pass are at the largest k that the samples allow, 32 at most."""
-    k = max(k for k in (1, 2, 4, 8, 16, 32) if k <= config.evaluation.samples)
+    k = max(k for k in KS if k <= config.evaluation.samples)
     loose = [] if config.task.name == "word_problems" else ["greedy_flexible"]
     return [*KEYS, *MEASURES, *loose, f"maj{k}", f"pass{k}"]
 
 
 def metrics_table(run: str, rows: list[dict[str, Any]], config: Config) -> pd.DataFrame:
-    """One row per evaluated model and split; fractions. `columns` are those of metrics.csv; the embedded task has two more."""
+    """One row per evaluated model and split; fractions. `columns` are those of metrics.csv; the embedded task has two more.
+
+    Args:
+        run: its name. rows: as `run.stages.evaluations` gives them.
+    """
     names = [*columns(config)[len(KEYS) :], "steps_right", "right_for_wrong_reason"]
     flat = [
         {
@@ -42,119 +60,149 @@ def metrics_table(run: str, rows: list[dict[str, Any]], config: Config) -> pd.Da
     return pd.DataFrame(flat)
 
 
-def summary_table(metrics: pd.DataFrame) -> pd.DataFrame:
+def summary_table(metrics: pd.DataFrame, config: Config) -> pd.DataFrame:
     """Test accuracy by method and iteration in percent: mean over seeds, and the standard deviation where there are several."""
     test = metrics[metrics.split == "test"]
-    out = []
-    base = test[test.iteration == 0].drop_duplicates("seed")
-    groups = [("M_0", 0, base)]
     trained = test[test.iteration > 0]
-    for name, recipe in methods().items():
-        mine = trained[trained.method == name]
-        groups += [(recipe.label, t, group) for t, group in mine.groupby("iteration")]
-    told = {"greedy_flexible": "flexible", "steps_right": "steps", "right_for_wrong_reason": "lucky"}
-    told |= {f"{name}{k}": f"{name}@{k}" for name in ("maj", "pass") for k in (1, 2, 4, 8, 16, 32)}
-    shown = [c for c in metrics.columns if (c == "greedy" or c in told) and metrics[c].notna().any()]
-    for method, t, group in groups:
-        row = {"method": method, "iteration": t, "seeds": group.seed.nunique()}
-        for name in shown:
-            label = told.get(name, name)
-            values = group[name].dropna() * 100
-            spread = f" ± {values.std():.1f}" if len(values) > 1 else ""
-            row[label] = f"{values.mean():.1f}{spread}" if len(values) else "-"
-        out.append(row)
-    return pd.DataFrame(out)
+    groups = [("M_0", 0, test[test.iteration == 0].drop_duplicates("seed"))]
+    for name, recipe in config.catalogue.items():
+        own = trained[trained.method == name]
+        groups += [(recipe.label, t, group) for t, group in own.groupby("iteration")]
+    names = [c for c in metrics.columns if c in LABELS and metrics[c].notna().any()]
+    rows = []
+    for label, t, group in groups:
+        row = {"method": label, "iteration": t, "seeds": group.seed.nunique()}
+        rows.append(row | {LABELS[name]: percent(group[name]) or "-" for name in names})
+    return pd.DataFrame(rows)
+
+
+def percent(values: pd.Series) -> str:
+    """The mean of fractions in percent, ± their sample standard deviation where there are several; "" for none."""
+    values = values.dropna() * 100
+    if not len(values):
+        return ""
+    return f"{values.mean():.1f}" + (f" ± {values.std():.1f}" if len(values) > 1 else "")
 
 
 def training_curves(run: Path, config: Config) -> dict[str, list[dict[str, float]]]:
     """Method -> the first iteration's steps (seed 0), for methods that make pairs of right and wrong, or imitate their winners."""
     curves = {}
     for method in config.methods:
-        path = Stage("03_train", run, method, 0, 1).path("steps.jsonl")
-        if methods()[method].round(1).selection in ("pairs", "chosen") and len(methods()[method].kinds) == 1:
+        rounds = config.recipe(method).rounds
+        if rounds[0].selection in ("pairs", "chosen") and len(rounds) == 1:
+            path = TrainStage(run, method, 0, 1, config).path("steps.jsonl")
             curves[method] = read_jsonl(path, "03_train.ipynb")
     return curves
 
 
+def all_rounds(config: Config) -> Iterator[tuple[str, int, int, Round]]:
+    """Every (method, seed, iteration t > 0) of a run, with the choices of that round."""
+    for method, seed in method_seeds(config):
+        for t in range(1, config.rounds(method) + 1):
+            yield method, seed, t, config.recipe(method).round(t)
+
+
+def read_facts(stage: Stage, file: str) -> dict[str, Any]:
+    """What a stage left in a JSON file. Raises MissingArtefact, which names the notebook that writes it."""
+    path = stage.path(file)
+    if not path.exists():
+        raise MissingArtefact(f"{relative(path)} is missing; run notebooks/{stage.name}.ipynb for it, or ./run_all.sh")
+    return json.loads(path.read_text())
+
+
 def audit_table(run: Path, config: Config) -> pd.DataFrame:
     """The pair audits, a row per method, seed and iteration."""
-    out = []
-    for method, seed in arms(config):
-        for t in range(1, config.rounds(method) + 1):
-            if methods()[method].round(t).loss == "extrapolate":
-                continue
-            audit = json.loads(Stage("02_pairs", run, method, seed, t).path("audit.json").read_text())
-            training = json.loads(Stage("03_train", run, method, seed, t).path("training.json").read_text())
-            keys = ("none_right", "all_right", "unparsed", "duplicates", "over_long", "pairs")
-            share = f"{audit['right'] / audit['samples']:.1%}" if audit.get("samples") else ""
-            facts = (
-                {"right samples": share}
-                | {k: audit.get(k, "") for k in keys}
-                | {"length gap": f"{audit['length_gap']:+.1f}" if "length_gap" in audit else ""}
-            )
-            out.append({"method": method, "seed": seed, "iteration": t, **facts, "best step": training["best_step"]})
-    return pd.DataFrame(out)
+    rows = []
+    for method, seed, t, choices in all_rounds(config):
+        if not choices.trains:
+            continue
+        audit = read_facts(PairsStage(run, method, seed, t, config), "audit.json")
+        training = read_facts(TrainStage(run, method, seed, t, config), "training.json")
+        rows.append(
+            {
+                "method": method,
+                "seed": seed,
+                "iteration": t,
+                "right samples": f"{audit['right'] / audit['samples']:.1%}" if audit.get("samples") else "",
+                **{k: audit.get(k, "") for k in AUDITED},
+                "length gap": f"{audit['length_gap']:+.1f}" if "length_gap" in audit else "",
+                "best step": training["best_step"],
+            }
+        )
+    return pd.DataFrame(rows)
 
 
-def in_words(run: Path, config: Config) -> list[str]:
-    """What the last model's test accuracy says against M_0's, and what it does not, for every method.
+def gains_in_words(run: Path, config: Config) -> list[str]:
+    """What the last model's test accuracy says against M_0's, and what it does not, a text for each method.
 
     Both models answered the same problems, so the ones that changed are compared, all seeds together: an exact sign test.
     """
-    return [_in_words(run, config, method) for method in config.methods]
+    audits = audit_table(run, config)
+    texts = []
+    for method in config.methods:
+        gain, right, total = _gain(run, config, method)
+        chance = _against_chance(run, config, method, right, total)
+        texts.append(gain + chance + _right_samples(audits, config, method))
+    return texts
 
 
-def _in_words(run: Path, config: Config, method: str) -> str:
-    last, gained, lost, total, right = config.rounds(method), 0, 0, 0, [0, 0]
+def _gain(run: Path, config: Config, method: str) -> tuple[str, int, int]:
+    """What changed from M_0 to the last model; how many test answers of the latter are right, and of how many."""
+    last = config.rounds(method)
+    gained, lost, total, right_before, right_after = 0, 0, 0, 0, 0
     for seed in range(config.seeds):
-        first, final = (
-            {r["problem"]: r["greedy"] == 1 for r in read_jsonl(Stage("04_evaluate", run, method, seed, t).path("judged.jsonl")) if r["split"] == "test"}
-            for t in (0, last)
-        )  # fmt: skip
-        gained += sum(final[name] and not first[name] for name in first)
-        lost += sum(first[name] and not final[name] for name in first)
-        total += len(first)
-        right = [right[0] + sum(first.values()), right[1] + sum(final.values())]
+        before, after = (_right_problems(run, config, method, seed, t) for t in (0, last))
+        gained += sum(after[name] and not before[name] for name in before)
+        lost += sum(before[name] and not after[name] for name in before)
+        total += len(before)
+        right_before += sum(before.values())
+        right_after += sum(after.values())
     p = sign_test(gained, lost)
     verdict = f"no change can be shown with {total} answers" if p >= 0.05 else "a gain" if gained > lost else "a loss"
-    told = (
-        f"{methods()[method].label}: {right[0] / total:.1%} of the test answers are right before (M_0), {right[1] / total:.1%} after (M_{last}). "
+    text = (
+        f"{config.recipe(method).label}: {right_before / total:.1%} of the test answers are right before (M_0), "
+        f"{right_after / total:.1%} after (M_{last}). "
         f"{gained} turned right and {lost} wrong: {verdict} (sign test, p = {p:.2g})."
     )
-    summary = json.loads(Stage("04_evaluate", run, method, 0, last).path("evaluation.json").read_text())["test"]
-    if "chance" in summary:
-        low, high = wilson(right[1], total)
-        same = (
-            "is not known to do better"
-            if low <= summary["chance"] <= high
-            else "does better"
-            if low > summary["chance"]
-            else "does worse"
-        )
-        told += f" Guessing has {summary['chance']:.1%}; M_{last} {same} (95 % interval {low:.1%} to {high:.1%})."
-    shares = [
-        r["right samples"]
-        for r in audit_table(run, config).to_dict("records")
-        if r["method"] == method and r["seed"] == 0
-    ]
-    same_temperature = len({config.temperature(t) for t in range(1, last + 1)}) == 1
-    if len(shares) > 1 and all(shares) and same_temperature:
-        told += (
-            " Right samples on the training problems: " + ", ".join(f"{x} (M_{t})" for t, x in enumerate(shares)) + "."
-        )
-    return told
+    return text, right_after, total
 
 
-def sign_test(gained: int, lost: int) -> float:
-    """Two-sided exact p of so uneven a split of `gained` + `lost` changes if either way were equally likely."""
-    n, k = gained + lost, min(gained, lost)
-    return min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n)
+def _right_problems(run: Path, config: Config, method: str, seed: int, t: int) -> dict[str, bool]:
+    """Test problem -> whether the greedy answer of M_t is right."""
+    rows = read_jsonl(EvaluateStage(run, method, seed, t, config).path("responses.jsonl"), "04_evaluate.ipynb")
+    return {r["problem"]: r["greedy"] == 1 for r in rows if r["split"] == "test"}
+
+
+def _against_chance(run: Path, config: Config, method: str, right: int, total: int) -> str:
+    """Whether the last model does better than guessing, for a task that knows how often a guess is right."""
+    last = config.rounds(method)
+    chance = read_evaluation(EvaluateStage(run, method, 0, last, config))["test"].get("chance")
+    if chance is None:
+        return ""
+    low, high = wilson(right, total)
+    verdict = "is not known to do better"
+    if low > chance:
+        verdict = "does better"
+    elif high < chance:
+        verdict = "does worse"
+    return f" Guessing has {chance:.1%}; M_{last} {verdict} (95 % interval {low:.1%} to {high:.1%})."
+
+
+def _right_samples(audits: pd.DataFrame, config: Config, method: str) -> str:
+    """How many samples were right round by round (seed 0), where every round sampled at the same temperature."""
+    own = audits[(audits.method == method) & (audits.seed == 0)]
+    shares = list(own["right samples"])
+    temperatures = {config.temperature(t) for t in range(1, config.rounds(method) + 1)}
+    if len(shares) < 2 or not all(shares) or len(temperatures) > 1:
+        return ""
+    each = ", ".join(f"{share} (M_{t})" for t, share in enumerate(shares))
+    return f" Right samples on the training problems: {each}."
 
 
 def timing_table(run: Path, config: Config) -> pd.DataFrame:
     """Seconds of every stage notebook, kernel start included. A stage that methods share counts once."""
     seen: dict[Path, dict[str, Any]] = {}
-    for method, seed in arms(config):
+    for method, seed in method_seeds(config):
         for stage in plan(config, run, method, seed):
             notebook = stage.folder / f"{stage.name}.ipynb"
             if notebook.exists():

@@ -1,12 +1,12 @@
 """Metrics against cases that can be counted by hand."""
 
-from itertools import combinations
+from itertools import combinations, product
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from irpo_utils.metrics import auc, bootstrap, majority, pass_at_k, ranking, step_summary, summarize, wilson
+from irpo_utils.metrics import auc, bootstrap, majority, pass_at_k, ranking, sign_test, step_summary, summarize, wilson
 
 
 @given(st.integers(1, 9).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n), st.integers(1, n))))
@@ -86,8 +86,21 @@ def test_ranking_counts_the_pairs(problems):
 
 def test_the_interval_of_an_auc_narrows_with_problems_not_with_samples():
     """Scores that follow the problem, not the response: every sample of a problem adds nothing."""
-    width = lambda problems: ranking(problems)["auc_high"] - ranking(problems)["auc_low"]  # noqa: E731
-    problem = lambda i, n: ([i % 7] * n, [i * 5 % 11 < 5] * n)  # noqa: E731
+
+    def width(problems):
+        interval = ranking(problems)
+        return interval["auc_high"] - interval["auc_low"]
+
+    def problem(i, n):
+        return [i % 7] * n, [i * 5 % 11 < 5] * n
+
     few, more = [problem(i, 1) for i in range(30)], [problem(i, 40) for i in range(30)]
     assert width(more) == pytest.approx(width(few))
     assert width([problem(i, 1) for i in range(300)]) < 0.6 * width(few)
+
+
+@given(st.integers(0, 6), st.integers(0, 6))
+def test_sign_test_counts_the_splits(gained, lost):
+    splits = [sum(signs) for signs in product((0, 1), repeat=gained + lost)]
+    as_uneven = sum(abs(2 * s - gained - lost) >= abs(gained - lost) for s in splits)
+    assert sign_test(gained, lost) == pytest.approx(as_uneven / len(splits))
