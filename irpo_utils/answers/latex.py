@@ -20,110 +20,30 @@ _SPACES = re.compile(
 _TEXT = re.compile(r"\\(?:text(?:bf|it|rm|normal|tt)?|mbox|mathrm|mathbf|mathit|operatorname)\s*\{([^{}]*)\}")
 _UNIT_TEXT = re.compile(_TEXT.pattern + r"\s*(?:\^\s*\{?\s*[0-9]\s*\}?)?")
 _WORDS = re.compile(r"[a-z][a-z' -]*[a-z]")
-_UNITS = frozenset(
-    [
-        "cm",
-        "mm",
-        "km",
-        "in",
-        "inch",
-        "inches",
-        "ft",
-        "foot",
-        "feet",
-        "yd",
-        "yard",
-        "yards",
-        "mi",
-        "mile",
-        "miles",
-        "meter",
-        "meters",
-        "metre",
-        "metres",
-        "centimeter",
-        "centimeters",
-        "kilometer",
-        "kilometers",
-        "unit",
-        "units",
-        "sq",
-        "square",
-        "cubic",
-        "degree",
-        "degrees",
-        "deg",
-        "radian",
-        "radians",
-        "second",
-        "seconds",
-        "sec",
-        "minute",
-        "minutes",
-        "min",
-        "hour",
-        "hours",
-        "hr",
-        "hrs",
-        "day",
-        "days",
-        "week",
-        "weeks",
-        "month",
-        "months",
-        "year",
-        "years",
-        "dollar",
-        "dollars",
-        "cent",
-        "cents",
-        "pound",
-        "pounds",
-        "lb",
-        "lbs",
-        "ounce",
-        "ounces",
-        "oz",
-        "gram",
-        "grams",
-        "kg",
-        "kilogram",
-        "kilograms",
-        "mph",
-        "kph",
-        "liter",
-        "liters",
-        "litre",
-        "litres",
-        "gallon",
-        "gallons",
-        "percent",
-        "people",
-        "students",
-        "ways",
-        "times",
-        "points",
-        "books",
-        "marbles",
-        "socks",
-        "cubes",
-        "per",
-    ]
-)  # other words after a number are letters that are multiplied: 5ab
+# Other words after a number are letters that are multiplied: 5ab.
+_UNIT_WORDS = """
+    cm mm km in inch inches ft foot feet yd yard yards mi mile miles meter meters metre metres centimeter centimeters
+    kilometer kilometers unit units sq square cubic degree degrees deg radian radians
+    second seconds sec minute minutes min hour hours hr hrs day days week weeks month months year years
+    dollar dollars cent cents pound pounds lb lbs ounce ounces oz gram grams kg kilogram kilograms mph kph
+    liter liters litre litres gallon gallons percent
+    people students ways times points books marbles socks cubes per
+"""
+_UNITS = frozenset(_UNIT_WORDS.split())
 _FUNCTIONS = re.compile(r"pi|sqrt|sin|cos|tan|cot|sec|csc|log|ln|exp|e|infty|infinity|frac|cup|cap|mod|and|or|in|i")
-_UNIT = re.compile(
-    r"([-+]?(?:[0-9][0-9.,]*|\\frac\{-?[0-9]+\}\{[0-9]+\}))\s*((?:[a-zA-Z]{2,}\.?\s*){1,4}(?:\^\{?[23]\}?)?)"
-)
+_UNIT = re.compile(r"([-+]?[0-9][0-9.,]*)\s*((?:[a-zA-Z]{2,}\s*){1,4}(?:\^\{?[23]\}?)?)")
 _NUMBER = re.compile(r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)")
 _RATIO = re.compile(r"([-+]?)(?:\\frac\{([-+]?[0-9]+)\}\{([0-9]+)\}|([0-9]+)/([0-9]+))")
-_MIXED = re.compile(r"([-+]?)([0-9]+)(?:\\frac\{([0-9]+)\}\{([0-9]+)\}|(?: |\\ )([0-9]+)/([0-9]+))")
+_MIXED = re.compile(r"([-+]?)([0-9]+)(?:\\frac\{([0-9]+)\}\{([0-9]+)\}| ([0-9]+)/([0-9]+))")
 _PERIODIC = re.compile(r"([-+]?)([0-9]*)\.([0-9]*)\\overline\{([0-9]+)\}")
 _THOUSANDS = re.compile(r"[-+]?[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?")
 _SAME = {
     "\\dfrac": "\\frac", "\\tfrac": "\\frac", "\\cfrac": "\\frac", "\\leq": "\\le", "\\geq": "\\ge", "\\neq": "\\ne",
     "\\varnothing": "\\emptyset", "\\cdot": "*", "\\times": "*", "\\lbrace": "\\{", "\\rbrace": "\\}", "\\mid": "|",
-    "\\pmb": "", "π": "\\pi", "∞": "\\infty", "√": "\\sqrt", "≤": "\\le", "≥": "\\ge", "∪": "\\cup", "∅": "\\emptyset",
-    "²": "^2", "³": "^3", "½": "\\frac{1}{2}", "¼": "\\frac{1}{4}", "¾": "\\frac{3}{4}", "−": "-", "–": "-", "×": "*", "·": "*", "°": "", "\\degree": "", "\\$": "", "\\%": "", "%": "", "{,}": ",",
+    "\\pmb": "", "π": "\\pi", "∞": "\\infty", "√": "\\sqrt", "≤": "\\le", "≥": "\\ge", "∪": "\\cup",
+    "∅": "\\emptyset",
+    "²": "^2", "³": "^3", "½": "\\frac{1}{2}", "¼": "\\frac{1}{4}", "¾": "\\frac{3}{4}", "−": "-", "–": "-", "×": "*",
+    "·": "*", "°": "", "\\degree": "", "\\%": "", "%": "", "{,}": ",",
 }  # fmt: skip
 _COMMAND = re.compile(
     "|".join(
@@ -132,21 +52,16 @@ _COMMAND = re.compile(
     )
 )
 _BARE_FRACTION = re.compile(r"\\frac\s*(?:([0-9a-z])\s*([0-9a-z])|([0-9a-z])\s*\{([^{}]*)\}|\{([^{}]*)\}\s*([0-9a-z]))")
-_NAME = re.compile(r"(?:[a-zA-Z]|[a-zA-Z]\([a-z]\)|\\theta|\\alpha|[a-zA-Z]_\{?[0-9a-z]\}?)\s*(?:=|\\in(?![a-zA-Z]))")
+_NAME = re.compile(r"[a-zA-Z]\s*=")
 
 
 def unwrap(text: str) -> str:
-    r"""The mathematics of a marked answer: without `\boxed`, the dollar signs or brackets around it, and the full stop."""
+    r"""The mathematics of a marked answer: without `\boxed`, dollar signs or brackets around it, and the full stop."""
     text = text.strip().replace("\\$", "")
     text = boxed(text) or text
-    text = _unbraced(text)
-    if text.count("$") % 2:
-        text = text.replace("$", "")  # one dollar sign is money
     parts = [part for part in re.findall(r"\$+([^$]+)\$+|\\\((.+?)\\\)|\\\[(.+?)\\\]", text[:2000])]
     inside = [next(x for x in part if x).strip() for part in parts]
-    if len(inside) == 1:
-        text = inside[0]
-    elif inside and not any(re.search(r"[-+*/=]$", part) for part in inside):
+    if inside:
         text = ", ".join(inside)
     return _unbraced(text.replace("$", "").strip().rstrip(".").strip())
 
@@ -161,32 +76,24 @@ def normal(text: str) -> str:
     """An answer in a common spelling, spaces gone. What is equal is equal; what differs may still be the same."""
     text = unwrap(text)
     text = re.sub(r"(?<=[0-9])(?:\{,\}|,\\!)(?=[0-9]{3})", "", text)  # 5,\!525 and 5{,}525
-    text = _COMMAND.sub(lambda m: _SAME[m[0]], _SPACES.sub(" " if "\\ " in text else "", text))
+    text = _COMMAND.sub(lambda m: _SAME[m[0]], _SPACES.sub("", text))
     text = re.sub(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![a-zA-Z]))", "", text)
-    for _ in range(3):
-        text = _BARE_FRACTION.sub(
-            lambda m: "\\frac{{{}}}{{{}}}".format(*tuple(g for g in m.groups() if g is not None)), text
-        )
+    text = _BARE_FRACTION.sub(lambda m: "\\frac{{{}}}{{{}}}".format(*(g for g in m.groups() if g is not None)), text)
     text = re.sub(r"\\sqrt\s*([0-9a-zA-Z])", r"\\sqrt{\1}", text)
     texts = [m.strip() for m in _TEXT.findall(text)]
     without = _UNIT_TEXT.sub(" ", text).strip()
-    if (
-        texts
-        and without
-        and not any(t.lower() in ("and", "or", ",") for t in texts)
-        and re.search(r"[0-9a-zA-Z]", without)
-    ):
+    if re.search(r"[0-9a-zA-Z]", without) and not any(t.lower() in ("and", "or") for t in texts):
         text = without  # a unit
     else:
         text = _TEXT.sub(lambda m: "," if m[1].strip().lower() in ("and", "or") else m[1], text)
     text = re.sub(r"(?:\s*,)+", ",", re.sub(r"\s+(?:and|or)\s+", ",", text)).strip().rstrip(".").strip()
     unit = _UNIT.fullmatch(text)
-    if unit and all(word.lower().rstrip(".") in _UNITS for word in re.findall(r"[a-zA-Z.]+", unit[2])):
+    if unit and all(word.lower() in _UNITS for word in re.findall(r"[a-zA-Z]+", unit[2])):
         text = unit[1]
-    if text.count("=") + len(re.findall(r"\\in(?![a-zA-Z])", text)) == 1 and (name := _NAME.match(text)):
-        text = text[name.end() :]
-    if _MIXED.fullmatch(text.strip()) is None:
-        text = re.sub(r"\s+", "", text) if not re.fullmatch(r"[A-Za-z][A-Za-z' .-]+", text) else text.lower()
+    if name := _NAME.match(text):
+        text = text[name.end() :].strip()
+    if _MIXED.fullmatch(text) is None:  # the space of "1 1/2" counts
+        text = re.sub(r"\s+", "", text)
     if _THOUSANDS.fullmatch(text):
         text = text.replace(",", "")
     text = re.sub(r"([\^_])\{([0-9a-zA-Z])\}", r"\1\2", text)
@@ -209,7 +116,7 @@ def rational(text: str) -> Fraction | None:
             int(f"{whole}{fixed}{again}") - int(f"{whole}{fixed}" or 0), (10 ** len(again) - 1) * 10 ** len(fixed)
         )
         return -value if periodic[1] == "-" else value
-    if mixed := _MIXED.fullmatch(text.strip()):
+    if mixed := _MIXED.fullmatch(text):
         top, bottom = mixed[3] or mixed[5], mixed[4] or mixed[6]
         value = int(mixed[2]) + Fraction(int(top), int(bottom)) if int(bottom) else None
         return -value if value is not None and mixed[1] == "-" else value
@@ -218,19 +125,12 @@ def rational(text: str) -> Fraction | None:
 
 def elements(text: str) -> list[str]:
     """A normal answer split at its commas outside of all brackets."""
-    parts, depth, start, i = [], 0, 0, 0
-    while i < len(text):
-        if text[i] == "\\" and text[i + 1 : i + 2] in ("{", "}"):
-            depth += 1 if text[i + 1] == "{" else -1
-            i += 1
-        elif text[i] in "([{":
-            depth += 1
-        elif text[i] in ")]}":
-            depth -= 1
-        elif text[i] == "," and depth == 0:
+    parts, depth, start = [], 0, 0
+    for i, c in enumerate(text):
+        depth += (c in "([{") - (c in ")]}")
+        if c == "," and depth == 0:
             parts.append(text[start:i])
             start = i + 1
-        i += 1
     return [*parts, text[start:]]
 
 
@@ -239,7 +139,7 @@ def signed(parts: list[str]) -> list[str]:
     out = []
     for part in parts:
         several = part.count("\\pm") == 1
-        out += [part.replace("\\pm", sign).removeprefix("+") for sign in "+-"] if several else [part]
+        out += [part.replace("\\pm", sign) for sign in "+-"] if several else [part]
     return out
 
 
@@ -248,11 +148,11 @@ def _bracketed(text: str) -> tuple[str, str, str] | None:
     for opening, closing in (("\\{", "\\}"), ("(", ")"), ("[", "]"), ("(", "]"), ("[", ")")):
         if text.startswith(opening) and text.endswith(closing) and len(text) > len(opening) + len(closing):
             inside, depth = text[len(opening) : len(text) - len(closing)], 0
-            for c in inside.replace("\\{", "(").replace("\\}", ")"):
+            for c in inside:
                 depth += (c in "([{") - (c in ")]}")
                 if depth < 0:
                     return None
-            return (opening, inside, closing) if depth == 0 else None
+            return opening, inside, closing
     return None
 
 
@@ -270,11 +170,10 @@ def decide(first: str, second: str) -> bool | None:
         if letters and not _FUNCTIONS.fullmatch(letters[1].lower()):
             return False  # a product of letters, which math-verify may take for a unit
     products = [re.fullmatch(r"([-+]?[0-9.]*)([a-zA-Z]{2,3})", t) for t in (first, second)]
-    if all(products) and not any(_FUNCTIONS.fullmatch(m[2].lower()) for m in products):
+    if all(products):
         return products[0][1] == products[1][1] and sorted(products[0][2]) == sorted(products[1][2])  # ab = ba
-    words = [_WORDS.fullmatch(t.lower()) is not None and not _FUNCTIONS.fullmatch(t.lower()) for t in (first, second)]
-    if any(words):
-        return first.lower().strip(" .()") == second.lower().strip(" .()")
+    if any(_WORDS.fullmatch(t.lower()) for t in (first, second)):
+        return first.lower() == second.lower()
     if re.fullmatch(r"\(?[A-Za-z]\)?", first) and re.fullmatch(r"\(?[A-Za-z]\)?", second):
         return first.strip("()") == second.strip("()")  # an option
     bases = [re.findall(r"(?<=[0-9])_([0-9]+|\{[0-9]+\})", t) for t in (first, second)]
@@ -319,7 +218,7 @@ def _same_set(left: list[str], right: list[str]) -> bool | None:
 
 
 class Equality:
-    """Answers an "are these the same?" for many pairs; remembers, and asks the symbolic check only where it must."""
+    """Answers "are these the same?" for many pairs; remembers, and asks the symbolic check only where it must."""
 
     def __init__(self, seconds: float = 3.0):
         self.verifier = Verifier(seconds)

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 LONGEST = 1000  # characters of an answer; what is longer is cut, and equals nothing
 MARK = re.compile(r"Final answer:[ \t]*(.*)", re.IGNORECASE)
-# The marks of a final answer, the surest first. What follows one, on its line or on the next that says something, is the
-# answer; `[\s*_]` steps over Markdown's emphasis.
+# The marks of a final answer, the surest first. What follows one is the answer, on its line or on the next that says
+# something; `[\s*_]` steps over Markdown's emphasis.
 MARKS = {
     "final answer": re.compile(r"final\s{1,3}answer(?:[\s*_]{0,6}[:：]|[ \t*_]{0,4}\n)", re.IGNORECASE),
     "boxed": re.compile(r"\\f?box(?:ed)?(?![a-zA-Z])"),
@@ -51,7 +51,10 @@ def braced(text: str, at: int, longest: int = LONGEST) -> str | None:
 
 
 def boxed(text: str) -> str | None:
-    r"""The content of the last whole `\boxed{...}` (or `\fbox{...}`, or `\boxed 5`); of several in a row ("\boxed{5} and \boxed{6}") all."""
+    r"""The content of the last whole `\boxed{...}` (or `\fbox{...}`, or `\boxed 5`).
+
+    Of several in a row ("\boxed{5} and \boxed{6}") all, with commas between them.
+    """
     spans: list[tuple[int, int, str]] = []
     for match in list(MARKS["boxed"].finditer(text))[-20:]:
         at = match.end()
@@ -72,7 +75,7 @@ def boxed(text: str) -> str | None:
 
 
 def candidates(response: str) -> Iterator[str]:
-    """The marked final answers of a response, the surest kind of mark first and of each kind the last, at most one a kind."""
+    """The marked final answers of a response: the last of every kind of mark, the surest kind first."""
     for kind, pattern in MARKS.items():
         if kind == "boxed":
             found = boxed(response)
@@ -84,12 +87,12 @@ def candidates(response: str) -> Iterator[str]:
 
 
 def _after(response: str, at: int) -> str | None:
-    """The answer that stands behind a mark: the rest of its line, or the first of the next lines that says something."""
+    """The answer behind a mark: the rest of its line, or the first of the next lines that says something."""
     for i, line in enumerate(response[at : at + LONGEST].split("\n")[:6]):
-        said = line.strip(" \t*_\r")
-        said = re.sub(r"^[-•] (?=\S)", "", said) if i else said  # a bullet
-        if said.strip(".$") and not _FRAME.fullmatch(said):
-            return boxed(said) or _concluded(said) or None
+        text = line.strip(" \t*_\r")
+        text = re.sub(r"^[-•] (?=\S)", "", text) if i else text  # a bullet
+        if text.strip(".$") and not _FRAME.fullmatch(text):
+            return boxed(text) or _concluded(text) or None
     return None
 
 

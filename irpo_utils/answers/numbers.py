@@ -1,4 +1,4 @@
-"""Find the final answer in a response, and grade it. Right, wrong and *unparsed* are three classes, counted apart.
+"""The number that an answer states, as an exact fraction.
 
 Every pattern is linear in the length of the response, and every repetition in it is bounded: responses are sampled
 text, and some are megabytes of one character.
@@ -10,18 +10,23 @@ import re
 from fractions import Fraction
 from itertools import pairwise
 
-from .marks import (
-    LONGEST,
-)
+from .marks import LONGEST
 
 # A number as people write it: thousands separated by commas or spaces, or not at all. A vulgar fraction (3/4, 1 1/2,
 # \frac{3}{4}) is one number. Letters may follow (5kg), but no digit, "_" or "." with a digit (52_8 is another number).
-_DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,2}(?:,[0-9]{2})+,[0-9]{3}|[0-9]{1,3}(?:'[0-9]{3})+|[0-9]{1,3}(?: [0-9]{3})+(?![0-9/])|[0-9]+)"
+_DIGITS = (
+    r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,2}(?:,[0-9]{2})+,[0-9]{3}|[0-9]{1,3}(?:'[0-9]{3})+"
+    r"|[0-9]{1,3}(?: [0-9]{3})+(?![0-9/])|[0-9]+)"
+)
 NUMBER = re.compile(
     r"(?<![\w.^\\/])(?<![0-9][,'])(?P<sign>[-+])?(?:"
-    r"(?:(?P<whole>[0-9]{1,9})[ -]?)?(?:\\[dtc]?frac\s?\{\s?(?P<top>[0-9]{1,30})\s?\}\s?\{\s?(?P<bottom>[0-9]{1,30})\s?\}|(?<![0-9])(?P<a>[0-9]{1,30})\s?/\s?(?P<b>[0-9]{1,30}))"
+    r"(?:(?P<whole>[0-9]{1,9})[ -]?)?"
+    r"(?:\\[dtc]?frac\s?\{\s?(?P<top>[0-9]{1,30})\s?\}\s?\{\s?(?P<bottom>[0-9]{1,30})\s?\}"
+    r"|(?<![0-9])(?P<a>[0-9]{1,30})\s?/\s?(?P<b>[0-9]{1,30}))"
     rf"|(?P<decimal>{_DIGITS}(?:\.[0-9]+)?|\.[0-9]+)"
-    r")(?P<power>[eE][-+]?[0-9]{1,2}(?![0-9.]))?(?![0-9_²³¹⁰⁴⁵⁶⁷⁸⁹]|['’][0-9]|x(?![a-zA-Z])|\.[0-9]|,[0-9]|/[0-9]|\s?\^|[eE][-+]?[0-9])(?:\s?(?P<scale>thousand|million|billion|trillion)\b|(?-i:(?P<short>[kKM])(?![a-zA-Z])))?",
+    r")(?P<power>[eE][-+]?[0-9]{1,2}(?![0-9.]))?"
+    r"(?![0-9_²³¹⁰⁴⁵⁶⁷⁸⁹]|['’][0-9]|x(?![a-zA-Z])|\.[0-9]|,[0-9]|/[0-9]|\s?\^|[eE][-+]?[0-9])"
+    r"(?:\s?(?P<scale>thousand|million|billion|trillion)\b|(?-i:(?P<short>[kKM])(?![a-zA-Z])))?",
     re.IGNORECASE,
 )
 _SCALES = {"": 1, "k": 10**3, "m": 10**6, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
@@ -36,19 +41,23 @@ _NOISE = re.compile(r"\\[,!;:]|\\ |\\text(?:bf|it|rm)?\b|\\math(?:rm|bf)\b|\\lef
 # Stars of Markdown: on the outer side of what they emphasise there is nothing, or a space, or punctuation.
 _STARS = re.compile(r"(?<!\S)\*{1,3}(?=\S)|(?<=[^\s*])\*{1,3}(?=[\s.,;:!?)]|$)")
 _OPERATOR = re.compile(r"\s?[-+*/×÷·^x]{1,3}\s?")
-# What ends one quantity and begins another, or hedges: "5 or 6", "5 hours and 30 minutes", "5-6", "3:30", "5 minutes 30 seconds".
+# What ends one quantity and begins another, or hedges: "5 or 6", "5 hours and 30 minutes", "5-6", "3:30",
+# "5 minutes 30 seconds".
 _SECOND = re.compile(
     r"\b(?:or|and|to|versus|vs|actually|wait|recheck)\b|[-:;&/~'’]\s?[0-9]|,\s"
     r"|^\s?(?!(?:in|for|per|of|after|over|by|at|on|from|with|every|each)\b)[a-zA-Z]+\s[0-9.]+\s?[a-zA-Z]",
     re.IGNORECASE,
 )
-# What makes of a number the beginning of an expression, or of another number: "18 × 10^3", "7 times 3", "half of 18", "> 18".
+# What makes a number the beginning of an expression, or part of another number: "18 × 10^3", "7 times 3",
+# "half of 18", "> 18".
 _UNFINISHED = re.compile(
-    r"\s?(?:[*×÷·^+/]\s?\S|(?:times|plus|minus|divided by|multiplied by|less than|more than)\s\$?[0-9]|and an? (?:half|third|quarter)\b)",
+    r"\s?(?:[*×÷·^+/]\s?\S|(?:times|plus|minus|divided by|multiplied by|less than|more than)\s\$?[0-9]"
+    r"|and an? (?:half|third|quarter)\b)",
     re.IGNORECASE,
 )
 _NOT_ITSELF = re.compile(
-    r"√|\\sqrt|[<>≤≥]|^not\b|\b(?:less|more|greater|fewer) than [0-9]|\b(?:half|third|quarter|twice|double|triple) (?:of|as|the) [0-9]",
+    r"√|\\sqrt|[<>≤≥]|^not\b|\b(?:less|more|greater|fewer) than [0-9]"
+    r"|\b(?:half|third|quarter|twice|double|triple) (?:of|as|the) [0-9]",
     re.IGNORECASE,
 )
 _EQUALS = re.compile(r"=|≈|\\approx(?![a-zA-Z])")
@@ -62,7 +71,7 @@ def _tidy(text: str) -> str:
     text = text[:LONGEST].translate(_PLAIN)
     if _digits(text):  # most answers
         return text
-    text = _NOISE.sub(" ", text.replace("{,}", ",").replace(",\\!", ",").replace("\\%", "%"))
+    text = _NOISE.sub(" ", text.replace("{,}", ",").replace(",\\!", ","))
     text = _STARS.sub(" ", re.sub(r"\s{1,}", " ", text).strip())
     text = re.sub(r"\\[dtc]?frac\s?([0-9])\s?([0-9])", r"\1/\2", re.sub(r"\bRs\.?\s?", " ", text))
     text = re.split(r",? (?:and )?not ", text, maxsplit=1)[0] or text  # "20, not 18"

@@ -1,8 +1,8 @@
 """math-verify in worker processes that can be killed: a limit on CPU time, on memory, and on the wall clock.
 
 math-verify's own limits are signals, which work in a main thread only and do not stop native code. Here a worker
-(`python -m irpo_utils.answers.verify`) reads a pair a line, writes 1 or 0, and dies when its CPU timer fires. A hostile answer
-(a power tower) costs one worker, which the next question starts anew.
+(`python -m irpo_utils.answers.verify`) reads a pair a line, writes 1 or 0, and dies when its CPU timer fires. A hostile
+answer (a power tower) costs one worker, which the next question starts anew.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class Verifier:
         atexit.register(self.close)
 
     def __call__(self, pairs: list[tuple[str, str]]) -> list[bool]:
-        """For every (answer, gold), whether math-verify finds them equal; a question that it does not finish is a no."""
+        """For every (answer, gold), whether math-verify finds them equal; one that it does not finish is a no."""
         idle: SimpleQueue[Worker] = SimpleQueue()
         for worker in self.workers:
             idle.put(worker)

@@ -1,9 +1,10 @@
 """python -m irpo_utils grade --task gsm8k|math|arc_challenge|mmlu_math|mbpp|humaneval [--flexible] FILE.jsonl
 
-Grades any file of records {"response": "...", "gold": "..."} (for arc_challenge optionally "choices", as upstream). Programs
-are run on tests: {"response": "...", "task_id": 11}, or the upstream fields of the problem in place of its task_id
-("test_list" for mbpp; "prompt", "entry_point" and "test" for humaneval).
-Writes {"extracted": ..., "correct": true|false|null} a line to standard output, in order, and a summary to standard error.
+Grades any file of records {"response": "...", "gold": "..."} (for arc_challenge optionally "choices", as upstream).
+Programs are run on tests: {"response": "...", "task_id": 11}, or the upstream fields of the problem in place of its
+task_id ("test_list" for mbpp; "prompt", "entry_point" and "test" for humaneval).
+Writes {"extracted": ..., "correct": true|false|null} a line to standard output, in order, and a summary to standard
+error.
 """
 
 from __future__ import annotations
@@ -14,12 +15,11 @@ import os
 import sys
 from pathlib import Path
 
-from ..extras.code.sandbox import Refused
-from ..settings import EXECUTIONS
+from ..settings import EXECUTIONS, TaskConfig
 from ..tasks import get_task
-from ..tasks.base import Problem
+from ..tasks.base import CannotGrade, Problem
 from ..tasks.grading import Verdict, grade
-from ..settings import TaskConfig
+from ..tasks.records import RecordTask
 
 GRADED = ("gsm8k", "math", "arc_challenge", "mmlu_math", "mbpp", "humaneval")
 
@@ -28,10 +28,10 @@ class Malformed(ValueError):
     """A line of the file cannot be graded; the message names it."""
 
 
-def read_records(path: Path, task) -> tuple[list[str], list[Problem]]:
-    """The responses of a file and, for each, a problem that holds its gold answer or its tests. Raises Malformed, OSError.
+def read_records(path: Path, task: RecordTask) -> tuple[list[str], list[Problem]]:
+    """The responses of a file and, for each, a problem that holds its gold answer or its tests.
 
-    Lines with the same gold answer and choices share one problem.
+    Lines with the same gold answer and choices share one problem. Raises Malformed, OSError.
     """
     responses, problems, posed = [], [], {}
     by_gold = '"gold"' in task.graded_on
@@ -90,7 +90,7 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     task = get_task(TaskConfig(name=options.task, test=options.data, execution=options.execution))
     try:
-        if options.data and not hasattr(task, "named"):
+        if options.data and task.named is None:
             raise Malformed(f"--data: {options.task} grades by the gold answer in each record; leave it out")
         if options.data and not task.named:
             raise Malformed(f"--data: {', '.join(options.data)} has no problem in it")
@@ -101,15 +101,15 @@ def main(arguments: list[str]) -> int:
     processes = min(8, os.cpu_count() or 1)
     try:
         verdicts = grade(task, responses, problems, flexible=options.flexible, processes=processes)
-    except Refused as error:
+    except CannotGrade as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     out = "".join(json.dumps({"extracted": v.extracted, "correct": v.correct}) + "\n" for v in verdicts)
     sys.stdout.write(out)
     if options.flexible:
         print(f"strict:   {summary(grade(task, responses, problems, processes=processes))}", file=sys.stderr)
-    if undecided := getattr(task, "undecided", 0):
-        print(f"{undecided} answers took the symbolic check too long and count as wrong", file=sys.stderr)
+    if task.undecided:
+        print(f"{task.undecided} answers took the symbolic check too long and count as wrong", file=sys.stderr)
     print(
         f"{'flexible' if options.flexible else 'strict'}: {summary(verdicts)}  [{len(verdicts)} responses]",
         file=sys.stderr,

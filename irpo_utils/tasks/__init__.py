@@ -1,12 +1,12 @@
-"""Tasks: where problems come from, how they are asked, and what counts as a right answer."""
+"""Tasks: where problems come from, how they are put to the model, and what counts as a right answer."""
 
 from __future__ import annotations
 
-import importlib.util
+from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import import_module
 
-from ..files import local_path
+from ..files import ConfigError, load_object, source_of
+from ..settings import TaskConfig
 from .base import SPLITS, Problem, Task
 
 # Task name -> "module:Class". `task.name=path/to/file.py:Class` names a class of your own.
@@ -22,77 +22,79 @@ TASKS = {
 }
 
 
-def get_task(config) -> Task:
-    """The task that a `TaskConfig` names.
+def get_task(config: TaskConfig) -> Task:
+    """The task that the parameters name.
 
     Raises:
-        ValueError: there is no such task, or the file of your own has no such class.
+        ConfigError: there is no such task, or the class of your own is missing, is no `Task` or cannot be made.
     """
-    where, _, name = TASKS.get(config.name, config.name).rpartition(":")
     if config.name in TASKS:
-        return getattr(import_module(where), name)(config)
-    path = local_path(where)
-    if path.suffix != ".py":
-        raise ValueError(
+        return load_object(TASKS[config.name])(config)
+    if source_of(config.name) is None:
+        raise ConfigError(
             f"task.name: no task is called {config.name!r}; there is: {', '.join(sorted(TASKS))}, "
             "or a class of your own as in my_task.py:MyTask"
         )
-    if not path.is_file():
-        raise ValueError(f"task.name: {path} is missing")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    with _own(config.name):
-        spec.loader.exec_module(module)
-    if not hasattr(module, name):
-        raise ValueError(f"task.name: {path} has no class {name!r}")
-    with _own(config.name):
-        return getattr(module, name)(config)
+    try:
+        own = load_object(config.name)
+    except ConfigError as error:
+        raise ConfigError(f"task.name: {error}") from error
+    if not (isinstance(own, type) and issubclass(own, Task)):
+        name = config.name.rpartition(":")[2]
+        raise ConfigError(
+            f"task.name: {config.name} is no task; import Task from irpo_utils.tasks and write class {name}(Task)"
+        )
+    with _one_error(config.name):
+        return own(config)
 
 
 @contextmanager
-def _own(name: str):
-    """What a class of the user's raises, as one ValueError that names the class."""
+def _one_error(name: str) -> Iterator[None]:
+    """Whatever a class of the user's raises, as one ConfigError that names the class."""
     try:
         yield
     except (Exception, SystemExit) as error:
-        raise ValueError(f"task.name: {name} fails: {type(error).__name__}: {error}") from error
+        raise ConfigError(f"task.name: {name} fails: {type(error).__name__}: {error}") from error
 
 
 def check_task(task: Task, name: str) -> dict[str, list[Problem]]:
     """The problems of every split, after a look at whether a run can use the task.
 
     Raises:
-        ValueError: problems are no `Problem`s or have no text, an id or a question occurs twice, the order changes from
-            call to call, or one of the four methods does not do what `Task` says.
+        ConfigError: problems are no `Problem`s or have no text, an id or a question occurs twice, the order changes
+            from call to call, or one of the four methods does not do what `Task` says.
     """
-    found = {}
-    for split in SPLITS:
-        with _own(f"{name}.problems({split!r})"):
-            problems, again = list(task.problems(split)), list(task.problems(split))
-        if not problems or not all(isinstance(p, Problem) for p in problems):
-            raise ValueError(f"task.name: {name}.problems({split!r}) must give at least one irpo_utils.tasks.Problem")
-        if problems != again:
-            raise ValueError(
-                f"task.name: {name}.problems({split!r}) must give the same problems in the same order every time"
-            )
-        found[split] = problems
-    everything = [p for problems in found.values() for p in problems]
-    for what in ("id", "question"):
-        values = [getattr(p, what) for p in everything]
+    splits = {split: _checked_split(task, name, split) for split in SPLITS}
+    everything = [problem for problems in splits.values() for problem in problems]
+    for field in ("id", "question"):
+        values = [getattr(problem, field) for problem in everything]
         if not all(isinstance(value, str) and value for value in values):
-            raise ValueError(f"task.name: {name}: every problem's {what} must be text that is not empty")
+            raise ConfigError(f"task.name: {name}: every problem's {field} must be text that is not empty")
         if len(set(values)) < len(values):
             twice = next(value for value in values if values.count(value) > 1)
-            raise ValueError(
-                f"task.name: {name}: two problems have the {what} {twice[:60]!r}; a split must not share any with another"
+            raise ConfigError(
+                f"task.name: {name}: two problems have the {field} {twice[:60]!r}; "
+                "a split must not share any with another"
             )
-    one = everything[0]
-    with _own(f"{name}, on the problem {one.id},"):
-        texts = [task.prompt(one), one.answer, one.solution]
-        answers = [task.extract("Final answer: 1", one, flexible=flexible) for flexible in (False, True)]
-        task.equal("1", one)
+    first = everything[0]
+    with _one_error(f"{name}, on the problem {first.id},"):
+        texts = [task.prompt(first), first.answer, first.solution]
+        answers = [task.extract("Final answer: 1", first, flexible=flexible) for flexible in (False, True)]
+        task.equal("1", first)
     if not all(isinstance(text, str) for text in texts) or not all(a is None or isinstance(a, str) for a in answers):
-        raise ValueError(
+        raise ConfigError(
             f"task.name: {name}: prompt, answer, solution and what extract finds must be text (or None for no answer)"
         )
-    return found
+    return splits
+
+
+def _checked_split(task: Task, name: str, split: str) -> list[Problem]:
+    with _one_error(f"{name}.problems({split!r})"):
+        problems, again = list(task.problems(split)), list(task.problems(split))
+    if not problems or not all(isinstance(problem, Problem) for problem in problems):
+        raise ConfigError(f"task.name: {name}.problems({split!r}) must give at least one irpo_utils.tasks.Problem")
+    if problems != again:
+        raise ConfigError(
+            f"task.name: {name}.problems({split!r}) must give the same problems in the same order every time"
+        )
+    return problems

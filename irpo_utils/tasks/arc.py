@@ -1,6 +1,7 @@
 """ARC (Clark et al., arXiv 1803.05457): science questions with three to five options. Zero-shot.
 
-Trained on ARC-Easy and ARC-Challenge together, tested on ARC-Challenge, as in arXiv 2404.19733. There are no gold solutions.
+Trained on ARC-Easy and ARC-Challenge together, and tested on ARC-Challenge, as in arXiv 2404.19733. There are no gold
+solutions.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ _LEAD = re.compile(
 )
 _DENIED = re.compile(r"[)\s]{0,3}(?:isn't|(?:is|was|cannot be)\s(?:not|wrong|incorrect|false))\b", re.I)
 _OTHER = re.compile(
-    r"(?<!not )(?:\b(?:or|and)\s{1,3}(?:maybe |perhaps |possibly )?\(?|[,/&+]\s{0,3}\(?|^\s{0,3}\(|^\s{1,3})([A-E])(?=\)|\s*(?:$|[.,;/&]|or\b|and\b))"
+    r"(?<!not )(?:\b(?:or|and)\s{1,3}(?:maybe |perhaps |possibly )?\(?|[,/&+]\s{0,3}\(?|^\s{0,3}\(|^\s{1,3})"
+    r"([A-E])(?=\)|\s*(?:$|[.,;/&]|or\b|and\b))"
 )
 _BRACKETED = re.compile(r"\(([A-E])\)")
 _NOISE = re.compile(r"\\text(?:bf|rm|it)?\b|\\math(?:rm|bf)\b|[$*`{}\\]|\\[()\[\]]")
@@ -46,7 +48,10 @@ def _names(line: str, option: str) -> bool:
 
 
 class ARC(RecordTask):
-    """The `arc_challenge` task. The upstream record is {"id", "question", "choices": {"text", "label"}, "answerKey"}."""
+    """The `arc_challenge` task.
+
+    The upstream record is {"id", "question", "choices": {"text", "label"}, "answerKey"}.
+    """
 
     sources: ClassVar[dict[str, list[str]]] = {
         "train": ["allenai/ai2_arc:ARC-Easy:train", "allenai/ai2_arc:ARC-Challenge:train"],
@@ -71,7 +76,7 @@ class ARC(RecordTask):
         return texts
 
     def gold(self, key: str, options: list[str] | None = None, labels: list[str] | None = None) -> str:
-        """The gold letter. Labels 1 to 5 (some upstream records have them) become A to E, in the order of the options."""
+        """The gold letter. Labels 1 to 5, which some upstream records have, become A to E, in the options' order."""
         labels = [str(label) for label in labels or []]
         if key in labels:
             return LETTERS[labels.index(key)]
@@ -148,5 +153,4 @@ class ARC(RecordTask):
         return answer == problem.answer
 
     def chance(self, problem: Problem) -> float:
-        """The accuracy of guessing."""
         return 1 / len(problem.meta["options"])

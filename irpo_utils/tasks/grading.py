@@ -10,8 +10,9 @@ from typing import NamedTuple
 
 from .base import Problem, Task
 
-# From how many distinct responses on processes pay, and how many one of them takes at a time. Starting two costs 0.15 s,
-# grading 1,000 responses to GSM8K 0.02 s: on two cores 5,000 take twice as long so, 20,000 three quarters, 200,000 half.
+# From how many distinct responses on processes pay, and how many one of them takes at a time. Starting two costs
+# 0.15 s, and grading 1,000 responses to GSM8K 0.02 s. Two processes on two cores take twice the time of one for 5,000
+# responses, three quarters of it for 20,000, and half of it for 200,000.
 MANY = 20_000
 SHARE = 5_000
 
@@ -33,30 +34,30 @@ def grade(
 ) -> list[Verdict]:
     """Grade `responses` [n], each on the problem beside it. `flexible` also accepts an answer that is not marked.
 
-    A response that is there several times on one problem (the very same object) is graded once. With `processes`, which
-    need a task that pickles, `MANY` and more are spread over as many; the verdicts are the same.
+    A response that occurs several times on one problem (the very same object) is graded once. From `MANY` distinct ones
+    on, the work is spread over `processes`, for which the task must pickle; the verdicts are the same.
+
+    Raises:
+        CannotGrade: this machine lacks what the task needs, such as a sandbox for programs.
     """
     keys = [(response, id(problem)) for response, problem in zip(responses, problems, strict=True)]
-    asked = dict(zip(keys, problems, strict=True))
-    rows = [(response, problem) for (response, _), problem in asked.items()]
-    if processes > 1 and len(rows) >= MANY and not hasattr(task, "equal_all"):  # whose check has processes of its own
+    problem_of = dict(zip(keys, problems, strict=True))
+    rows = [(response, problem) for (response, _), problem in problem_of.items()]
+    if processes > 1 and len(rows) >= MANY and not task.own_processes:
         parts = [rows[i : i + SHARE] for i in range(0, len(rows), SHARE)]
         # Spawned: a fork of a process in which torch has threads may hang.
         with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
             graded = [verdict for part in pool.map(partial(_grade, task, flexible), parts) for verdict in part]
     else:
         graded = _grade(task, flexible, rows)
-    verdicts = dict(zip(asked, graded, strict=True))
+    verdicts = dict(zip(problem_of, graded, strict=True))
     return [verdicts[key] for key in keys]
 
 
 def _grade(task: Task, flexible: bool, rows: list[tuple[str, Problem]]) -> list[Verdict]:
     extracted = [task.extract(response, problem, flexible=flexible) for response, problem in rows]
-    asked = [(answer, p) for answer, (_, p) in zip(extracted, rows, strict=True) if answer is not None]
-    if hasattr(task, "equal_all"):  # a task whose check is slow takes them all at once
-        right = iter(task.equal_all([a for a, _ in asked], [p for _, p in asked]))
-    else:
-        right = iter([task.equal(answer, p) for answer, p in asked])
+    found = [(answer, problem) for answer, (_, problem) in zip(extracted, rows, strict=True) if answer is not None]
+    right = iter(task.equal_all([answer for answer, _ in found], [problem for _, problem in found]))
     return [Verdict(answer, None if answer is None else next(right)) for answer in extracted]
 
 

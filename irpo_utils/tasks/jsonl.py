@@ -1,4 +1,7 @@
-"""A user's own problems, one JSON object a line: {"question": "...", "answer": "42", "solution": "optional gold chain of thought"}."""
+"""A user's own problems, one JSON object a line: {"question": "...", "answer": "42", "solution": "..."}.
+
+The solution, a gold chain of thought, is optional.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,10 @@ PROMPT = (
 
 
 class JsonLines(RecordTask):
-    """The `jsonl` task: `task.train` and `task.test` are files. Answers compare as numbers where both are, else as text."""
+    """The `jsonl` task: `task.train` and `task.test` are files.
+
+    Answers compare as numbers where both are numbers, else as text.
+    """
 
     fields = ("question", "answer")
     optional = ("solution",)

@@ -1,4 +1,4 @@
-r"""MATH (Hendrycks et al., arXiv 2103.03874): competition problems with LaTeX answers. Four-shot, answers in `\boxed{}`."""
+r"""MATH (Hendrycks et al., arXiv 2103.03874): competition problems with LaTeX answers in `\boxed{}`. Four-shot."""
 
 from __future__ import annotations
 
@@ -13,8 +13,14 @@ from .base import Problem
 from .records import RecordTask
 
 HUB_SUBJECTS = (
-    "algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory", "prealgebra", "precalculus",
-)  # fmt: skip
+    "algebra",
+    "counting_and_probability",
+    "geometry",
+    "intermediate_algebra",
+    "number_theory",
+    "prealgebra",
+    "precalculus",
+)
 INSTRUCTION = (
     "Solve the last of the problems below as the ones before it are solved. Reason step by step, put the answer in "
     '\\boxed{}, and finish with a line of the form "Final answer: ...", with the answer in place of the dots.'
@@ -34,6 +40,7 @@ class MATH(RecordTask):
         "test": ["HuggingFaceH4/MATH-500::test"],
     }
     fields = ("problem", "solution")
+    own_processes = True  # the symbolic check's
 
     def problem(self, name: str, record: dict) -> Problem:
         solution = record["solution"].strip()
@@ -53,9 +60,12 @@ class MATH(RecordTask):
         return answer
 
     def examples(self, pool: list[Problem]) -> list[Problem]:
-        """The four examples of the prompt, fixed by the training data: short solutions, one of a type each where types are given."""
+        """The four examples of the prompt: short solutions, one of a type each where types are given.
+
+        The training data alone decides which, whatever the seed and the sizes.
+        """
         low, high = SHOT_LENGTHS
-        pool = sorted(pool, key=lambda p: hashlib.sha256(p.question.encode()).digest())  # whatever the seed and sizes
+        pool = sorted(pool, key=lambda p: hashlib.sha256(p.question.encode()).digest())
         fitting = [p for p in pool if low <= len(p.solution) <= high and "[asy]" not in p.question + p.solution]
         one_each = list({p.meta["type"] or p.id: p for p in reversed(fitting)}.values())[::-1]
         chosen = [*one_each, *(p for p in fitting if p not in one_each)][:SHOTS]
@@ -100,5 +110,4 @@ class MATH(RecordTask):
         return self.same.verifier.gave_up
 
     def vote(self, answer: str) -> str:
-        """The spelling under which an answer is counted in a majority vote."""
         return normal(answer)

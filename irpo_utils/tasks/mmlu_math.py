@@ -1,6 +1,7 @@
-"""MMLU_Math: questions of MMLU's maths subjects (Hendrycks et al., arXiv 2009.03300) with a number as answer, and no options.
+"""MMLU_Math: questions of MMLU's maths subjects (Hendrycks et al., arXiv 2009.03300), without options.
 
-A test out of domain for what is trained on GSM8K; `task.test` names its file of {"question", "answer"}.
+The answer is a number.
+A test out of domain for a model that is trained on GSM8K; `task.test` names its file of {"question", "answer"}.
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ from .gsm8k import GSM8K
 
 
 class MMLUMath(GSM8K):
-    """The `mmlu_math` task: GSM8K's training set, prompt and grading. One upstream answer is a list of numbers ("2,2,4")."""
+    """The `mmlu_math` task: GSM8K's training set, prompt and grading.
+
+    One upstream answer is a list of numbers ("2,2,4").
+    """
 
     sources: ClassVar[dict[str, list[str]]] = {"train": GSM8K.sources["train"]}
 

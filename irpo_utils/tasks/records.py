@@ -1,4 +1,4 @@
-"""Problems that are records of a data set: by hub name, or from a local file in the upstream form (JSON lines, Parquet)."""
+"""Problems that are records of a data set: by hub name, or from a local file in the upstream form."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import hashlib
 import json
 import re
 import zlib
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
 from ..files import ROOT, local_path
-from .base import Problem
+from ..settings import TaskConfig
+from .base import Problem, Task
 
 FORMS = (".jsonl", ".json", ".jsonl.gz", ".parquet")
 
@@ -24,7 +25,10 @@ def is_file(source: str) -> bool:
 
 
 def read_file(path: Path, where: str) -> list[tuple[str, dict[str, Any]]]:
-    """(place, record) of a JSON-lines file, which may be packed by gzip, or a Parquet file, the place naming file and line. Raises ValueError."""
+    """(place, record) of a JSON-lines file, which may be packed by gzip, or of a Parquet file.
+
+    The place names file and line. Raises ValueError.
+    """
     if path.is_dir():
         raise ValueError(f"{where}: {path} is a folder; name a file in it")
     if not path.exists():
@@ -76,11 +80,11 @@ def read_hub(source: str, where: str) -> list[tuple[str, dict[str, Any]]]:
 
 
 def alike(question: str) -> str:
-    """A question by its letters, digits and operators: two that differ in spaces, case and punctuation are one problem."""
+    """A question by its letters, digits and operators: two that differ only in spaces, case or punctuation are one."""
     return re.sub(r"[\s.,;:!?'\"$\\]+", "", question).lower()
 
 
-class RecordTask(ABC):
+class RecordTask(Task):
     """What tasks made of records share: reading, held-out dev problems, no question in two splits.
 
     `task.train`, `task.dev` and `task.test` name files or hub data sets (several are joined); without them a task's own
@@ -95,10 +99,11 @@ class RecordTask(ABC):
     fields: tuple[str, ...] = ()  # what a record must have
     optional: tuple[str, ...] | None = None  # with it, a record may have these fields and no others
     graded_on: ClassVar[str] = '"gold": "answer"'  # what `grade` wants beside a response
+    named: dict[str, Problem] | None = None  # problems by task_id, for a task that `grade` gives one
 
-    def __init__(self, config):
-        self.config = config
-        self.notes: list[str] = []  # what was left out, said when a run starts
+    def __init__(self, config: TaskConfig):
+        super().__init__(config)
+        self.notes: list[str] = []
 
     @abstractmethod
     def problem(self, name: str, record: dict[str, Any]) -> Problem:
@@ -175,11 +180,11 @@ class RecordTask(ABC):
     @cached_property
     def splits(self) -> dict[str, list[Problem]]:
         test, train = self._read("test"), self._read("train")
-        asked = {alike(p.question) for p in test}
+        elsewhere = {alike(p.question) for p in test}
         if self.config.dev:
-            dev = [p for p in self._read("dev") if alike(p.question) not in asked]
-            asked |= {alike(p.question) for p in dev}
-        kept = [p for p in train if alike(p.question) not in asked]
+            dev = [p for p in self._read("dev") if alike(p.question) not in elsewhere]
+            elsewhere |= {alike(p.question) for p in dev}
+        kept = [p for p in train if alike(p.question) not in elsewhere]
         if len(kept) < len(train):
             self.notes.append(f"task.train: {len(train) - len(kept)} questions of dev or test are left out of training")
         shown = {alike(p.question) for p in self.examples(kept)}
@@ -188,15 +193,7 @@ class RecordTask(ABC):
             if not left:
                 raise ValueError(f"task.{split}: no problem is left, since all its questions are in another split too")
         if not self.config.dev:
-            count = self.config.dev_size
-            if not 0 < count < len(kept):
-                few = (
-                    f"; 1 to {len(kept) - 1} can" if len(kept) > 1 else ", and one more to train on; give more problems"
-                )
-                raise ValueError(f"task.dev_size: {count} of the {len(kept)} training problems cannot be held out{few}")
-            dev, kept = kept[:count], kept[count:]
-            asked = {alike(p.question) for p in dev}
-            kept = [p for p in kept if alike(p.question) not in asked]
+            dev, kept = self._hold_out(kept)
         found = {"train": kept, "dev": dev, "test": test}
         for split, problems in found.items():
             size = getattr(self.config, f"{split}_size")
@@ -208,3 +205,17 @@ class RecordTask(ABC):
             if not found[split]:
                 raise ValueError(f"task.{split}: no problem is left; it shares all questions with another split")
         return found
+
+    def _hold_out(self, problems: list[Problem]) -> tuple[list[Problem], list[Problem]]:
+        """The first `task.dev_size` problems, and those of the others that ask none of their questions."""
+        count = self.config.dev_size
+        if not 0 < count < len(problems):
+            few = (
+                f"; 1 to {len(problems) - 1} can"
+                if len(problems) > 1
+                else ", and one more to train on; give more problems"
+            )
+            raise ValueError(f"task.dev_size: {count} of the {len(problems)} training problems cannot be held out{few}")
+        dev = problems[:count]
+        held_out = {alike(p.question) for p in dev}
+        return dev, [p for p in problems[count:] if alike(p.question) not in held_out]

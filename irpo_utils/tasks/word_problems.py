@@ -3,7 +3,7 @@
 A problem is a story of a few events ("Ann has 12 pens. Ann sells half of them. ...") and a question about where it
 ends. Each event is one step of the solution. A *careless* solver, whose solutions the seed model M_0 is trained on,
 misreads five kinds of event, each at its own rate (`MISCONCEPTIONS`). Both readings of an event are known for whatever
-value comes in, so any sampled solution can be judged step by step. That judgement is for showing what was learned:
+value comes in, so any sampled solution can be checked step by step. That check is for showing what was learned:
 the method sees the final answer only.
 
 A share of the problems ask "odd or even?" instead of "how many?". Such an answer can be right for the wrong reason.
@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from itertools import product
 
 from ..answers.marks import marked_answer
-from .base import Problem
+from .base import Problem, Task
 
 MAX_VALUE = 39  # every value on every careless path stays in 1..MAX_VALUE: the numbers are a closed vocabulary
 NAMES = ("Ann", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gus", "Hana")
@@ -90,13 +90,13 @@ class Story:
 
     def question(self) -> str:
         who = self.events[-1].who if self.events[-1].kind == "fewer" else self.hero
-        told = [Event("start", self.start), *self.events]
-        asked = (
+        sentences = [event.sentence(self.hero, self.items) for event in (Event("start", self.start), *self.events)]
+        ending = (
             f"Is the number that {who} has odd or even?"
             if self.guessable
             else f"How many {self.items} does {who} have?"
         )
-        return " ".join([*(event.sentence(self.hero, self.items) for event in told), asked])
+        return " ".join([*sentences, ending])
 
     def answer(self, value: int) -> str:
         return ("even", "odd")[value % 2] if self.guessable else str(value)
@@ -175,11 +175,8 @@ def careless_choice(story: Story, rng: random.Random) -> tuple[bool, ...]:
     return tuple(rng.random() < MISCONCEPTIONS.get(event.kind, 0.0) for event in story.events)
 
 
-class WordProblems:
-    """The `word_problems` task. `config` is a `TaskConfig`."""
-
-    def __init__(self, config):
-        self.config = config
+class WordProblems(Task):
+    """The `word_problems` task."""
 
     def problems(self, split: str) -> list[Problem]:
         sizes = {"train": self.config.train_size, "dev": self.config.dev_size, "test": self.config.test_size}
@@ -195,10 +192,11 @@ class WordProblems:
     def equal(self, answer: str, problem: Problem) -> bool:
         return answer == problem.answer
 
-    def judge_steps(self, problem: Problem, response: str) -> list[tuple[str, str]]:
-        """Judge every event of a solution on the value that came into it: (kind, verdict) in story order.
+    def check_steps(self, problem: Problem, response: str) -> list[tuple[str, str]]:
+        """Check every event of a solution on the value that came into it: (kind, verdict) in story order.
 
-        Lines that are too many count as one more event, "extra". The verdict is "right", "careless" (the named misconception), "other" (anything else) or "missing".
+        A verdict is "right", "careless" (the named misconception), "other" (anything else) or "missing". Lines that are
+        too many count as one more event, "extra".
         """
         story = story_of(problem)
         lines = response.split("\n")
@@ -218,7 +216,7 @@ class WordProblems:
             verdicts.append(("extra", "other"))
         return verdicts
 
-    def judge_lines(self, problem: Problem, response: str) -> list[bool]:
+    def check_lines(self, problem: Problem, response: str) -> list[bool]:
         """Whether each line that is not empty is right *given the lines before it*, [lines]; the final answer is one.
 
         Whether all is well up to a line is another question: whether it and all lines before it are right.

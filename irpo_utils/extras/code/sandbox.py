@@ -1,20 +1,23 @@
 """Run a program on its tests in an isolated child process, and believe only the tests.
 
-`bwrap` (bubblewrap) makes the walls: namespaces of its own for processes, network, IPC and host name, no capabilities,
-and a file system that holds Python and the system's libraries, read-only, and an empty /tmp in memory. Inside, limits on CPU
-time, memory, processes, open files and file size; outside, a limit on the wall clock. What a program prints goes to
-/dev/null. When the judge ends or is killed, the kernel kills whatever is left in its process namespace. Why the verdict
-cannot be forged is in `sandbox_judge.py`.
+`bwrap` (bubblewrap) isolates: namespaces of its own for processes, network, IPC and host name, no capabilities, and a
+file system that holds Python and the system's libraries, read-only, and an empty /tmp in memory. Inside, there are
+limits on CPU time, memory, processes, open files and file size; outside, one on the wall clock. What a program prints
+goes to /dev/null. When the test runner ends or is killed, the kernel kills whatever is left in its process namespace.
+Why the verdict cannot be forged is in `test_runner.py`.
 
-Not covered. Flaws of the kernel: no system call is filtered, and as root a program may still make user namespaces.
-Memory in sum: it is limited for each process, so that `PROCESSES` of them can hold that many times `MEMORY`, and shared
-segments or a user namespace's own file systems more, until the wall clock ends it; a cgroup around the whole run is
-the mend. Timing: the CPU's caches and the clock are the host's, and a program near its limit may pass on an idle machine
-alone. Meaning: a program that fits the tests without solving the task passes, as does one that calls on chance and is lucky.
+Not covered:
+* Flaws of the kernel. No system call is filtered, and as root a program may still make user namespaces.
+* Memory in sum. It is limited for each process, so that `PROCESSES` of them can hold that many times `MEMORY`. Shared
+  segments or a user namespace's own file systems can hold more, until the wall clock ends it. A cgroup around the whole
+  run would limit it.
+* Timing. The CPU's caches and the clock are the host's, and a program near its limit may pass on an idle machine alone.
+* Meaning. A program that fits the tests without solving the task passes, as does one that calls on chance and is lucky.
 
-`execution="i-accept-the-risk"` goes without bwrap: the same judge and limits in a plain child process, in a temporary
-folder, killed with its process group. Such a program can read and delete files, use the network and signal any process of
-the user's; as root the limit on processes does not bind. Only for programs that are known to mean no harm.
+`execution="i-accept-the-risk"` goes without bwrap: the same test runner and limits in a plain child process, in a
+temporary folder, killed with its process group. Such a program can read and delete files, use the network and signal
+any process of the user's; as root the limit on processes does not bind. It is only for programs that are known to mean
+no harm.
 """
 
 from __future__ import annotations
@@ -34,6 +37,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ...settings import EXECUTIONS
+from ...tasks.base import CannotGrade
 from . import test_runner
 
 ISOLATED, ACCEPTED = EXECUTIONS
@@ -42,11 +46,11 @@ FILE = 4 << 20  # bytes of a file
 FOLDER = 16 << 20  # bytes of all files
 PROCESSES = 8  # and threads; without isolation none, since the limit counts all that the user runs
 LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/nix/store", "/etc/ld.so.cache")
-PATIENCE = 10  # seconds for starting and ending; the judge ends itself when its time is up
-JUDGE = Path(test_runner.__file__)
+PATIENCE = 10  # seconds for starting and ending; the test runner ends itself when its time is up
+TEST_RUNNER = Path(test_runner.__file__)
 
 
-class Refused(ValueError):
+class Refused(CannotGrade):
     """Programs cannot be run in isolation on this machine; the message says what is missing."""
 
 
@@ -81,30 +85,31 @@ class Sandbox:
 
     @cached_property
     def command(self) -> list[str]:
-        """What stands before the judge's arguments. Tried once. Raises Refused."""
+        """What stands before the test runner's arguments. Tried once. Raises Refused."""
         python = os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)
         # -I without the part that would ignore PYTHONHASHSEED: the order of a set is the same in every run.
-        judge = [python, "-s", "-S", "-P", "-B", "-c", JUDGE.read_text()]
+        runner = [python, "-s", "-S", "-P", "-B", "-c", TEST_RUNNER.read_text()]
         if self.execution == ACCEPTED:
-            return judge
-        mend = (
-            "Programs are not run without isolation. Install bubblewrap 0.8 or newer (apt install bubblewrap) on a Linux that lets you "
-            f"make namespaces; or, for programs that are known to mean no harm, set task.execution={ACCEPTED} (grade: --execution {ACCEPTED})"
+            return runner
+        hint = (
+            "Programs are not run without isolation. Install bubblewrap 0.8 or newer (apt install bubblewrap) on a "
+            "Linux that lets you make namespaces; or, for programs that are known to mean no harm, "
+            f"set task.execution={ACCEPTED} (grade: --execution {ACCEPTED})"
         )
         bwrap = shutil.which("bwrap")
         if bwrap is None:
-            raise Refused(f"bwrap is not installed. {mend}")
-        command = [bwrap, *walls(python), "--", *judge]
+            raise Refused(f"bwrap is not installed. {hint}")
+        command = [bwrap, *isolation(python), "--", *runner]
         try:
             passed, why = self._attempt(command, PROBE), "a program that is right fails in it"
         except RuntimeError as error:
             passed, why = False, str(error)
         if not passed:
-            raise Refused(f"bwrap does not work on this machine ({why}). {mend}")
+            raise Refused(f"bwrap does not work on this machine ({why}). {hint}")
         return command
 
     def run(self, job: Job) -> bool:
-        """Whether a program passes its tests. Raises RuntimeError where the judge does not start, three times."""
+        """Whether a program passes its tests. Raises RuntimeError where the test runner does not start, three times."""
         for last in (False, False, True):
             try:
                 return self._attempt(self.command, job)
@@ -121,12 +126,16 @@ class Sandbox:
             "processes": PROCESSES if isolated else 0,
             "wall": self.wall,
             "rlimits": {
-                "RLIMIT_CPU": self.cpu, "RLIMIT_AS": MEMORY, "RLIMIT_FSIZE": FILE, "RLIMIT_NOFILE": 64, "RLIMIT_CORE": 0,
+                "RLIMIT_CPU": self.cpu,
+                "RLIMIT_AS": MEMORY,
+                "RLIMIT_FSIZE": FILE,
+                "RLIMIT_NOFILE": 64,
+                "RLIMIT_CORE": 0,
             },
-        }  # fmt: skip
+        }
         tests = json.dumps({"before": job.before, "tests": job.tests, "names": job.names})
         frames = [job.program.encode("utf-8", "surrogatepass"), tests.encode()]
-        sent = b"".join(len(frame).to_bytes(4, "big") + frame for frame in frames)
+        request = b"".join(len(frame).to_bytes(4, "big") + frame for frame in frames)
         temporary = partial(tempfile.TemporaryDirectory, prefix="irpo-", ignore_cleanup_errors=True)
         with nullcontext("/") if isolated else temporary() as folder:  # isolated, it has a /tmp of its own
             process = subprocess.Popen(
@@ -139,7 +148,7 @@ class Sandbox:
                 start_new_session=True,
             )
             try:
-                out, err = process.communicate(sent, self.wall + PATIENCE)
+                out, err = process.communicate(request, self.wall + PATIENCE)
             except subprocess.TimeoutExpired as error:
                 out, err = error.stdout or b"", error.stderr or b""
                 process.kill()
@@ -148,28 +157,28 @@ class Sandbox:
             finally:
                 with suppress(ProcessLookupError, PermissionError):
                     os.killpg(process.pid, signal.SIGKILL)
-        said = out.split()
-        if said[:1] != [b"ready"]:
-            told = err.decode(errors="replace").strip().splitlines()[-1:] or [f"exit status {process.returncode}"]
-            raise RuntimeError(f"the judge of programs does not start: {told[0]}")
-        return said == [b"ready", b"passed"]
+        reports = out.split()
+        if reports[:1] != [b"ready"]:
+            last = err.decode(errors="replace").strip().splitlines()[-1:] or [f"exit status {process.returncode}"]
+            raise RuntimeError(f"the test runner does not start: {last[0]}")
+        return reports == [b"ready", b"passed"]
 
 
-def walls(python: str) -> list[str]:
+def isolation(python: str) -> list[str]:
     """The arguments that make bwrap isolate: only Python and libraries, read-only, and an empty /tmp."""
-    seen = [p for p in LIBRARIES if os.path.exists(p)]
-    seen += [p for p in dict.fromkeys((sys.base_prefix, sys.base_exec_prefix)) if p not in seen]
-    if not python.startswith(tuple(f"{p}/" for p in seen)):
-        seen.append(python)
-    above = dict.fromkeys(str(folder) for path in seen for folder in [*Path(path).parents][-2::-1])
+    visible = [p for p in LIBRARIES if os.path.exists(p)]
+    visible += [p for p in dict.fromkeys((sys.base_prefix, sys.base_exec_prefix)) if p not in visible]
+    if not python.startswith(tuple(f"{p}/" for p in visible)):
+        visible.append(python)
+    above = dict.fromkeys(str(folder) for path in visible for folder in [*Path(path).parents][-2::-1])
     binds = [text for folder in above for text in ("--dir", folder)]  # which others than root may enter, too
-    binds += [text for path in seen for text in ("--ro-bind", path, path)]
-    # As root the judge becomes a user of its own (root's processes are not counted), for which it needs two capabilities.
-    user = ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"] if os.getuid() == 0 else ["--unshare-user", "--disable-userns"]  # fmt: skip
-    return [
-        "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try", "--cap-drop", "ALL", *user,
-        "--die-with-parent", "--new-session", "--as-pid-1",  # nobody inside can kill process 1, and all end with it
-        *binds,
-        "--dir", "/dev", "--dev-bind", "/dev/null", "/dev/null", "--dev-bind", "/dev/urandom", "/dev/urandom",
-        "--perms", "1777", "--size", str(FOLDER), "--tmpfs", "/tmp", "--remount-ro", "/", "--chdir", "/tmp",
-    ]  # fmt: skip
+    binds += [text for path in visible for text in ("--ro-bind", path, path)]
+    devices = ["--dir", "/dev", "--dev-bind", "/dev/null", "/dev/null", "--dev-bind", "/dev/urandom", "/dev/urandom"]
+    # As root the test runner becomes a user of its own, which takes two capabilities: root's processes are not counted.
+    as_root = ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
+    user = as_root if os.getuid() == 0 else ["--unshare-user", "--disable-userns"]
+    namespaces = ["--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try"]
+    # Nobody inside can kill process 1, and all end with it.
+    ends = ["--die-with-parent", "--new-session", "--as-pid-1"]
+    scratch = ["--perms", "1777", "--size", str(FOLDER), "--tmpfs", "/tmp", "--remount-ro", "/", "--chdir", "/tmp"]
+    return [*namespaces, "--cap-drop", "ALL", *user, *ends, *binds, *devices, *scratch]

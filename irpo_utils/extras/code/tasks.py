@@ -1,10 +1,10 @@
-"""MBPP (Austin et al., arXiv 2108.07732) and HumanEval (Chen et al., arXiv 2107.03374): programs, right if they pass tests.
+"""MBPP (Austin et al., arXiv 2108.07732) and HumanEval (Chen et al., arXiv 2107.03374): programs that must pass tests.
 
 A program is what stands in a fenced block (``` or ~~~, of Python or of nothing): of the whole blocks the last that
 defines what the tests call, else the last. Without a fence it is a response that begins as code does, to the first line
 that is none. `flexible` also takes a block that is not closed, and code behind prose. No block is joined to another.
 
-Programs run in `irpo_utils/sandbox.py`, whose docstring says what that covers; they have the standard library alone.
+Programs run in `sandbox.py`, whose docstring says what that covers; they have the standard library alone.
 """
 
 from __future__ import annotations
@@ -18,16 +18,17 @@ from functools import cached_property
 from typing import Any, ClassVar
 
 from ...files import local_path
+from ...settings import TaskConfig
 from ...tasks.base import Problem
 from ...tasks.records import RecordTask, is_file, read_file, read_hub
 from .sandbox import Job, Sandbox
 
 PROMPT = (
-    "Write Python code for the task below. Reason step by step first. When you are done, finish with the whole program, "
-    "and nothing that calls it, in one block between ```python and ```.\n\nTask: {question}"
+    "Write Python code for the task below. Reason step by step first. When you are done, finish with the whole "
+    "program, and nothing that calls it, in one block between ```python and ```.\n\nTask: {question}"
 )
 # What Austin et al. put between the task and its three tests.
-SHOWN = "{text}\nYour code should pass these tests:\n\n{tests}"
+QUESTION = "{text}\nYour code should pass these tests:\n\n{tests}"
 HEADER = "Complete this function.\n\n```python\n{prompt}\n```"
 OFFICIAL = {"train": range(601, 975), "dev": range(511, 601), "test": range(11, 511)}  # 1-10 are for few-shot prompts
 _FENCE = re.compile(r"([ \t]{0,8})(`{3,}|~{3,})[ \t]*([\w+-]*)")
@@ -125,11 +126,15 @@ def plain_lines(text: Any) -> str:
 
 
 class Code(RecordTask):
-    """What both tasks share. A problem's `meta` has `tests`, the `names` they call, `before` and, as HumanEval, `prompt`."""
+    """What both tasks share.
+
+    A problem's `meta` has `tests`, the `names` they call, what runs `before` them and, of HumanEval, the `prompt`.
+    """
 
     graded_on: ClassVar[str] = '"task_id": 11'
+    own_processes = True  # the sandbox's
 
-    def __init__(self, config):
+    def __init__(self, config: TaskConfig):
         super().__init__(config)
         self.passed: dict[bytes, bool] = {}  # verdicts by what was run
 
@@ -195,7 +200,7 @@ class Code(RecordTask):
         """Whether the programs pass their problems' tests; the same program on the same tests is run once.
 
         Raises:
-            sandbox.Refused: there is no isolation here.
+            Refused: programs cannot be run in isolation here.
         """
         jobs = [
             Job(a, p.meta["tests"], tuple(p.meta["names"]), p.meta["before"])
@@ -207,7 +212,7 @@ class Code(RecordTask):
         return [self.passed[key] for key in keys]
 
     def vote(self, answer: str) -> str:
-        """A program without comments' lines, spaces at the ends and empty lines: maj@k counts programs that are the same."""
+        """A program without lines of comments, spaces at the ends and empty lines: maj@k counts equal programs."""
         lines = (line.rstrip() for line in answer.split("\n"))
         return "\n".join(line for line in lines if line and not line.lstrip().startswith("#"))
 
@@ -240,7 +245,7 @@ def _mbpp(record: dict) -> Problem:
     source = "\n".join([plain_lines(setup), *tests])
     number = str(record["task_id"])
     meta = {"task_id": number, "tests": source, "names": list(called(source)), "before": ""}
-    question = SHOWN.format(text=text.strip(), tests="\n".join(tests))
+    question = QUESTION.format(text=text.strip(), tests="\n".join(tests))
     return Problem(f"mbpp-{number}", question, code, f"```python\n{code.strip()}\n```", meta)
 
 

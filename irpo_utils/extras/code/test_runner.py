@@ -1,10 +1,11 @@
-"""What runs inside the sandbox: the judge, and the program in a process of its own. Started by `sandbox.py`, by source.
+"""What runs inside the sandbox: the test runner, and the program in a process of its own. Started by source.
 
-The judge forks before it reads the tests. The program is loaded in the fork, and the tests run in the judge: a name that
-they take from the program is a stand-in, whose calls go over a pipe as data and come back as data. So the program's
-process never holds an expected value, an assertion or the verdict's descriptor; there is nothing in it to patch, and
-what comes back is compared by the judge's own `==`. What is no data (an object of a class of the program's) stays there
-and is named by a number; of the program's own operators the tests see none, so it equals nothing but itself.
+The test runner forks before it reads the tests. The program is loaded in the fork, and the tests run in the test
+runner. A name that they take from the program is a stand-in, whose calls go over a pipe as data and come back as data.
+So the program's process never holds an expected value, an assertion or the verdict's descriptor. There is nothing in it
+to patch, and what comes back is compared by the test runner's own `==`. What is no data (an object of a class of the
+program's) stays there and is named by a number. The tests see none of the program's own operators, so that such an
+object equals nothing but itself.
 
 Standard library only, and quick to import: it starts anew for every program.
 """
@@ -118,7 +119,7 @@ def _exactly(fd, size):
 
 
 def serve(program, inbox, outbox):
-    """The life of the program's process: load the program, then do what the judge asks, one request at a time."""
+    """The life of the program's process: load the program, then do what the test runner asks, one request at a time."""
     held = []
     for user in (json, json.encoder, json.decoder, sys.modules[__name__]):  # a program may put others in builtins
         vars(user).update((name, x) for name, x in vars(builtins).items() if not name.startswith("_"))
@@ -151,11 +152,11 @@ def serve(program, inbox, outbox):
         write(outbox, reply)
 
 
-def judge(inbox, outbox):
+def run_tests(inbox, outbox):
     """Whether the tests, read from standard input once the program is loaded, all pass."""
     alive = True
 
-    def hear():
+    def receive():
         """The program's reply, as ("ok", value) or ("error", name)."""
         nonlocal alive
         try:
@@ -174,12 +175,12 @@ def judge(inbox, outbox):
             write(outbox, request)
         except OSError:
             alive = False  # for good, even where a bare `except` in a test goes on
-        how, value = hear()
+        how, value = receive()
         if how == "ok":
             return value
         raise next((kind for kind in RAISED if kind.__name__ == value), RuntimeError)
 
-    if hear()[0] == "error":
+    if receive()[0] == "error":
         return False
     tests = json.loads(read(0, 1 << 30))
     space = {"__name__": "tests"}
@@ -190,8 +191,23 @@ def judge(inbox, outbox):
     return alive
 
 
-RAISED = (ArithmeticError, AssertionError, AttributeError, IndexError, KeyError, LookupError, NameError, NotImplementedError,
-          OSError, OverflowError, RecursionError, RuntimeError, TypeError, ValueError, ZeroDivisionError)  # fmt: skip
+RAISED = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    IndexError,
+    KeyError,
+    LookupError,
+    NameError,
+    NotImplementedError,
+    OSError,
+    OverflowError,
+    RecursionError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    ZeroDivisionError,
+)
 
 
 def _number(value):
@@ -216,11 +232,14 @@ def restrict(limits):
         os.setuid(limits["user"])
     closed = control(4, 0) == 0 and control(1, 9) == 0  # after setuid, which would undo both
     if limits["isolated"] and not closed:
-        raise OSError("the judge's memory cannot be closed to the program")
+        raise OSError("the test runner's memory cannot be closed to the program")
 
 
 def control(option, value):
-    """prctl: option 4 is PR_SET_DUMPABLE (0: no ptrace, no /proc/PID/mem), 1 PR_SET_PDEATHSIG. None where there is none."""
+    """Call prctl: option 4 is PR_SET_DUMPABLE (0: no ptrace, no /proc/PID/mem), 1 is PR_SET_PDEATHSIG.
+
+    None on a system without prctl.
+    """
     try:
         import ctypes
 
@@ -240,7 +259,7 @@ def main():
     signal.setitimer(signal.ITIMER_REAL, limits["wall"] + 0.01)
     os.write(1, b"ready\n")
     program = read(0, 1 << 30).decode("utf-8", "surrogatepass")
-    inbox, to_judge = os.pipe()
+    inbox, to_runner = os.pipe()
     to_program, outbox = os.pipe()
     if os.fork() == 0:
         try:
@@ -253,13 +272,13 @@ def main():
             for fd in (inbox, outbox, nothing):
                 os.close(fd)
             resource.setrlimit(resource.RLIMIT_NPROC, (limits["processes"],) * 2)
-            serve(program, to_program, to_judge)
+            serve(program, to_program, to_runner)
         finally:
             os._exit(0)
     os.close(to_program)
-    os.close(to_judge)
+    os.close(to_runner)
     try:
-        passed = judge(inbox, outbox)
+        passed = run_tests(inbox, outbox)
     except BaseException:
         passed = False
     os.write(1, b"passed\n" if passed else b"failed\n")
