@@ -194,8 +194,8 @@ def train(config: Settings, solutions: list[Solution], folder: Path, seed: int) 
     if len(problems) < 2:
         raise ValueError("the reward model needs labelled steps of at least two problems, one of which is held out")
     held_out = set(random.Random(seed).sample(problems, max(1, round(HELD_OUT * len(problems)))))
-    tested = [s for s in solutions if s.ends and s.problem in held_out]
-    trained = [s for s in solutions if s.ends and s.problem not in held_out]
+    solutions = [s for s in solutions if s.ends]
+    trained = [s for s in solutions if s.problem not in held_out]
     model = load_reward_model(config, seed=seed, threads=config.threads).train()
     settings = training_settings(config, len(trained))
     order = training_order([s.problem for s in trained], settings, seed)
@@ -210,7 +210,7 @@ def train(config: Settings, solutions: list[Solution], folder: Path, seed: int) 
         "steps": steps,
         "solutions": len(trained),
         "trained_tokens": sum(len(s.prompt_ids) + len(s.token_ids) for s in data),
-        **held_out_facts(model, tested),
+        **held_out_facts(model, solutions, held_out),
     }
     fresh = folder / "reward_model.tmp"
     shutil.rmtree(fresh, ignore_errors=True)
@@ -240,10 +240,11 @@ def size(solution: Solution) -> tuple[int, str, int]:
     return len(solution.prompt_ids), solution.problem, len(solution.token_ids)
 
 
-def held_out_facts(model: PreTrainedModel, solutions: list[Solution]) -> dict[str, Any]:
-    """How well the model tells the labels of these solutions' steps, which it was not trained on."""
-    labels = [label for s in solutions for label in s.labels]
-    scores = [p for found in score(model, solutions) for p in found]
+def held_out_facts(model: PreTrainedModel, solutions: list[Solution], held_out: set[str]) -> dict[str, Any]:
+    """How well the model tells the labels of the held-out problems' steps."""
+    tested = [s for s in solutions if s.problem in held_out]
+    labels = [label for s in tested for label in s.labels]
+    scores = [p for found in score(model, tested) for p in found]
     count = max(1, len(labels))
     return {
         "held_out_steps": len(labels),
