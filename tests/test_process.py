@@ -19,8 +19,10 @@ from transformers import PreTrainedTokenizerFast
 from irpo_utils import files, metrics
 from irpo_utils.extras.process import labels, reward_model, simulation, truth
 from irpo_utils.methods import sampler
-from irpo_utils.model import logprobs, sampling, tokens
+from irpo_utils.methods.rewards import Job
+from irpo_utils.model import load, logprobs, sampling
 from irpo_utils.model.prompts import encode_response
+from irpo_utils.model.records import Sample
 from irpo_utils.run.driver import run_notebook
 from irpo_utils.tasks.word_problems import Event, Story, make_problem, story_of
 
@@ -41,8 +43,8 @@ def test_steps_of_a_solution_end_with_its_lines(tokenizer):
     text = "Half: 12 / 2 = 6\nFind: 6 + 3 = 9\nFinal answer: odd"
     ids = [*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
     ends = labels.step_ends(tokenizer, ids)
-    said = [tokenizer.decode(ids[: end + 1]) for end in ends]
-    assert said == ["Half: 12 / 2 = 6\n", "Half: 12 / 2 = 6\nFind: 6 + 3 = 9\n", text]
+    texts = [tokenizer.decode(ids[: end + 1]) for end in ends]
+    assert texts == ["Half: 12 / 2 = 6\n", "Half: 12 / 2 = 6\nFind: 6 + 3 = 9\n", text]
     assert labels.step_ends(tokenizer, ids[:-3], finished=False) == ends[:2]  # the last line was cut: no step
     assert labels.step_ends(tokenizer, [tokenizer.eos_token_id]) == []
 
@@ -50,8 +52,8 @@ def test_steps_of_a_solution_end_with_its_lines(tokenizer):
 def test_empty_lines_are_no_steps_of_code(merging):
     code = "def f(a):\n\n    b = a\n    \n\n    return b\n"
     for ids in (merging(code).input_ids, [merging(c).input_ids[0] for c in code]):
-        said = [merging.decode(ids[: end + 1]) for end in labels.step_ends(merging, ids, finished=False)]
-        assert [len(text.split("\n")) > 1 and text.strip().rpartition("\n")[2].strip() for text in said] == [
+        texts = [merging.decode(ids[: end + 1]) for end in labels.step_ends(merging, ids, finished=False)]
+        assert [len(text.split("\n")) > 1 and text.strip().rpartition("\n")[2].strip() for text in texts] == [
             "def f(a):",
             "b = a",
             "return b",
@@ -63,10 +65,14 @@ def test_empty_lines_are_no_steps_of_code(merging):
 def test_every_line_is_whole_in_the_prefix_of_its_step(merging, text, merged):
     ids = merging(text).input_ids if merged else [merging(c).input_ids[0] for c in text]
     ends = labels.step_ends(merging, [*ids, 0])
-    said = [merging.decode(ids[: end + 1]) for end in ends]
+    prefixes = [merging.decode(ids[: end + 1]) for end in ends]
     lines = [line for line in text.split("\n") if line.strip()]
-    whole = lambda part, last: sum(bool(line.strip()) for line in (part.split("\n") if last else part.split("\n")[:-1]))  # noqa: E731  # fmt: skip
-    counts = [whole(part, part == text) for part in said]
+
+    def whole(prefix):
+        lines = prefix.split("\n")
+        return sum(bool(line.strip()) for line in (lines if prefix == text else lines[:-1]))
+
+    counts = [whole(prefix) for prefix in prefixes]
     assert counts == sorted(set(counts)) and (counts[-1] if counts else 0) == len(lines)
     if not merged:
         assert counts == list(range(1, len(lines) + 1))
@@ -93,105 +99,136 @@ def test_auc_is_the_share_of_ordered_pairs(rows):
     if not right or not wrong:
         assert found is None
     else:
-        assert found == pytest.approx(sum((a > b) + (a == b) / 2 for a in right for b in wrong) / len(right) / len(wrong))  # fmt: skip
+        ordered = sum((a > b) + (a == b) / 2 for a in right for b in wrong)
+        assert found == pytest.approx(ordered / len(right) / len(wrong))
 
 
 @pytest.fixture(scope="module")
 def small(config):
     """A configuration that labels and trains in seconds."""
     parts = {"continuations": 4, "max_steps": 6, "batch": 8}
-    return config.but(process=config.process.but(**parts), sampling=config.sampling.but(rows=64))
+    return config.but(process=config.process.but(**parts), sampling=config.sampling.but(max_rows=64))
 
 
 @pytest.fixture(scope="module")
-def drawn(small, tokenizer, task):
+def job(small, task, tmp_path_factory):
+    """Four samples of eight problems; the continuations' seed is 5."""
     problems, samples = task.problems("train")[:8], {}
-    with sampler.drawing(small, None, tokenizer, task, problems) as draw:
-        batches = sampler.graded_samples(small, draw, tokenizer, task, problems, n=4, temperature=1.0, seed=0, label="")
-        for row in (row for batch in batches for row in batch):
-            samples.setdefault(row["problem"], []).append(row)
-    return problems, samples
+    with sampler.opened(small, None, task, problems) as policy:
+        for s in (s for batch in policy.samples(problems, n=4, temperature=1.0, seed=0, label="") for s in batch):
+            samples.setdefault(s.problem, []).append(s)
+        prompts = policy.prompts(problems)
+    return Job(small, None, task, problems, prompts, samples, 1.0, 5, tmp_path_factory.mktemp("labels"))
 
 
 @pytest.fixture(scope="module")
-def labelled(small, tokenizer, task, drawn, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("labels")
-    return folder, labels.label_steps(small, None, tokenizer, task, *drawn, folder, 5)
+def labelled(job):
+    return labels.label_steps(job)
 
 
-def test_labels_are_those_of_continuations_drawn_one_prefix_at_a_time(labelled, small, tokenizer, task, drawn, seed_model):  # fmt: skip
-    by_id, seen = {p.id: p for p in drawn[0]}, 0
-    for row in labelled[1][::3]:
-        for end, outcomes in zip(row["ends"], row["outcomes"], strict=True):
-            start = row["token_ids"][: end + 1]
+@pytest.fixture
+def no_model(monkeypatch):
+    """A test in which no policy may be loaded, so that nothing can be drawn."""
+    monkeypatch.setattr(sampler, "load_policy", None)
+
+
+def test_labels_are_those_of_continuations_drawn_one_prefix_at_a_time(labelled, tokenizer, task, job, seed_model):
+    by_id, seen = {p.id: p for p in job.problems}, 0
+    for row in labelled[::3]:
+        for end, outcomes in zip(row.ends, row.outcomes, strict=True):
+            start = list(row.token_ids[: end + 1])
             if not outcomes:
                 continue
             batches = sampling.sample(
-                seed_model, {row["problem"]: row["prompt_ids"]}, n=4, temperature=1.0, seed=5, eos_id=[2],
-                max_new_tokens=64, starts={row["problem"]: [start]},
-            )  # fmt: skip
-            texts = [tokenizer.decode(c.token_ids[:-1]) for c in next(batches)[row["problem"]]]
-            right = [task.extract(text, by_id[row["problem"]]) == by_id[row["problem"]].answer for text in texts]
+                seed_model,
+                {row.problem: list(row.prompt_ids)},
+                n=4,
+                temperature=1.0,
+                seed=5,
+                eos_id=[2],
+                max_new_tokens=64,
+                starts={row.problem: [start]},
+            )
+            texts = [tokenizer.decode(c.token_ids[:-1]) for c in next(batches)[row.problem]]
+            right = [task.extract(text, by_id[row.problem]) == by_id[row.problem].answer for text in texts]
             assert outcomes == "".join("01"[ok] for ok in right)
             seen += 1
     assert seen > 5
 
 
-def test_labels_of_last_steps_and_gold_solutions_need_no_simulation(labelled, drawn):
-    _, rows = labelled
-    assert {row["problem"] for row in rows if row["gold"]} <= {p.id for p in drawn[0]}
-    for row in rows:
-        assert len(row["ends"]) == len(row["labels"]) == len(row["outcomes"])
-        if row["gold"]:
-            assert set(row["labels"]) == {1} and set(row["outcomes"]) == {""}
+def test_labels_of_last_steps_and_gold_solutions_need_no_simulation(labelled, job):
+    assert {row.problem for row in labelled if row.gold} <= {p.id for p in job.problems}
+    for row in labelled:
+        assert len(row.ends) == len(row.labels) == len(row.outcomes)
+        if row.gold:
+            assert set(row.labels) == {1} and set(row.outcomes) == {""}
         else:
-            assert row["labels"][-1] == (row["answer_reward"] == 1) and row["outcomes"][-1] == ""
-            assert all(len(o) == 4 for o in row["outcomes"][:-1])
-            assert row["labels"][:-1] == [int("1" in o) for o in row["outcomes"][:-1]]
+            assert row.labels[-1] == (row.answer_reward == 1) and row.outcomes[-1] == ""
+            assert all(len(o) == 4 for o in row.outcomes[:-1])
+            assert list(row.labels[:-1]) == [int("1" in o) for o in row.outcomes[:-1]]
 
 
-def test_a_killed_simulation_goes_on(labelled, small, tokenizer, task, drawn, monkeypatch):
-    folder, rows = labelled
+def test_solutions_are_written_and_read(labelled, tmp_path):
+    file = tmp_path / "labels.jsonl"
+    reward_model.Solution.write(file, labelled)
+    assert reward_model.Solution.read(file, "01b_reward") == labelled
+    fields = ["problem", "prompt_ids", "token_ids", "gold", "finished", "answer_reward", "ends", "labels", "outcomes"]
+    assert all(list(row) == fields for row in files.read_jsonl(file))
+
+
+def test_a_killed_simulation_goes_on(labelled, job, monkeypatch):
+    again = replace(job, folder=job.folder / "again")
     monkeypatch.setattr(simulation, "CHUNK", 1)
-    again = labels.label_steps(small, None, tokenizer, task, *drawn, folder / "again", 5)
-    chunks = sorted((folder / "again").glob("continuations_*.jsonl"))
-    assert again == rows and len(chunks) > 1  # however it is cut
+    assert labels.label_steps(again) == labelled  # however it is cut
+    chunks = sorted(again.folder.glob("continuations_*.jsonl"))
+    assert len(chunks) > 1
     before = chunks[0].stat().st_mtime_ns
     chunks[-1].unlink()
-    assert labels.label_steps(small, None, tokenizer, task, *drawn, folder / "again", 5) == rows
+    assert labels.label_steps(again) == labelled
     assert chunks[0].stat().st_mtime_ns == before and chunks[-1].exists()
-    monkeypatch.setattr(stages, "drawing", None)  # nothing is left to draw
-    assert labels.label_steps(small, None, tokenizer, task, *drawn, folder / "again", 5) == rows
+    monkeypatch.setattr(sampler, "load_policy", None)  # nothing is left to draw
+    assert labels.label_steps(again) == labelled
 
 
-def test_the_control_labels_every_step_with_the_answer(small, tokenizer, task, drawn, monkeypatch, tmp_path):
-    monkeypatch.setattr(stages, "drawing", None)
-    for row in labels.label_steps(small, None, tokenizer, task, *drawn, tmp_path, 5, labels="outcome"):
-        assert set(row["labels"]) == {int(row["answer_reward"] == 1)}
+def test_the_control_labels_every_step_with_the_answer(small, job, no_model, tmp_path):
+    control = small.but(process=small.process.but(labels="outcome"))
+    for row in labels.label_steps(replace(job, config=control, folder=tmp_path)):
+        assert set(row.labels) == {int(row.answer_reward == 1)}
 
 
-def test_another_simulator_reads_prefixes_as_text(small, tokenizer, task, drawn, tmp_path, monkeypatch):
-    """One with its own tokenizer and chat template; what it says here is what the policy's own sampler would be told."""
-    other = build("qwen2", tmp_path / "other", [p.question + p.solution for p in drawn[0]])
+def test_another_simulator_reads_prefixes_as_text(small, tokenizer, job, tmp_path, monkeypatch):
+    """One with its own tokenizer and chat template; it is given what the policy's own sampler would be given."""
+    other = build("qwen2", tmp_path / "other", [p.question + p.solution for p in job.problems])
     config = small.but(process=small.process.but(simulator=str(other)))
-    asked, reader = {}, tokens.load_tokenizer(small.model.but(path=str(other)))
+    starts, reader = {}, load.load_tokenizer(small.model.but(path=str(other)))
     real = sampling.sample
 
     def watched(model, prompts, **settings):
-        asked.update(settings["starts"])
+        starts.update(settings["starts"])
         return real(model, prompts, **settings)
 
-    monkeypatch.setattr(sampling, "sample", watched)
+    monkeypatch.setattr(sampler, "sample", watched)
     text = "Half: 12 / 2 = 6\n"
-    ids = tokenizer(text, add_special_tokens=False).input_ids
-    problem = drawn[0][0]
-    found = simulation.simulate(config, None, tokenizer, task, [problem], {problem.id: [ids]}, tmp_path, 0)
-    assert [reader.decode(start) for start in asked[problem.id]] == [text]
-    assert found == {(problem.id, tuple(ids)): "0000"}  # random weights
+    ids = tuple(tokenizer(text, add_special_tokens=False).input_ids)
+    problem = job.problems[0].id
+    own = replace(job, config=config, folder=tmp_path, seed=0)
+    found = simulation.simulate(own, tokenizer, {problem: [ids]})
+    assert [reader.decode(start) for start in starts[problem]] == [text]
+    assert found == {(problem, ids): "0000"}  # random weights
+    nobody = small.but(process=small.process.but(simulator="/no/such/model"))
+    with pytest.raises(ValueError, match=r"process\.simulator: /no/such/model is no folder"):
+        simulation.simulate(replace(own, config=nobody), tokenizer, {problem: [ids]})
+
+
+def test_another_adapter_continues_on_the_policy_s_own_tokens(small, tokenizer, job, tmp_path):
+    (tmp_path / "adapter_config.json").touch()
+    config = small.but(process=small.process.but(simulator=str(tmp_path)))
+    own, reader = simulation.simulator(replace(job, config=config), tokenizer)
+    assert (own.policy, own.config, reader) == (tmp_path, config, tokenizer)
 
 
 @pytest.mark.parametrize("tuning", ["lora", "full"])
-def test_scores_are_those_of_each_response_alone_through_the_model_itself(tuning, small, tokenizer, labelled):
+def test_scores_are_those_of_each_response_alone_through_the_model_itself(tuning, small, labelled):
     """transformers' own forward on prompt + response, unpadded and unshared, read at the token that ends the step."""
     config = small.but(model=small.model.but(tuning=tuning))
     model = reward_model.load_reward_model(config, seed=1)
@@ -199,13 +236,13 @@ def test_scores_are_those_of_each_response_alone_through_the_model_itself(tuning
     for name, weights in model.named_parameters():
         if "lora_B" in name or "score" in name:
             torch.nn.init.normal_(weights, std=0.3)
-    rows = [row for row in labelled[1] if row["ends"]][:12]
-    found = reward_model.score(model, *([row[k] for row in rows] for k in ("prompt_ids", "token_ids", "ends")), rows=5)
+    rows = [row for row in labelled if row.ends][:12]
+    found = reward_model.score(model, rows, max_rows=5)
     spread = set()
     for row, scores in zip(rows, found, strict=True):
         with torch.no_grad():
-            logits = model(input_ids=torch.tensor([row["prompt_ids"] + row["token_ids"]])).logits[0].softmax(-1)
-        wanted = logits[[len(row["prompt_ids"]) + end for end in row["ends"]], 1].tolist()
+            logits = model(input_ids=torch.tensor([row.prompt_ids + row.token_ids])).logits[0].softmax(-1)
+        wanted = logits[[len(row.prompt_ids) + end for end in row.ends], 1].tolist()
         assert scores == pytest.approx(wanted, abs=1e-5)
         spread.update(round(s, 2) for s in scores)
     assert len(spread) > 5
@@ -213,11 +250,11 @@ def test_scores_are_those_of_each_response_alone_through_the_model_itself(tuning
 
 @pytest.fixture
 def kept(monkeypatch):
-    """What a reward model that was just trained says of a solution, before it is saved."""
+    """What a reward model that was just trained says of the solutions, before it is saved."""
     scores, real = [], reward_model.held_out_facts
 
     def watched(model, solutions, held_out):
-        scores.append(reward_model.score(model, *([s[k] for s in solutions] for k in ("prompt_ids", "token_ids", "ends"))))  # fmt: skip
+        scores.append(reward_model.score(model, solutions))
         return real(model, solutions, held_out)
 
     monkeypatch.setattr(reward_model, "held_out_facts", watched)
@@ -226,13 +263,12 @@ def kept(monkeypatch):
 
 def loaded_scores(config, rows, folder):
     model = reward_model.load_reward_model(config, folder / "reward_model")
-    rows = [row for row in rows if row["ends"]]
-    return reward_model.score(model, *([row[k] for row in rows] for k in ("prompt_ids", "token_ids", "ends")))
+    return reward_model.score(model, [row for row in rows if row.ends])
 
 
 def test_a_killed_training_goes_on_and_ends_the_same(small, labelled, tmp_path, monkeypatch):
     monkeypatch.setattr(reward_model, "SAVE_EVERY", 2)
-    whole = reward_model.train(small, labelled[1], tmp_path / "whole", 3)
+    whole = reward_model.train(small, labelled, tmp_path / "whole", 3)
     real, steps = reward_model.step_logits, []
 
     def killed(model, batch):
@@ -243,9 +279,9 @@ def test_a_killed_training_goes_on_and_ends_the_same(small, labelled, tmp_path, 
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(reward_model, "step_logits", killed)
-        reward_model.train(small, labelled[1], tmp_path / "killed", 3)
+        reward_model.train(small, labelled, tmp_path / "killed", 3)
     assert (tmp_path / "killed" / "checkpoints" / "checkpoint-2" / "complete").exists()
-    assert reward_model.train(small, labelled[1], tmp_path / "killed", 3) == whole
+    assert reward_model.train(small, labelled, tmp_path / "killed", 3) == whole
     file = "reward_model/adapter_model.safetensors"
     assert (tmp_path / "killed" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
 
@@ -253,7 +289,7 @@ def test_a_killed_training_goes_on_and_ends_the_same(small, labelled, tmp_path, 
 @pytest.mark.parametrize("tuning", ["lora", "full"])
 def test_a_head_in_float32_is_loaded_as_it_was_saved_on_a_base_in_16_bits(tuning, small, labelled, tmp_path):
     config = small.but(model=small.model.but(tuning=tuning, dtype="bfloat16"))
-    reward_model.train(config, labelled[1], tmp_path, 3)
+    reward_model.train(config, labelled, tmp_path, 3)
     saved = {}
     for file in (tmp_path / "reward_model").glob("*.safetensors"):
         saved |= {k: v for k, v in load_file(file).items() if "score" in k and v.dim() == 2}
@@ -266,11 +302,11 @@ def test_a_head_in_float32_is_loaded_as_it_was_saved_on_a_base_in_16_bits(tuning
 @pytest.mark.parametrize("tuning", ["lora", "full"])
 def test_a_reward_model_is_saved_and_loaded_and_the_same_again(tuning, small, labelled, tmp_path, kept):
     config = small.but(model=small.model.but(tuning=tuning))
-    facts = reward_model.train(config, labelled[1], tmp_path / "a", 3)
+    facts = reward_model.train(config, labelled, tmp_path / "a", 3)
     assert facts["held_out_steps"] > 0 and 0 <= facts["held_out_accuracy"] <= 1 and facts["steps"] == 6
     assert facts == json.loads((tmp_path / "a" / "reward_model" / "facts.json").read_text())
-    assert loaded_scores(config, labelled[1], tmp_path / "a") == kept[0]
-    assert facts == reward_model.train(config, labelled[1], tmp_path / "b", 3)
+    assert loaded_scores(config, labelled, tmp_path / "a") == kept[0]
+    assert facts == reward_model.train(config, labelled, tmp_path / "b", 3)
     digests = [
         {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in (tmp_path / run / "reward_model").iterdir()}
         for run in "ab"
@@ -279,12 +315,15 @@ def test_a_reward_model_is_saved_and_loaded_and_the_same_again(tuning, small, la
 
 
 @pytest.mark.parametrize(("family", "quantize"), [("qwen2", "nf4"), ("gemma2", "none")])
-def test_reward_models_of_other_kinds(family, quantize, small, drawn, task, tmp_path, kept):
+def test_reward_models_of_other_kinds(family, quantize, small, job, task, tmp_path, kept):
     """With their own tokenizer; a head that is not quantized and has no adapter."""
-    path = build(family, tmp_path / "base", [p.question + p.solution for p in drawn[0]])
+    path = build(family, tmp_path / "base", [p.question + p.solution for p in job.problems])
     config = small.but(model=small.model.but(path=str(path), quantize=quantize))
-    reader = tokens.load_tokenizer(config.model)
-    rows = labels.label_steps(config, None, reader, task, drawn[0], {}, tmp_path, 0)  # the gold solutions
+    with sampler.opened(config, None, task, job.problems) as policy:
+        prompts = policy.prompts(job.problems)
+    gold = replace(job, config=config, prompts=prompts, samples={}, folder=tmp_path, seed=0)
+    rows = labels.label_steps(gold)  # the gold solutions
+    assert all(row.gold for row in rows) and len(rows) == len(job.problems)
     reward_model.train(config, rows, tmp_path, 0)
     assert loaded_scores(config, rows, tmp_path) == [pytest.approx(scores, abs=1e-6) for scores in kept[0]]
     new = reward_model.load_reward_model(config, seed=0)
@@ -295,7 +334,7 @@ def test_reward_models_of_other_kinds(family, quantize, small, drawn, task, tmp_
 
 def test_a_reward_model_learns_what_can_be_told(small, labelled, tmp_path):
     """Labels that the state at a step's end has for certain: whether the step is the last one."""
-    rows = [row | {"labels": [0] * (len(row["ends"]) - 1) + [1]} for row in labelled[1] if row["ends"]]
+    rows = [replace(row, labels=(*[0] * (len(row.ends) - 1), 1)) for row in labelled if row.ends]
     config = small.but(process=small.process.but(max_steps=60, max_epochs=60))
     facts = reward_model.train(config, rows, tmp_path, 0)
     assert facts["held_out_accuracy"] > 0.95 and facts["held_out_auc"] > 0.98
@@ -304,7 +343,7 @@ def test_a_reward_model_learns_what_can_be_told(small, labelled, tmp_path):
 def test_no_reward_model_and_too_few_problems_say_so(small, labelled, tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no reward model"):
         reward_model.load_reward_model(small, tmp_path)
-    one = [row for row in labelled[1] if row["problem"] == labelled[1][0]["problem"]]
+    one = [row for row in labelled if row.problem == labelled[0].problem]
     with pytest.raises(ValueError, match="at least two problems"):
         reward_model.train(small, one, tmp_path, 0)
 
@@ -318,62 +357,76 @@ def test_states_have_read_what_the_docstring_says(seed_model):
             assert torch.allclose(states(seed_model, batch)[0], wanted[len(prompt) - 1 : -1], atol=1e-4)
 
 
-def test_feedback_end_to_end(small, tokenizer, task, drawn, tmp_path):
-    problems, samples = drawn
-    unfinished = {**samples[problems[0].id][0], "finished": False, "reward": None, "token_ids": [5, 6], "response": "x"}
-    samples = {**samples, problems[0].id: [*samples[problems[0].id], unfinished]}
-    scored, facts = labels.feedback(small, None, tokenizer, task, problems, samples, tmp_path, 5)
-    assert {name: len(mine) for name, mine in scored.items()} == {name: len(mine) for name, mine in samples.items()}
-    for name, mine in scored.items():
-        for before, after in zip(samples[name], mine, strict=True):
-            assert after["answer_reward"] == before["reward"] and after["token_ids"] == before["token_ids"]
-            assert after["reward"] == labels.path_reward(after["step_scores"], "mean")
-    assert scored[problems[0].id][-1]["reward"] == 0  # no whole step
+def test_feedback_end_to_end(small, job, tmp_path):
+    first = job.problems[0].id
+    unfinished = replace(job.samples[first][0], finished=False, reward=None, answer_reward=None, token_ids=(5, 6))
+    samples = {**job.samples, first: [*job.samples[first], unfinished]}
+    own = replace(job, samples=samples, folder=tmp_path, seed=5 - labels.SEED)
+    scored, facts = labels.process(own)
+    drawn = [s for of_problem in samples.values() for s in of_problem]
+    for before, after in zip(drawn, scored, strict=True):
+        assert after.reward == labels.path_reward(after.step_scores, "mean")
+        assert replace(after, reward=before.reward, step_scores=()) == before  # the answer's reward, too, stays
+    assert next(s for s in scored if s.token_ids == (5, 6)).reward == 0  # no whole step
     assert facts["solutions"] > 8 and 0 < facts["labelled_right"] < 1
-    again, same = labels.feedback(small, None, tokenizer, task, problems, samples, tmp_path, 5)
+    assert facts["trained_tokens"] == facts["reward_model"]["trained_tokens"] > 0
+    again, same = labels.process(own)
     assert again == scored and same == facts
-    with pytest.raises(ValueError, match="process or outcome, not 'both'"):
-        labels.feedback(small, None, tokenizer, task, problems, samples, tmp_path, 5, labels="both")
+    with pytest.raises(ValueError, match="'process' or 'outcome'"):
+        small.process.but(labels="both")
+
+
+def test_process_draws_and_learns_with_a_seed_of_its_own(job, labelled, tmp_path):
+    labels.process(replace(job, folder=tmp_path, seed=5 - labels.SEED))
+    assert reward_model.Solution.read(tmp_path / "labels.jsonl", "01b_reward") == labelled
+    learned = reward_model.train(job.config, labelled, tmp_path / "alone", 5)
+    assert learned == json.loads((tmp_path / "reward_model" / "facts.json").read_text())
 
 
 EVENTS = (Event("half", 2), Event("bags", 3, 4), Event("finds", 5))
 
 
-def test_lines_are_judged_on_what_stands_before_them(task):
+def test_lines_are_checked_on_what_stands_before_them(task):
     """12, half of it, 3 bags of 4, 5 more: the careless reading of `half` gives 10, on which the rest is right."""
     problem = make_problem("x", Story("Ann", "pens", 12, EVENTS, False))
     gold = problem.solution.split("\n")
     assert gold == ["Half: 12 / 2 = 6", "Bags: 3 * 4 = 12", "Buy: 6 + 12 = 18", "Find: 18 + 5 = 23", "Final answer: 23"]
-    judge = lambda *lines: task.judge_lines(problem, "\n".join(lines))  # noqa: E731
-    assert judge(*gold) == [True] * 5
+
+    def check(*lines):
+        return task.check_lines(problem, "\n".join(lines))
+
+    assert check(*gold) == [True] * 5
     careless = ["Half: 12 - 2 = 10", "Bags: 3 * 4 = 12", "Buy: 10 + 12 = 22", "Find: 22 + 5 = 27", "Final answer: 27"]
-    assert judge(*careless) == [False, True, True, True, True]
+    assert check(*careless) == [False, True, True, True, True]
     bags = [gold[0], "Bags: 3 + 4 = 7", "Buy: 6 + 7 = 13", "Find: 13 + 5 = 18", "Final answer: 18"]
-    assert judge(*bags) == [True, False, True, True, True]
-    assert judge(*bags[:2], "Buy: 6 + 12 = 18") == [True, False, False]  # not what the line before it says
-    assert judge("Half: 12 / 2 = six", *gold[1:]) == [False] * 5  # nothing that the others could be right for
-    assert judge(*gold, "Find: 1 + 1 = 2") == [True] * 5 + [False]
-    assert judge(gold[0], "", gold[1]) == [True, True]  # an empty line is none
-    assert judge("Final answer: 23") == [False]
+    assert check(*bags) == [True, False, True, True, True]
+    assert check(*bags[:2], "Buy: 6 + 12 = 18") == [True, False, False]  # not what the line before it says
+    assert check("Half: 12 / 2 = six", *gold[1:]) == [False] * 5  # nothing that the others could be right for
+    assert check(*gold, "Find: 1 + 1 = 2") == [True] * 5 + [False]
+    assert check(gold[0], "", gold[1]) == [True, True]  # an empty line is none
+    assert check("Final answer: 23") == [False]
 
 
 @pytest.mark.parametrize("guessable", [False, True])
-def test_lines_and_events_are_judged_alike(task, guessable):
+def test_lines_and_events_are_checked_alike(task, guessable):
     for p in task.problems("train")[:20]:
         story = replace(story_of(p), guessable=guessable)
         for careless in product((False, True), repeat=len(story.events)):
             p, text = make_problem("x", story), story.solution(careless)[0]
-            clean = all(verdict == "right" for _, verdict in task.judge_steps(p, text))
-            assert all(task.judge_lines(p, text)) == clean
+            clean = all(verdict == "right" for _, verdict in task.check_steps(p, text))
+            assert all(task.check_lines(p, text)) == clean
 
 
-def test_truth_of_a_prefix_is_that_of_all_its_lines(task, tokenizer):
+def test_truth_of_a_prefix_is_that_of_all_its_lines(config, task, tokenizer):
     problem = make_problem("x", Story("Ann", "pens", 12, EVENTS, False))
     text = "Half: 12 / 2 = 6\nBags: 3 + 4 = 7\nBuy: 6 + 7 = 13\nFind: 13 + 5 = 18\nFinal answer: 18"
-    ids = encode_response(tokenizer, text, 2)
-    row = {"problem": "x", "token_ids": ids, "finished": True, "ends": labels.step_ends(tokenizer, ids)}
-    assert truth.with_truth(task, [problem], tokenizer, [row])[0]["truth"] == [True, False, False, False, False]
-    samples = [{"problem": "x", "response": t, "reward": r} for t, r in ((text, 1), (text, 0), (problem.solution, 1))]
+    ids = tuple(encode_response(tokenizer, text, 2))
+    wrong, right = (Sample("x", 0, t, None, 1.0, 1.0, True, -1.0, ids) for t in (text, problem.solution))
+    with sampler.opened(config, None, task, [problem]) as policy:
+        prompt = policy.prompts([problem])["x"]
+    solution = labels.solution_of(tokenizer, prompt, wrong)
+    assert truth.with_truth(task, [problem], tokenizer, [solution])[0].truth == (True, False, False, False, False)
+    samples = [wrong, replace(wrong, reward=0.0, answer_reward=0.0), right]
     assert truth.right_for_wrong_reason(task, [problem], samples) == {
         "right": 2 / 3,
         "of_them_with_a_wrong_step": 0.5,
@@ -410,7 +463,9 @@ def test_best_of_n_is_the_mean_over_all_choices(rows, data):
 
 
 def test_votes_by_hand():
-    vote = lambda weights, n=3: metrics.weighted_majority(["a", "b", "b"], weights, [True, False, False], n)  # noqa: E731
+    def vote(weights, n=3):
+        return metrics.weighted_majority(["a", "b", "b"], weights, [True, False, False], n)
+
     assert [vote(w) for w in ([1, 1, 1], [3, 1, 1], [2, 1, 1])] == [0, 1, 0.5]
     assert vote([0, 0, 0]) == 0.5  # no weight at all: every answer that was given is as good
     assert vote([1, 1, 1], 1) == pytest.approx(1 / 3, abs=0.1)
@@ -434,5 +489,6 @@ def test_the_notebook(tmp_path):
     parameters = {"run": str(tmp_path / "run"), **sizes, "candidates": 4}
     run_notebook(files.NOTEBOOKS / "07_process_feedback.ipynb", tmp_path / "07.ipynb", parameters, 1)
     rows = list(csv.DictReader((tmp_path / "run" / "label_quality.csv").read_text().splitlines()))
-    assert [(r["answer"], r["k"], r["delta"]) for r in rows[2:6]] == [("a number", k, d) for k, d in ("10", "20", "21")] + [("odd or even", "1", "0")]  # fmt: skip
+    wanted = [("a number", "1", "0"), ("a number", "2", "0"), ("a number", "2", "1"), ("odd or even", "1", "0")]
+    assert [(r["answer"], r["k"], r["delta"]) for r in rows[2:6]] == wanted
     assert not (tmp_path / "run" / "scratch").exists()

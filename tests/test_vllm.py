@@ -7,7 +7,6 @@ import importlib.util
 import os
 import signal
 import sys
-from dataclasses import replace
 
 import pytest
 import torch
@@ -16,11 +15,14 @@ from conftest import ROOT, drive
 from irpo_utils import files
 from irpo_utils.extras.vllm import engine as vllm
 from irpo_utils.files import ConfigError
+from irpo_utils.methods import parts
 from irpo_utils.model import load, sampling
 from irpo_utils.model.logprobs import collate, response_logps
 from irpo_utils.model.prompts import encode_prompts
-from irpo_utils.run import stages, store
+from irpo_utils.run import store
 from irpo_utils.run.presets import load_preset
+from irpo_utils.run.stages.evaluate import EvaluateStage
+from irpo_utils.run.stages.sample import SampleStage
 
 HERE = importlib.util.find_spec("vllm") is not None
 needs_vllm = pytest.mark.skipif(not (HERE or os.environ.get("IRPO_VLLM_PYTHON")), reason="no vLLM (IRPO_VLLM_PYTHON)")
@@ -54,11 +56,11 @@ def engine(config, longest):
 
 @needs_vllm
 def test_greedy_is_the_other_sampler_s(engine, seed_model, prompts):
-    told = []
-    ours = collected(engine.sample(prompts, **GREEDY, progress=lambda *facts: told.append(facts)))
+    calls = []
+    ours = collected(engine.sample(prompts, **GREEDY, progress=lambda *facts: calls.append(facts)))
     assert ids(ours) == ids(collected(sampling.sample(seed_model, prompts, **GREEDY)))
     assert all(c.finished and c.token_ids[-1] == 2 for (c,) in ours.values())
-    assert told[-1][:2] == (20, 20)
+    assert calls[-1][:2] == (20, 20)
 
 
 @needs_vllm
@@ -66,7 +68,7 @@ def test_samples_do_not_depend_on_the_batch_and_do_on_the_seed(engine, prompts):
     together = ids(collected(engine.sample(prompts, **DRAWN)))
     alone = list(prompts)[7]
     assert ids(collected(engine.sample({alone: prompts[alone]}, **DRAWN))) == {alone: together[alone]}
-    assert ids(collected(engine.sample(prompts, **DRAWN, rows=16))) == together
+    assert ids(collected(engine.sample(prompts, **DRAWN, max_rows=16))) == together
     assert ids(collected(engine.sample(prompts, **DRAWN | {"seed": 4}))) != together
 
 
@@ -160,14 +162,77 @@ def test_a_model_that_vllm_cannot_load_is_told_with_its_log(config, longest, tmp
 def test_the_stages_sample_and_evaluate_with_it(tmp_path):
     settings = ["sampling.engine=vllm", "task.train_size=6", "task.dev_size=4", "task.test_size=4", "sampling.n=4"]
     files.write_text(tmp_path / "config.yaml", store.dump(load_preset("micro", [*settings, "evaluation.samples=4"])))
-    stage = store.Stage("01_sample", tmp_path, iteration=1).begin()
-    records = stages.sample_stage(stage)
-    assert len(records) == 24 and all((r["token_ids"][-1] == 2) == r["finished"] for r in records)
+    stage = SampleStage(tmp_path, iteration=1).begin()
+    samples = stage.run()
+    assert len(samples) == 24 and all((s.token_ids[-1] == 2) == s.finished for s in samples)
     assert stage.finish()["key"]["versions"]["vllm"].startswith("vllm")
     assert stage.is_done()
-    summary, judged = stages.evaluate_stage(store.Stage("04_evaluate", tmp_path, iteration=0).begin())
-    assert len(judged) == 8 and all(len(r["answers"]) == 4 and "greedy" in r for r in judged)
+    summary, responses = EvaluateStage(tmp_path, iteration=0).begin().run()
+    assert len(responses) == 8 and all(len(r["answers"]) == 4 and "greedy" in r for r in responses)
     assert set(summary) == {"dev", "test"}
+
+
+@needs_vllm
+def test_it_is_opened_as_a_sampler(config, seed_model, task, prompts):
+    problems = task.problems("train")[:20]
+    with vllm.opened(config, None, task, problems) as sampler:
+        assert ids(collected(sampler.draw(prompts, **GREEDY))) == ids(
+            collected(sampling.sample(seed_model, prompts, **GREEDY))
+        )
+        assert sampler.greedy_accuracy(problems) == sampler.on(seed_model).greedy_accuracy(problems)
+
+
+class Started:
+    """Stands in for an engine: what it was started with, what was drawn, and whether it was ended."""
+
+    def __init__(self, config, policy, longest):
+        self.policy, self.longest, self.calls, self.ended = policy, longest, [], False
+        engines.append(self)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.ended = True
+
+    def sample(self, prompts, **options):
+        self.calls.append((prompts, options))
+        return iter([])
+
+
+engines = []
+
+
+def test_the_process_is_started_by_the_first_draw_and_ends_with_the_block(config, task, prompts, longest, monkeypatch):
+    monkeypatch.setattr(vllm, "Engine", Started)
+    engines.clear()
+    problems = task.problems("train")[:20]
+    with pytest.raises(KeyboardInterrupt), vllm.opened(config, None, task, problems) as sampler:
+        assert {name: list(p.prompt_ids) for name, p in sampler.prompts(problems).items()} == prompts and not engines
+        for _ in range(2):
+            assert list(sampler.samples(problems, n=4, temperature=0.8, seed=3, label="")) == []
+        (engine,) = engines
+        assert (engine.policy, engine.longest) == (None, longest)
+        drawn, options = engine.calls[1]
+        assert drawn == prompts and not engine.ended
+        assert {name: options[name] for name in ("n", "seed", "eos_id", "max_new_tokens", "max_rows")} == {
+            "n": 4,
+            "seed": 3,
+            "eos_id": sampler.stops,
+            "max_new_tokens": config.sampling.max_new_tokens,
+            "max_rows": config.sampling.max_rows,
+        }
+        raise KeyboardInterrupt
+    assert engine.ended
+    with vllm.opened(config, None, task, problems):
+        pass
+    assert len(engines) == 1  # nothing was drawn
+
+
+def test_the_table_names_it():
+    row = parts.SAMPLERS["vllm"]
+    assert row.load() is vllm.opened
+    assert files.load_object(row.check) is vllm.check and files.load_object(row.version) is vllm.version
 
 
 def test_a_missing_vllm_is_refused_before_the_run(monkeypatch):

@@ -1,8 +1,8 @@
 """Process feedback (SIPF, arXiv 2412.08393): a reward for every step of a solution, from nothing but final answers.
 
 A step's label comes from simulation: from where the step ends, K continuations are drawn, and it is right if more than
-delta of them reach the right answer. A reward model (`reward_model.py`) learns the labels; a solution's reward is the mean
-of its steps' scores.
+delta of them reach the right answer. A reward model (`reward_model.py`) learns the labels. A solution's reward is the
+mean of its steps' scores.
 
 Left out of the paper: a prompt that numbers the steps. A step is a line that is not empty, of a solution or of code.
 """
@@ -12,20 +12,22 @@ from __future__ import annotations
 import gc
 import json
 import math
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
-from ...files import write_jsonl
-from ...methods import select
-from ...model.prompts import encode_prompts, stop_ids
-from ...run import stages
-from ...tasks.base import Problem, Task
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ...methods.rewards import Job
+from ...methods.select import distinct, gold_sample
+from ...model.load import load_tokenizer
+from ...model.records import Ids, Prompt, Sample
 from . import reward_model
+from .reward_model import Solution
 from .simulation import simulate, tokens_drawn
 
-Record = dict[str, Any]
-PATHS: dict[str, Callable[[list[float]], float]] = {
+SEED = 4  # added to the round's seed: the continuations' random numbers are their own
+PATHS: dict[str, Callable[[Sequence[float]], float]] = {
     "mean": lambda scores: sum(scores) / len(scores),
     "min": min,
     "product": math.prod,
@@ -33,12 +35,12 @@ PATHS: dict[str, Callable[[list[float]], float]] = {
 }
 
 
-def step_ends(tokenizer, token_ids: list[int], finished: bool = True) -> list[int]:
-    """Numbers of the response tokens that end a step, [steps]: what they and the tokens before say is the step's prefix.
+def step_ends(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int], finished: bool = True) -> list[int]:
+    """Numbers of the response tokens that end a step, [steps]. A step's prefix is all tokens up to that one.
 
-    A step is a line that is not empty. A token that ends a line may say more than "\\n" (".\\n", "\\n\\n", "\\n    "); lines that
-    end in one token are one step.
-    The last line of a finished response ends before its EOS; of an unfinished one it is no step, since it was cut.
+    A step is a line that is not empty. A token that ends a line may hold more than "\\n" (".\\n", "\\n\\n", "\\n    ").
+    Lines that end in one token are one step. The last line of a finished response ends before its EOS; that of an
+    unfinished one is no step, since it was cut.
     """
     ends, blank = [], True
     body = token_ids[:-1] if finished else token_ids
@@ -52,134 +54,142 @@ def step_ends(tokenizer, token_ids: list[int], finished: bool = True) -> list[in
     return ends
 
 
-def path_reward(scores: list[float], how: str) -> float:
+def path_reward(scores: Sequence[float], how: str) -> float:
     """A solution's reward from its steps' scores, [steps]: one of `PATHS`; 0 for a solution that has no whole step."""
     return float(PATHS[how](scores)) if scores else 0.0
 
 
 def label(outcomes: str, delta: int, k: int | None = None) -> int:
-    """1 if more than `delta` of the first `k` `outcomes` ("0110": the second and third of four were right) are right."""
+    """1 if more than `delta` of the first `k` `outcomes` are right ("0110": the second and third of four were)."""
     return int(outcomes[:k].count("1") > delta)
 
 
-def label_steps(
-    config,
-    policy: Path | None,
-    tokenizer,
-    task: Task,
-    problems: list[Problem],
-    samples: dict[str, list[Record]],
-    folder: Path,
-    seed: int,
-    labels: str = "process",
-) -> list[Record]:
+def solution_of(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, sample: Sample, gold: bool = False) -> Solution:
+    """A sample with its steps, which have no labels yet."""
+    return Solution(
+        problem=sample.problem,
+        prompt_ids=prompt.prompt_ids,
+        token_ids=sample.token_ids,
+        gold=gold,
+        finished=sample.finished,
+        answer_reward=sample.answer_reward,
+        ends=tuple(step_ends(tokenizer, sample.token_ids, sample.finished)),
+        labels=(),
+        outcomes=(),
+    )
+
+
+def solutions_of(job: Job, tokenizer: PreTrainedTokenizerBase) -> list[Solution]:
+    """The distinct responses of each problem and its gold solution, with their steps."""
+    found = []
+    for p in job.problems:
+        prompt, samples = job.prompts[p.id], distinct(job.samples.get(p.id, []))
+        found += [solution_of(tokenizer, prompt, s) for s in samples]
+        gold = gold_sample(prompt)
+        if gold is not None and gold.token_ids not in {s.token_ids for s in samples}:
+            found.append(solution_of(tokenizer, prompt, gold, gold=True))
+    return found
+
+
+def simulated_prefixes(solution: Solution, labels: str) -> list[Ids]:
+    """Where continuations of a solution begin: at the end of each step whose label its answer does not give.
+
+    The last step of a finished response has its answer's label, and steps of a gold solution are right. With `labels`
+    "outcome" every step has its answer's.
+    """
+    if solution.gold or labels == "outcome":
+        return []
+    ends = solution.ends[: len(solution.ends) - solution.finished]
+    return [solution.token_ids[: end + 1] for end in ends]
+
+
+def label_steps(job: Job) -> list[Solution]:
     """The distinct responses of each problem and its gold solution, with a label for every step.
 
-    The last step of a finished response needs no simulation: its label is whether the answer is right. Steps of a gold
-    solution are right. With `labels="outcome"`, the control, nothing is simulated: a step has the label of its answer.
+    `process.labels: outcome` is the control: nothing is simulated, and a step has the label of its answer.
+
+    Args:
+        job: its `seed` is that of the continuations; its `folder` gets them, so that a killed run goes on.
 
     Returns:
-        a record for each: problem, prompt_ids, token_ids, gold, answer_reward, and [steps] each ends, labels and outcomes
-        ("" where nothing was simulated; `label` gives the labels of a smaller K or another delta).
+        a solution with `labels` and `outcomes` for each (`label` gives the labels of a smaller K or another delta).
     """
-    end = stop_ids(config.model, tokenizer)[0]
-    prompts = encode_prompts(task, tokenizer, problems)
-    gold = stages.gold_samples(tokenizer, problems, end)
-    rows, prefixes = [], {}
-    for p in problems:
-        mine = [dict(s, gold=False) for s in select.distinct(samples.get(p.id, []))]
-        said = {tuple(s["token_ids"]) for s in mine}
-        mine += [dict(gold[p.id], gold=True)] if p.id in gold and tuple(gold[p.id]["token_ids"]) not in said else []
-        for s in mine:
-            ends = step_ends(tokenizer, s["token_ids"], s["finished"])
-            rows.append(
-                {
-                    "problem": p.id,
-                    "prompt_ids": prompts[p.id],
-                    "token_ids": s["token_ids"],
-                    "gold": s["gold"],
-                    "finished": s["finished"],
-                    "answer_reward": s["reward"],
-                    "ends": ends,
-                    # Where continuations begin: a gold solution needs none.
-                    "simulated": [] if s["gold"] or labels == "outcome" else ends[: len(ends) - s["finished"]],
-                }
-            )
-            for at in rows[-1]["simulated"]:
-                prefixes.setdefault(p.id, {})[tuple(s["token_ids"][: at + 1])] = None
-    wanted = {name: [list(ids) for ids in found] for name, found in prefixes.items()}
-    found = simulate(config, policy, tokenizer, task, problems, wanted, folder, seed) if wanted else {}
-    for row in rows:
-        simulated, right = row.pop("simulated"), int(row["answer_reward"] == 1)
-        outcomes = [found[row["problem"], tuple(row["token_ids"][: at + 1])] for at in simulated]
-        row["labels"] = [label(o, config.process.delta) for o in outcomes]
-        row["labels"] += [right] * (len(row["ends"]) - len(outcomes))
-        row["outcomes"] = outcomes + [""] * (len(row["ends"]) - len(outcomes))
-    return rows
+    config, tokenizer = job.config.process, load_tokenizer(job.config.model)
+    solutions = solutions_of(job, tokenizer)
+    simulated = [simulated_prefixes(solution, config.labels) for solution in solutions]
+    prefixes: dict[str, dict[Ids, None]] = {}  # distinct, in order
+    for solution, own in zip(solutions, simulated, strict=True):
+        if own:
+            prefixes.setdefault(solution.problem, {}).update(dict.fromkeys(own))
+    found = simulate(job, tokenizer, {name: list(own) for name, own in prefixes.items()}) if prefixes else {}
+    labelled = []
+    for solution, own in zip(solutions, simulated, strict=True):
+        outcomes = [found[solution.problem, prefix] for prefix in own]
+        rest = len(solution.ends) - len(outcomes)
+        labels = [label(o, config.delta) for o in outcomes] + [int(solution.answer_reward == 1)] * rest
+        labelled.append(replace(solution, labels=tuple(labels), outcomes=(*outcomes, *[""] * rest)))
+    return labelled
 
 
 def score_samples(
-    model, tokenizer, prompts: dict[str, list[int]], samples: list[Record], how: str, rows: int = 64
-) -> list[Record]:
-    """`samples` with `step_scores` [steps] and, as `reward`, the path reward; what the answer earned is `answer_reward`.
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: dict[str, Prompt],
+    samples: list[Sample],
+    how: str,
+    max_rows: int = 64,
+) -> list[Sample]:
+    """`samples` with `step_scores` [steps] and, as `reward`, the path reward. `answer_reward` stays the answer's.
 
-    An unfinished sample gets the reward of the steps that it has. `rows` responses are read at once.
-    """
-    distinct = {(s["problem"], tuple(s["token_ids"])): s["finished"] for s in samples}
-    ends = [step_ends(tokenizer, list(ids), finished) for (_, ids), finished in distinct.items()]
-    found = reward_model.score(
-        model, [prompts[name] for name, _ in distinct], [list(ids) for _, ids in distinct], ends, rows
-    )
-    scores = dict(zip(distinct, found, strict=True))
-    mine = ((s, scores[s["problem"], tuple(s["token_ids"])]) for s in samples)
-    return [s | {"answer_reward": s["reward"], "step_scores": x, "reward": path_reward(x, how)} for s, x in mine]
-
-
-def feedback(
-    config,
-    policy: Path | None,
-    tokenizer,
-    task: Task,
-    problems: list[Problem],
-    samples: dict[str, list[Record]],
-    folder: Path,
-    seed: int,
-    labels: str = "process",
-) -> tuple[dict[str, list[Record]], Record]:
-    """Step labels, the reward model that learns them, and the path reward of every sample.
+    An unfinished sample gets the reward of the steps that it has.
 
     Args:
-        policy: the folder of M_t, which drew `samples` (problem id -> records of samples.jsonl); None is the base.
-        folder: gets labels.jsonl, reward_model/ and, while it runs, what a killed run goes on from.
-        labels: "process", or "outcome" for the control that differs in the labels alone.
+        prompts: problem id -> its prompt.
+        how: how a path's reward comes from its steps' scores, one of `PATHS`.
+        max_rows: responses that are read at once.
+    """
+    different = {(s.problem, s.token_ids): s for s in samples}
+    solutions = {key: solution_of(tokenizer, prompts[s.problem], s) for key, s in different.items()}
+    scores = dict(zip(solutions, reward_model.score(model, list(solutions.values()), max_rows), strict=True))
+    scored = []
+    for s in samples:
+        steps = scores[s.problem, s.token_ids]
+        scored.append(replace(s, step_scores=tuple(steps), reward=path_reward(steps, how)))
+    return scored
+
+
+def process(job: Job) -> tuple[list[Sample], dict[str, Any]]:
+    """Step labels, the reward model that learns them, and the path reward of every sample.
+
+    `job.folder` gets labels.jsonl, reward_model/ and, while it runs, what a killed run goes on from.
 
     Returns:
         the samples as `score_samples` gives them, and what there is to report.
     """
-    if labels not in ("process", "outcome"):
-        raise ValueError(f"labels: process or outcome, not {labels!r}")
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = label_steps(config, policy, tokenizer, task, problems, samples, folder, seed, labels)
-    write_jsonl(folder / "labels.jsonl", rows)
-    if not (folder / "reward_model").exists():
-        fitting = [r for r in rows if len(r["prompt_ids"]) + len(r["token_ids"]) <= config.pairs.max_tokens]
-        reward_model.train(config, fitting, folder, seed)
+    job = replace(job, seed=job.seed + SEED)
+    config = job.config
+    job.folder.mkdir(parents=True, exist_ok=True)
+    solutions = label_steps(job)
+    Solution.write(job.folder / "labels.jsonl", solutions)
+    if not (job.folder / "reward_model").exists():
+        fitting = [s for s in solutions if len(s.prompt_ids) + len(s.token_ids) <= config.pairs.max_tokens]
+        reward_model.train(config, fitting, job.folder, job.seed)
         gc.collect()  # one base in memory at a time
-    model = reward_model.load_reward_model(config, folder / "reward_model", threads=config.threads)
-    prompts = encode_prompts(task, tokenizer, problems)
-    flat = [s for mine in samples.values() for s in mine]
-    scored: dict[str, list[Record]] = {name: [] for name in samples}
-    for s in score_samples(model, tokenizer, prompts, flat, config.process.path, 2 * config.train.micro_batch):
-        scored[s["problem"]].append(s)
-    steps = [(row["problem"], *row["token_ids"][: end + 1]) for row in rows for end in row["ends"]]
-    simulated = [bool(outcomes) for row in rows for outcomes in row["outcomes"]]
+    model = reward_model.load_reward_model(config, job.folder / "reward_model", threads=config.threads)
+    samples = [s for drawn in job.samples.values() for s in drawn]
+    tokenizer, max_rows = load_tokenizer(config.model), 2 * config.train.micro_batch
+    scored = score_samples(model, tokenizer, job.prompts, samples, config.process.path, max_rows)
+    steps = [(s.problem, *s.token_ids[: end + 1]) for s in solutions for end in s.ends]
+    simulated = [bool(outcomes) for s in solutions for outcomes in s.outcomes]
+    learned = json.loads((job.folder / "reward_model" / "facts.json").read_text())
     facts = {
-        "labels": labels,
-        "solutions": len(rows),
+        "labels": config.process.labels,
+        "solutions": len(solutions),
         "steps": len(steps),
-        "labelled_right": sum(sum(row["labels"]) for row in rows) / max(1, len(steps)),
+        "labelled_right": sum(sum(s.labels) for s in solutions) / max(1, len(steps)),
         "prefixes_simulated": len({step for step, drawn in zip(steps, simulated, strict=True) if drawn}),
-        "drawn_tokens": tokens_drawn(folder),
-        "reward_model": json.loads((folder / "reward_model" / "facts.json").read_text()),
+        "drawn_tokens": tokens_drawn(job.folder),
+        "reward_model": learned,
+        "trained_tokens": learned["trained_tokens"],
     }
     return scored, facts

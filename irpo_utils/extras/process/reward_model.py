@@ -1,18 +1,22 @@
-"""A process reward model: the base with a two-class head that is read where a step ends, and says whether all is well so far.
+"""A process reward model: the base with a two-class head, which says where a step ends whether all is well so far.
 
-SIPF (arXiv 2412.08393), section 3: trained by cross-entropy on step labels. It has an adapter of its own on the same base
-as the policy (or is a whole model, with `model.tuning: full`), and is saved and loaded as a policy is: one folder. Responses
-to one prompt share it, as in `scoring.py`, whose hidden states it reads.
+SIPF (arXiv 2412.08393), section 3: trained by cross-entropy on step labels. It has an adapter of its own on the same
+base as the policy, or is a whole model with `model.tuning: full`. It is saved and loaded as a policy is: one folder.
+Responses to one prompt share it, as in `logprobs.py`, whose hidden states it reads.
 """
 
 from __future__ import annotations
 
 import random
 import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
@@ -29,21 +33,39 @@ from ...metrics import auc
 from ...model import load
 from ...model.load import causal_model
 from ...model.logprobs import collate, response_states, to_device
-from ...model.training import last_checkpoint, trainer_arguments, training_order
+from ...model.records import Ids, Record
+from ...model.training import last_checkpoint, sorted_in_batches, trainer_arguments, training_order
+from ...settings import Settings, TrainConfig
 
 HEADS = ("score", "classifier")  # what transformers calls a token classifier's last layer
 HELD_OUT = 0.1  # share of the problems whose steps it is tested on instead of trained
 TOGETHER = 4  # responses to one prompt that come together in a batch
 SAVE_EVERY = 50  # steps that a killed training loses at most
-Solution = dict[str, Any]  # prompt_ids, token_ids, ends and labels [steps], problem
 
 
-def load_reward_model(config, folder: Path | None = None, seed: int = 0, threads: int = 0) -> PreTrainedModel:
+@dataclass(frozen=True)
+class Solution(Record):
+    """A response and its steps: a line of labels.jsonl, once the steps have labels."""
+
+    problem: str
+    prompt_ids: Ids
+    token_ids: Ids
+    gold: bool
+    finished: bool
+    answer_reward: float | None
+    ends: tuple[int, ...]  # numbers of the response tokens that end a step
+    labels: tuple[int, ...]  # of every step, 1 for right; () as long as there are none
+    outcomes: tuple[str, ...]  # of every step's continuations, "0110"; "" where nothing was simulated
+    truth: tuple[bool, ...] = ()  # of every step, where a task knows it (`truth.with_truth`)
+
+
+def load_reward_model(config: Settings, folder: Path | None = None, seed: int = 0, threads: int = 0) -> PreTrainedModel:
     """The reward model in `folder`; without one, a new one that is ready for training.
 
     Args:
-        config: a `Config`. folder: an adapter, or a whole model.
-        seed: of the new head and adapter. threads: 0 leaves their number as it is.
+        folder: an adapter, or a whole model.
+        seed: of the new head and adapter.
+        threads: 0 leaves their number as it is.
 
     Raises:
         FileNotFoundError: `folder` holds no reward model.
@@ -65,8 +87,6 @@ def load_reward_model(config, folder: Path | None = None, seed: int = 0, threads
             head = {k.rpartition(".")[2]: v for k, v in load_file(file).items() if k.partition(".")[0] in HEADS}
             head_of(model).load_state_dict({**head_of(model).state_dict(), **head})
         return model.eval()
-
-    from peft import LoraConfig, PeftModel, get_peft_model
 
     torch.manual_seed(seed)  # the head is new
     before = logging.get_verbosity()
@@ -96,21 +116,21 @@ def head_of(model: PreTrainedModel) -> torch.nn.Module:
 
 
 def as_float(model: PreTrainedModel) -> PreTrainedModel:
-    """The model with its head in float32: two logits cost nothing, and steps of training would round away in 16 bits."""
+    """The model with its head in float32: two logits cost nothing, and training steps would round away in 16 bits."""
     head_of(model).float()
     return model
 
 
-def step_batch(solutions: list[Solution]) -> dict[str, Tensor]:
-    """The responses up to their last step, and where steps end: `row` and `column` [steps], and their `labels` if there are.
+def step_batch(solutions: Sequence[Solution]) -> dict[str, Tensor]:
+    """The responses up to their last step, and where steps end: `row` and `column` [steps], and `labels` if there are.
 
     The state that has read response token e is number e + 1, since the first has read the prompt alone.
     """
-    batch = collate([(s["prompt_ids"], [*s["token_ids"][: s["ends"][-1] + 1], 0]) for s in solutions])
-    batch["row"] = torch.tensor([i for i, s in enumerate(solutions) for _ in s["ends"]])
-    batch["column"] = torch.tensor([end + 1 for s in solutions for end in s["ends"]])
-    if "labels" in solutions[0]:
-        batch["labels"] = torch.tensor([label for s in solutions for label in s["labels"]])
+    batch = collate([(s.prompt_ids, [*s.token_ids[: s.ends[-1] + 1], 0]) for s in solutions])
+    batch["row"] = torch.tensor([i for i, s in enumerate(solutions) for _ in s.ends])
+    batch["column"] = torch.tensor([end + 1 for s in solutions for end in s.ends])
+    if solutions[0].labels:
+        batch["labels"] = torch.tensor([label for s in solutions for label in s.labels])
     return batch
 
 
@@ -121,31 +141,23 @@ def step_logits(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def score(
-    model: PreTrainedModel,
-    prompts: list[list[int]],
-    responses: list[list[int]],
-    ends: list[list[int]],
-    rows: int = 64,
-) -> list[list[float]]:
-    """P(right so far) at every step end.
-
-    Args:
-        prompts, responses: token ids, [responses]. ends: numbers of the response tokens that end a step, [responses].
-
-    Returns:
-        one probability for each of `ends`, [responses][steps].
-    """
+def score(model: PreTrainedModel, solutions: Sequence[Solution], max_rows: int = 64) -> list[list[float]]:
+    """P(right so far) at the end of every step, [solutions][steps]. `max_rows` responses are read at once."""
     model.eval()
-    scores: list[list[float]] = [[] for _ in responses]
-    # A prompt's responses come together, so that they share it.
-    order = sorted((i for i, e in enumerate(ends) if e), key=lambda i: (len(prompts[i]), prompts[i], len(responses[i])))
-    for at in range(0, len(order), rows):
-        part = order[at : at + rows]
-        solutions = [{"prompt_ids": prompts[i], "token_ids": responses[i], "ends": ends[i]} for i in part]
-        right = step_logits(model, to_device(step_batch(solutions), model)).softmax(-1)[:, 1].tolist()
+    scores: list[list[float]] = [[] for _ in solutions]
+
+    def together(i: int) -> tuple[int, Ids, int]:
+        """A prompt's responses come together, so that they share it."""
+        s = solutions[i]
+        return len(s.prompt_ids), s.prompt_ids, len(s.token_ids)
+
+    order = sorted((i for i, s in enumerate(solutions) if s.ends), key=together)
+    for start in range(0, len(order), max_rows):
+        part = order[start : start + max_rows]
+        batch = to_device(step_batch([solutions[i] for i in part]), model)
+        right = iter(step_logits(model, batch).softmax(-1)[:, 1].tolist())
         for i in part:
-            scores[i], right = right[: len(ends[i])], right[len(ends[i]) :]
+            scores[i] = list(islice(right, len(solutions[i].ends)))
     return scores
 
 
@@ -153,7 +165,7 @@ class StepTrainer(Trainer):
     """The transformers Trainer with cross-entropy at step ends."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        # A mean over the steps of the whole batch: one over each micro-batch would weigh the steps of short solutions more.
+        # A mean over the steps of the whole batch: one over each micro-batch would weigh steps of short solutions more.
         found = torch.nn.functional.cross_entropy(step_logits(model, inputs), inputs["labels"], reduction="sum")
         loss = found / num_items_in_batch
         if not torch.isfinite(loss):
@@ -166,12 +178,10 @@ class Mark(TrainerCallback):
         (Path(args.output_dir) / f"checkpoint-{state.global_step}" / "complete").touch()  # see training.last_checkpoint
 
 
-def train(config, solutions: list[Solution], folder: Path, seed: int) -> dict[str, Any]:
+def train(config: Settings, solutions: list[Solution], folder: Path, seed: int) -> dict[str, Any]:
     """Train a reward model on labelled `solutions` and leave it in `folder`/reward_model; a killed training goes on.
 
-    Args:
-        config: a `Config`; `config.process` has rate, rank, batch and length.
-        solutions: problem, prompt_ids, token_ids, ends [steps] and labels [steps] of each, 1 for right.
+    `config.process` has rate, rank, batch and length.
 
     Returns:
         steps; and of the held-out problems' steps: their number, the share that is labelled right, accuracy, and AUC
@@ -180,33 +190,26 @@ def train(config, solutions: list[Solution], folder: Path, seed: int) -> dict[st
     Raises:
         ValueError: there are fewer than two problems, so that none can be held out.
     """
-    names = sorted({s["problem"] for s in solutions})
-    if len(names) < 2:
+    problems = sorted({s.problem for s in solutions})
+    if len(problems) < 2:
         raise ValueError("the reward model needs labelled steps of at least two problems, one of which is held out")
-    held_out = set(random.Random(seed).sample(names, max(1, round(HELD_OUT * len(names)))))
-    solutions = [s for s in solutions if s["ends"]]
-    rows = [s for s in solutions if s["problem"] not in held_out]
+    held_out = set(random.Random(seed).sample(problems, max(1, round(HELD_OUT * len(problems)))))
+    solutions = [s for s in solutions if s.ends]
+    trained = [s for s in solutions if s.problem not in held_out]
     model = load_reward_model(config, seed=seed, threads=config.threads).train()
-    settings, batch = config.process, min(config.process.batch, len(rows))
-    micro = next(size for size in range(min(batch, 2 * config.train.micro_batch), 0, -1) if batch % size == 0)
-    order = training_order(
-        len(rows), batch, settings.max_steps, settings.max_epochs, seed, [s["problem"] for s in rows], TOGETHER
-    )
-    steps = len(order) // batch
-    size = lambda i: (len(rows[i]["prompt_ids"]), rows[i]["problem"], len(rows[i]["token_ids"]))  # noqa: E731
-    order = [i for at in range(0, len(order), batch) for i in sorted(order[at : at + batch], key=size)]
-    saving = {"save_strategy": "steps", "save_steps": SAVE_EVERY}
-    arguments = trainer_arguments(folder, config.train, steps, batch, micro, settings.lr, seed, **saving)
-    data = [rows[i] for i in order]
+    settings = training_settings(config, len(trained))
+    order = training_order([s.problem for s in trained], settings, seed)
+    data = [trained[i] for i in sorted_in_batches(order, settings.batch, lambda i: size(trained[i]))]
+    steps = len(data) // settings.batch
+    arguments = trainer_arguments(folder, settings, steps, seed, save_strategy="steps", save_steps=SAVE_EVERY)
     trainer = StepTrainer(model, arguments, train_dataset=data, data_collator=step_batch, callbacks=[Mark()])
     trainer.remove_callback(PrinterCallback)
     trainer.model_accepts_loss_kwargs = True  # so it says how many labels a batch has, and divides nothing itself
     trainer.train(resume_from_checkpoint=last_checkpoint(folder / "checkpoints"))
-    trained = sum(len(s["prompt_ids"]) + len(s["token_ids"]) for s in data)
     facts = {
         "steps": steps,
-        "solutions": len(rows),
-        "trained_tokens": trained,
+        "solutions": len(trained),
+        "trained_tokens": sum(len(s.prompt_ids) + len(s.token_ids) for s in data),
         **held_out_facts(model, solutions, held_out),
     }
     fresh = folder / "reward_model.tmp"
@@ -218,16 +221,34 @@ def train(config, solutions: list[Solution], folder: Path, seed: int) -> dict[st
     return facts
 
 
+def training_settings(config: Settings, count: int) -> TrainConfig:
+    """How the reward model is trained on `count` solutions: as policies are, but for what `config.process` says."""
+    batch = min(config.process.batch, count)
+    largest = min(batch, 2 * config.train.micro_batch)
+    return config.train.but(
+        lr=config.process.lr,
+        batch=batch,
+        micro_batch=next(size for size in range(largest, 0, -1) if batch % size == 0),
+        max_steps=config.process.max_steps,
+        max_epochs=config.process.max_epochs,
+        pairs_together=TOGETHER,
+    )
+
+
+def size(solution: Solution) -> tuple[int, str, int]:
+    """What a batch is sorted by: its neighbours are about as long and share a prompt."""
+    return len(solution.prompt_ids), solution.problem, len(solution.token_ids)
+
+
 def held_out_facts(model: PreTrainedModel, solutions: list[Solution], held_out: set[str]) -> dict[str, Any]:
     """How well the model tells the labels of the held-out problems' steps."""
-    tested = [s for s in solutions if s["problem"] in held_out]
-    scores = score(model, *([s[name] for s in tested] for name in ("prompt_ids", "token_ids", "ends")))
-    labels = [label for s in tested for label in s["labels"]]
-    right = [p for row in scores for p in row]
+    tested = [s for s in solutions if s.problem in held_out]
+    labels = [label for s in tested for label in s.labels]
+    scores = [p for found in score(model, tested) for p in found]
+    count = max(1, len(labels))
     return {
         "held_out_steps": len(labels),
-        "held_out_right": sum(labels) / max(1, len(labels)),
-        "held_out_accuracy": sum((p > 0.5) == bool(y) for p, y in zip(right, labels, strict=True))
-        / max(1, len(labels)),
-        "held_out_auc": auc(right, labels),
+        "held_out_right": sum(labels) / count,
+        "held_out_accuracy": sum((p > 0.5) == bool(y) for p, y in zip(scores, labels, strict=True)) / count,
+        "held_out_auc": auc(scores, labels),
     }

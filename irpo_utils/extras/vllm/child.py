@@ -1,9 +1,9 @@
-"""The process in which vLLM draws: run by `vllm_engine` with an interpreter that has vLLM, which may have nothing else.
+"""The process in which vLLM draws: run by `engine.py` with an interpreter that has vLLM, which may have nothing else.
 
-    python vllm_child.py REPLIES      (a file descriptor; standard output is vLLM's own)
+    python child.py REPLIES      (a file descriptor; standard output is vLLM's own)
 
-It reads JSON lines: what to load, then an order at a time. It answers with JSON lines: that it is ready, then a line for
-every problem, as soon as the last of its responses has ended.
+It reads JSON lines: what to load, then an order at a time. It answers with JSON lines: that it is ready, then a line
+for every problem, as soon as the last of its responses has ended.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 from typing import Any, TextIO
 
 
-def say(replies: TextIO, reply: dict[str, Any]) -> None:
+def send(replies: TextIO, reply: dict[str, Any]) -> None:
     replies.write(json.dumps(reply) + "\n")
     replies.flush()
 
@@ -30,33 +30,33 @@ def serve(orders: TextIO, replies: TextIO) -> None:
     options = settings["model"]
     if current_platform.is_cpu():
         options["enforce_eager"] = True  # torch.compile takes minutes there
-        # A prompt that is read in parts draws a token after each, and takes it back by turning its generator back, which a
-        # CPU generator cannot do (vLLM 0.32 ends with "CPU Generator does not use offset").
+        # A prompt that is read in parts draws a token after each, and takes it back by turning its generator back.
+        # A CPU generator cannot do that (vLLM 0.32 ends with "CPU Generator does not use offset").
         options["enable_chunked_prefill"] = False
     engine = LLM(**options).llm_engine
     adapter = settings["adapter"] and LoRARequest("policy", 1, settings["adapter"])
-    say(replies, {"ready": True})
+    send(replies, {"ready": True})
     for line in orders:
         order = json.loads(line)
-        asked = zip(order["prompts"], order["seeds"], order["max_new_tokens"])  # noqa: B905 - for any Python
-        for number, (prompt, seed, most) in enumerate(asked):
-            wanted = SamplingParams(
+        requests = zip(order["prompts"], order["seeds"], order["max_new_tokens"])  # noqa: B905 - for any Python
+        for number, (prompt, seed, max_tokens) in enumerate(requests):
+            parameters = SamplingParams(
                 n=order["n"],
                 temperature=order["temperature"],
                 seed=seed,
-                max_tokens=most,
+                max_tokens=max_tokens,
                 stop_token_ids=order["stops"],
                 ignore_eos=True,  # the order's stops are all there are
                 logprobs=0,  # of the drawn token alone
                 detokenize=False,
                 output_kind=RequestOutputKind.FINAL_ONLY,
             )
-            engine.add_request(str(number), {"prompt_token_ids": prompt}, wanted, lora_request=adapter)
+            engine.add_request(str(number), {"prompt_token_ids": prompt}, parameters, lora_request=adapter)
         while engine.has_unfinished_requests():
             for drawn in engine.step():
                 if drawn.finished:
                     samples = [[list(out.token_ids), out.cumulative_logprob] for out in drawn.outputs]
-                    say(replies, {"order": order["order"], "number": int(drawn.request_id), "samples": samples})
+                    send(replies, {"order": order["order"], "number": int(drawn.request_id), "samples": samples})
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
-"""Sample with vLLM, `sampling.engine=vllm`: the interface of `sampling.sample`, the model in a process of its own.
+"""Sample with vLLM, `sampling.engine=vllm`: the interface of `sampling.sample`, with the model in a process of its own.
 
-A process of its own, because vLLM does not give memory back; and an interpreter of its own where `IRPO_VLLM_PYTHON` names
-one, because vLLM pins other versions of transformers than this project. pyproject.toml says how to make that environment.
+A process of its own, because vLLM does not give memory back. An interpreter of its own where `IRPO_VLLM_PYTHON` names
+one, because vLLM pins other versions of transformers than this project; pyproject.toml says how to make that
+environment.
 
-What differs from `sampling.sample`: the random numbers (so the samples; greedy ones agree up to rounding), and an adapter
-on a 16-bit base, which vLLM rounds to 16 bits. Each problem has seeds of its own, so its samples do not depend on its
-batch where logits do not: in float32. The dev score while training stays with `sampling.sample`, on the model in memory.
+What differs from `sampling.sample`: the random numbers (so the samples; greedy ones agree up to rounding), and an
+adapter on a 16-bit base, which vLLM rounds to 16 bits. Each problem has seeds of its own, so its samples do not depend
+on its batch where logits do not: in float32. The dev score while training stays with `sampling.sample`, on the model in
+memory.
 """
 
 from __future__ import annotations
@@ -20,15 +22,21 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ...files import ROOT, ConfigError
-from ...model import load, tokens
+from ...methods.sampler import Sampler
+from ...model.load import base_path, is_adapter, load_shape, load_tokenizer
+from ...model.prompts import encode_prompts
 from ...model.sampling import Completion, check_greedy, check_starts, stream
-from ...run import estimate
-from ...settings import LORA_RANKS
+from ...model.shape import Shape
+from ...settings import LORA_RANKS, Settings
+from ...tasks.base import Problem, Task
 from . import child
 
 GIB = 1 << 30
@@ -49,9 +57,9 @@ def interpreter() -> str:
     return str(ROOT / Path(named).expanduser()) if os.sep in named else named
 
 
-def cache_gib(config, context: int) -> int:
+def cache_gib(config: Settings, context: int) -> int:
     """GiB of a CPU engine's cache: room for all its rows of `context` tokens, or a quarter of the machine's memory."""
-    shape = estimate.Shape.of(load.load_shape(config.model), config.model.trust_remote_code)
+    shape = Shape.of(load_shape(config.model), config.model.trust_remote_code)
     width = 4 if config.model.dtype == "float32" else 2
     wanted = min(config.sampling.max_rows, MOST_ROWS) * context * shape.cache * width
     quarter = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
@@ -62,9 +70,9 @@ def environment(threads: int, cache: int) -> dict[str, str]:
     """The process's environment variables; threads and `cache` (GiB) are of an engine that computes on a CPU."""
     return {
         **os.environ,
-        "PYTHONSAFEPATH": "1",  # else the modules beside vllm_child.py could be taken for others of the same name
+        "PYTHONSAFEPATH": "1",  # else the modules beside child.py could be taken for others of the same name
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # one process, that ends with all that it holds
-        # Threads are counted, not tied to cores: arms side by side would be tied to the same ones.
+        # Threads are counted, not tied to cores: stages side by side would be tied to the same ones.
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "OMP_NUM_THREADS": str(threads),
         "VLLM_CPU_KVCACHE_SPACE": str(cache),
@@ -96,18 +104,19 @@ def version() -> str | None:
     return _version(interpreter())
 
 
-def check(config, jobs: int = 1) -> None:
-    """Look, before a run, whether it can sample with vLLM. Raises a ConfigError that names the mend."""
+def check(config: Settings, jobs: int = 1) -> None:
+    """Look, before a run, whether `jobs` stages side by side can sample with vLLM.
+
+    Raises:
+        ConfigError: they cannot; the message says what to change.
+    """
     if version() is None:
         raise ConfigError(
-            f"sampling.engine: {interpreter()} has no vLLM; make an environment that has it (pyproject.toml says how) and "
-            "set IRPO_VLLM_PYTHON to its python, or set sampling.engine=transformers"
+            f"sampling.engine: {interpreter()} has no vLLM; make an environment that has it (pyproject.toml says how) "
+            "and set IRPO_VLLM_PYTHON to its python, or set sampling.engine=transformers"
         )
-    if jobs > 1:
-        import torch
-
-        if torch.cuda.is_available():
-            raise ConfigError("jobs: vLLM takes the whole GPU; set jobs=1, or sampling.engine=transformers")
+    if jobs > 1 and torch.cuda.is_available():
+        raise ConfigError("jobs: vLLM takes the whole GPU; set jobs=1, or sampling.engine=transformers")
 
 
 def problem_seed(seed: int, problem_id: str) -> int:
@@ -119,20 +128,20 @@ class Engine:
     """A vLLM process that holds M_t. `with Engine(...) as engine` ends it, and gives its memory back.
 
     Args:
-        config: a `Config`. policy: the folder of M_t (an adapter or a whole model), None for the base.
-        longest: tokens of the longest prompt that will be asked; vLLM sizes its cache and batches by it.
+        policy: the folder of M_t (an adapter or a whole model), None for the base.
+        longest: tokens of the longest prompt that will be sampled; vLLM sizes its cache and batches by it.
 
     Raises:
         EngineError: vLLM is not there, or cannot load the model.
     """
 
-    def __init__(self, config, policy: Path | None, longest: int):
+    def __init__(self, config: Settings, policy: Path | None, longest: int):
         self._orders = 0
         self.context = longest + config.sampling.max_new_tokens
-        adapter = policy if policy is not None and load.is_adapter(policy) else None
-        path = Path(tokens.base_path(config.model) if policy is None or adapter else policy).expanduser()
+        adapter = policy if policy is not None and is_adapter(policy) else None
+        path = Path(base_path(config.model) if policy is None or adapter else policy).expanduser()
         settings: dict[str, Any] = {
-            "model": str(path.absolute()) if path.is_dir() else tokens.base_path(config.model),
+            "model": str(path.absolute()) if path.is_dir() else base_path(config.model),
             "dtype": config.model.dtype,
             "trust_remote_code": config.model.trust_remote_code,
             "skip_tokenizer_init": True,
@@ -205,9 +214,10 @@ class Engine:
         self._log.seek(0)
         log = self._log.read().decode(errors="replace").splitlines()
         how = f"by signal {-code}" + " (out of memory?)" * (code == -9) if code < 0 else f"with exit code {code}"
-        mend = " Is it installed there? See IRPO_VLLM_PYTHON." if "No module named 'vllm'" in "".join(log[-1:]) else ""
-        told = "\n".join(log[-TAIL:])
-        raise EngineError(f"vLLM ({interpreter()}) ended {how}.{mend} The end of its log:\n{told}")
+        missing = "No module named 'vllm'" in "".join(log[-1:])
+        hint = " Is it installed there? See IRPO_VLLM_PYTHON." if missing else ""
+        tail = "\n".join(log[-TAIL:])
+        raise EngineError(f"vLLM ({interpreter()}) ended {how}.{hint} The end of its log:\n{tail}")
 
     def sample(
         self,
@@ -218,51 +228,53 @@ class Engine:
         seed: int,
         eos_id: int | Sequence[int],
         max_new_tokens: int,
-        rows: int = 512,
+        max_rows: int = 512,
         progress: Callable[[int, int, float], None] | None = None,
         starts: dict[str, list[list[int]]] | None = None,
     ) -> Iterator[dict[str, list[Completion]]]:
-        """Sample `n` responses for every prompt, or beginning; arguments and completions are those of `sampling.sample`.
+        """Sample `n` responses for every prompt, or beginning, with the arguments and completions of `sampling.sample`.
 
-        vLLM gets all prompts at once and fills its own batches (of up to `sampling.max_rows` responses). `rows` is about how
-        many responses are yielded at a time, a problem's together, in the order in which problems are done. A beginning is
-        one more part of the prompt, whose cache vLLM itself shares.
+        vLLM gets all prompts at once and fills its own batches (of up to `sampling.max_rows` responses). `max_rows` is
+        about how many responses are yielded at a time, a problem's together, in the order in which problems are done. A
+        beginning is one more part of the prompt, whose cache vLLM itself shares.
 
         Raises:
-            ValueError: greedy decoding with n > 1, a temperature that vLLM would change, or responses beyond what the engine was started for.
+            ValueError: greedy decoding with n > 1, a temperature that vLLM would change, or responses beyond what the
+                engine was started for.
             EngineError: the process ended.
         """
         check_greedy(n, temperature)
         if 0 < temperature < COLDEST:
             raise ValueError(f"vLLM samples at a temperature of at least {COLDEST}, not {temperature}; 0 is greedy")
         names = sorted(prompts, key=lambda name: (len(prompts[name]), name))
-        if names and len(prompts[names[-1]]) + max_new_tokens > self.context:
+        longest = len(prompts[names[-1]]) if names else 0
+        if names and longest + max_new_tokens > self.context:
             raise ValueError(
-                f"prompts of up to {len(prompts[names[-1]])} tokens and {max_new_tokens} new ones exceed the {self.context} "
+                f"prompts of up to {longest} tokens and {max_new_tokens} new ones exceed the {self.context} "
                 "that the engine was started for"
             )
         stops = [eos_id] if isinstance(eos_id, int) else list(eos_id)
         begin = {name: [[]] for name in prompts} if starts is None else starts
         check_starts(begin, prompts, stops, max_new_tokens)
-        asked = [(name, start) for name in names for start in begin[name]]
+        requests = [(name, start) for name in names for start in begin[name]]
         self._orders += 1
         order = {
             "order": self._orders,
             "n": n,
             "temperature": temperature,
             "stops": stops,
-            "max_new_tokens": [max_new_tokens - len(start) for _, start in asked],
+            "max_new_tokens": [max_new_tokens - len(start) for _, start in requests],
+            "prompts": [prompts[name] + start for name, start in requests],
+            "seeds": [problem_seed(seed, stream(name, start)) for name, start in requests],
         }
-        order["prompts"] = [prompts[name] + start for name, start in asked]
-        order["seeds"] = [problem_seed(seed, stream(name, start)) for name, start in asked]
         self._order(order)
         batch: dict[str, list[Completion]] = {}
         parts: dict[str, dict[int, list[Completion]]] = {name: {} for name in names}  # of problems that are not done
         started, tokens, done = time.perf_counter(), 0, 0
-        for _ in asked:
+        for _ in requests:
             while (reply := self._reply())["order"] != self._orders:
                 pass  # of a call that was left before its end
-            name, start = asked[reply["number"]]
+            name, start = requests[reply["number"]]
             parts[name][reply["number"]] = [
                 Completion(start + ids, logp, ids[-1] in stops) for ids, logp in reply["samples"]
             ]
@@ -271,8 +283,26 @@ class Engine:
                 continue
             done += 1
             batch[name] = [c for _, completions in sorted(parts.pop(name).items()) for c in completions]
-            if sum(map(len, batch.values())) >= rows or done == len(names):
+            if sum(map(len, batch.values())) >= max_rows or done == len(names):
                 if progress:
                     progress(done, len(names), tokens / (time.perf_counter() - started))
                 yield batch
                 batch = {}
+
+
+@contextmanager
+def opened(config: Settings, policy: Path | None, task: Task, problems: list[Problem]) -> Iterator[Sampler]:
+    """A sampler of M_t (None: the base) in a vLLM process, which is started by the first draw and ended with the block.
+
+    Args:
+        problems: those that will be sampled; the engine is started for their longest prompt.
+    """
+    tokenizer = load_tokenizer(config.model)
+    with ExitStack() as stack:
+
+        @cache
+        def engine() -> Engine:
+            longest = max(map(len, encode_prompts(task, tokenizer, problems).values()))
+            return stack.enter_context(Engine(config, policy, longest))
+
+        yield Sampler.of(config, tokenizer, task, lambda prompts, **options: engine().sample(prompts, **options))
