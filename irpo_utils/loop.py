@@ -30,7 +30,6 @@ from .methods.sampler import Sampler
 from .methods.select import select
 from .model.load import new_adapter
 from .model.losses import dpo_nll
-from .model.prompts import ending_tokens
 from .model.records import Sample
 from .model.training import train
 from .settings import Settings
@@ -90,6 +89,12 @@ def irpo(
             )
         accuracy = sampler.greedy_accuracy(test, label="test")
         yield Result(t, sum(graded) / len(graded), len(pairs), accuracy, audit | facts)
+
+
+def sampler_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, settings: Settings) -> Sampler:
+    """What asks `model` the problems of `task`, and grades its responses."""
+    stops = ending_tokens(tokenizer, model.generation_config)
+    return Sampler.in_memory(model, tokenizer, task, stops, settings)
 
 
 def draw(sampler: Sampler, problems: list[Problem], settings: Settings, t: int, seed: int) -> dict[str, list[Sample]]:

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from irpo_utils.extras.code.sandbox import ACCEPTED
 from irpo_utils.extras.code.tasks import called
 from irpo_utils.metrics import summarize
-from irpo_utils.settings import TaskConfig
 from irpo_utils.run.grade import Malformed, read_records
+from irpo_utils.settings import TaskConfig
 from irpo_utils.tasks import check_task, get_task
 from irpo_utils.tasks.grading import grade, reward
 

@@ -1,7 +1,6 @@
 """ExPO is th_1 + a (th_1 - th_0) for adapters of any ranks and for whole models, whatever form the weights have."""
 
 import json
-from dataclasses import replace
 
 import pytest
 import torch

@@ -4,7 +4,6 @@ The weights are random and small, so no accuracy is asserted: what is, is that t
 very tokens that were sampled, and that the function that samples is the function that is trained.
 """
 
-import dataclasses
 import json
 import shutil
 
@@ -18,11 +17,11 @@ from irpo_utils.files import read_jsonl
 from irpo_utils.model import load, logprobs, sampling, tokens, training
 from irpo_utils.model.prompts import encode_prompts, stop_ids
 from irpo_utils.run import stages, store
-from irpo_utils.settings import ModelConfig
 from irpo_utils.run.config import dump
 from irpo_utils.run.driver import check_inputs
 from irpo_utils.run.presets import load_preset
 from irpo_utils.run.store import Stage
+from irpo_utils.settings import ModelConfig
 from irpo_utils.tasks import get_task
 
 pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason=f"the benchmark records are not at {DATA}")

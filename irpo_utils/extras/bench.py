@@ -38,7 +38,8 @@ from transformers import (
 )
 
 from ..files import OUTPUTS, write_json
-from ..model import load as models, logprobs, sampling, tokens
+from ..model import load as models
+from ..model import logprobs, sampling, tokens
 from ..model.prompts import encode_prompts
 from ..model.training import PreferenceTrainer
 from ..run.presets import load_preset
