@@ -30,6 +30,7 @@ from .methods.sampler import Sampler
 from .methods.select import select
 from .model.load import new_adapter
 from .model.losses import dpo_nll
+from .model.prompts import ending_tokens
 from .model.records import Sample
 from .model.training import train
 from .settings import Settings

@@ -8,15 +8,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from irpo_utils.methods import sampler
 from irpo_utils.methods.parts import LOSSES
+from irpo_utils.methods.sampler import Sampler
 from irpo_utils.methods.select import cyclic_pairs
 from irpo_utils.model import load, logprobs, losses, sampling, training
 from irpo_utils.model.prompts import encode_prompts, stop_ids
 from irpo_utils.model.records import Pair
-from irpo_utils.run import stages
 from irpo_utils.run.config import dump
-from irpo_utils.run.store import Stage
+from irpo_utils.run.stages import TrainStage
 from irpo_utils.settings import TrainConfig
 from irpo_utils.tasks import get_task
 from irpo_utils.tasks.grading import grade
@@ -26,7 +25,8 @@ def test_seed_model_has_its_recorded_hash_and_accuracy(tokenizer, seed_model, co
     facts = json.loads((load.SEED_MODEL / "facts.json").read_text())
     assert hashlib.sha256((load.SEED_MODEL / "model.safetensors").read_bytes()).hexdigest() == facts["sha256"]
     task = get_task(config.task.but(test_size=facts["test_problems"]))
-    accuracy = sampler.greedy_accuracy(config, seed_model, tokenizer, task, task.problems("test"))
+    stops = stop_ids(config.model, tokenizer)
+    accuracy = Sampler.in_memory(seed_model, tokenizer, task, stops, config).greedy_accuracy(task.problems("test"))
     assert accuracy == pytest.approx(facts["test_greedy"], abs=0.011)  # another CPU may round a close call otherwise
     assert 0.35 <= accuracy <= 0.65
 
@@ -302,15 +302,15 @@ def test_retraining_with_dev_takes_the_selected_steps_and_survives_a_kill(config
         run_folder = tmp_path / name
         run_folder.mkdir()
         (run_folder / "config.yaml").write_text(dump(config))
-        stage = Stage("03_train", run_folder)
+        stage = TrainStage(run_folder)
         Pair.write(stage.path("pairs.jsonl"), pairs + dev_pairs)
         taken.clear()
         if kill:
             with pytest.raises(KeyboardInterrupt):
-                stages.train_stage(stage.begin(), show=lambda line: None)
+                stage.begin().run(show=lambda line: None)
             kill = False
             scores = {6: 0.2}  # the first training is over; nothing of it is scored again
-        facts = stages.train_stage(stage.begin(), show=lambda line: None)
+        facts = stage.begin().run(show=lambda line: None)
         assert facts["best_step"] == 4 and facts["retrained_with_dev"]
         assert taken[-2:] == [(len(pairs), None), (len(pairs) + len(dev_pairs), 4)]
         adapters.append((stage.path("adapter") / "adapter_model.safetensors").read_bytes())
