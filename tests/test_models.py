@@ -2,54 +2,83 @@
 
 import hashlib
 import json
+import math
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
 
-from irpo_utils.files import write_jsonl
 from irpo_utils.methods import sampler
-from irpo_utils.methods.select import select
-from irpo_utils.model import load, logprobs, sampling, tokens, training
-from irpo_utils.model.losses import pair_losses
-from irpo_utils.model.prompts import encode_prompts
+from irpo_utils.methods.parts import LOSSES
+from irpo_utils.methods.select import cyclic_pairs
+from irpo_utils.model import load, logprobs, losses, sampling, training
+from irpo_utils.model.prompts import encode_prompts, stop_ids
+from irpo_utils.model.records import Pair
 from irpo_utils.run import stages
-from irpo_utils.settings import PairsConfig
 from irpo_utils.run.config import dump
 from irpo_utils.run.store import Stage
+from irpo_utils.settings import TrainConfig
 from irpo_utils.tasks import get_task
+from irpo_utils.tasks.grading import grade
 
 
 def test_seed_model_has_its_recorded_hash_and_accuracy(tokenizer, seed_model, config):
-    facts = json.loads((tokens.SEED_MODEL / "facts.json").read_text())
-    assert hashlib.sha256((tokens.SEED_MODEL / "model.safetensors").read_bytes()).hexdigest() == facts["sha256"]
+    facts = json.loads((load.SEED_MODEL / "facts.json").read_text())
+    assert hashlib.sha256((load.SEED_MODEL / "model.safetensors").read_bytes()).hexdigest() == facts["sha256"]
     task = get_task(config.task.but(test_size=facts["test_problems"]))
     accuracy = sampler.greedy_accuracy(config, seed_model, tokenizer, task, task.problems("test"))
     assert accuracy == pytest.approx(facts["test_greedy"], abs=0.011)  # another CPU may round a close call otherwise
     assert 0.35 <= accuracy <= 0.65
 
 
+def drawn_pairs(config, model, tokenizer, task, n) -> list[Pair]:
+    """Up to four cyclic pairs of a right and a wrong response for each of 24 problems, from `n` samples of each."""
+    problems, pairs = {p.id: p for p in task.problems("train")[:24]}, []
+    prompts = encode_prompts(task, tokenizer, list(problems.values()))
+    settings = dict(temperature=1.0, seed=0, eos_id=stop_ids(config.model, tokenizer), max_new_tokens=64)
+    for batch in sampling.sample(model, prompts, n=n, **settings):
+        for name, completions in batch.items():
+            distinct = list({tuple(c.token_ids): c for c in completions if c.finished}.values())
+            texts = [tokenizer.decode(c.token_ids[:-1]) for c in distinct]
+            verdicts = grade(task, texts, [problems[name]] * len(texts))
+            samples = list(zip(texts, distinct, verdicts, strict=True))
+            winners = [(text, c) for text, c, verdict in samples if verdict.correct]
+            losers = [(text, c) for text, c, verdict in samples if not verdict.correct]
+            for (chosen, w), (rejected, loser) in cyclic_pairs(winners, losers, 4):
+                ids = (tuple(found) for found in (prompts[name], w.token_ids, loser.token_ids))
+                pairs.append(Pair(name, task.prompt(problems[name]), chosen, rejected, *ids, w.logp, loser.logp))
+    return pairs
+
+
 @pytest.fixture(scope="module")
 def pairs(seed_model, tokenizer, task, config):
-    problems = task.problems("train")[:24]
-    samples: dict = {}
-    for batch in sampler.graded_samples(config, partial(sampling.sample, seed_model), tokenizer, task, problems, n=16, temperature=1.0, seed=0, label=""):  # fmt: skip
-        for row in batch:
-            samples.setdefault(row["problem"], []).append(row)
-    ids = encode_prompts(task, tokenizer, problems)
-    return select("pairs", samples, {p.id: (task.prompt(p), ids[p.id]) for p in problems}, {}, PairsConfig(k=4))[0]
+    return drawn_pairs(config, seed_model, tokenizer, task, n=16)
 
 
-def run(model, pairs, folder, config, **kwargs):
-    settings = dict(loss="dpo+nll", config=config.train, seed=0, sampled_by_start=True, show=lambda text: None)
+def run(model, pairs, folder, config, loss="dpo+nll", **kwargs):
+    """Train with a loss of the table, which also says what it takes."""
+    row = LOSSES[loss]
+    settings = dict(
+        loss=row.load(),
+        weights={name: getattr(config.train, name) for name in row.parameters},
+        has_reference=row.reference,
+        config=config.train,
+        seed=0,
+        sampled_by_start=True,
+        show=lambda text: None,
+    )
     return training.train(model, pairs, folder, **(settings | kwargs))
+
+
+def fresh(config, threads=0):
+    """M_0 with a fresh adapter, ready for training."""
+    return load.load_policy(config.model, trainable=True, seed=0, threads=threads)
 
 
 def test_training_starts_at_ln2_learns_and_is_repeatable(config, pairs, tmp_path):
     finals = []
     for name in ("first", "second"):
-        model = load.load_policy(config.model, trainable=True, seed=0, threads=1)
+        model = fresh(config, threads=1)
         facts = run(model, pairs, tmp_path / name, config)
         assert facts["dpo_at_start"] == pytest.approx(training.LN2, abs=1e-5)
         finals.append((tmp_path / name / "best" / "adapter_model.safetensors").read_bytes())
@@ -72,31 +101,22 @@ def test_a_run_killed_while_training_ends_the_same(config, pairs, tmp_path):
 
     train = config.train.but(eval_every=3, max_steps=6)
     config = config.but(train=train)
-    model = load.load_policy(config.model, trainable=True, seed=0, threads=1)
+    model = fresh(config, threads=1)
     run(model, pairs, tmp_path / "whole", config, score=lambda policy: 0.5)
     calls: list[int] = []
     with pytest.raises(Killed):
-        run(load.load_policy(config.model, trainable=True, seed=0), pairs, tmp_path / "cut", config, score=kill)
+        run(fresh(config), pairs, tmp_path / "cut", config, score=kill)
     (tmp_path / "cut" / "checkpoints" / "checkpoint-6").mkdir()  # half-written: has no mark
-    run(
-        load.load_policy(config.model, trainable=True, seed=0),
-        pairs,
-        tmp_path / "cut",
-        config,
-        score=lambda policy: 0.5,
-    )
+    run(fresh(config), pairs, tmp_path / "cut", config, score=lambda policy: 0.5)
     for name in ("steps.jsonl", "best/adapter_model.safetensors"):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
 
 def test_a_training_that_was_stopped_at_its_step_is_not_trained_on(config, pairs, tmp_path):
     """Called again on the same folder, as by a run that was killed just before its stage was done."""
-    facts = []
+    facts, config = [], config.but(train=config.train.but(max_steps=6))
     for _ in range(2):
-        model = load.load_policy(config.model, trainable=True, seed=0, threads=1)
-        facts.append(
-            run(model, pairs, tmp_path, config.but(train=config.train.but(max_steps=6)), stop_after=4)
-        )
+        facts.append(run(fresh(config, threads=1), pairs, tmp_path, config, stop_after=4))
     assert facts[0] == facts[1] and facts[0]["best_step"] == 4
     assert len(list(training.read_steps(tmp_path / "steps.jsonl"))) == 4
 
@@ -105,14 +125,14 @@ def test_accumulated_micro_batches_are_the_whole_batch(config, pairs, tmp_path):
     losses = []
     for micro in (8, 2):
         cut = config.but(train=config.train.but(micro_batch=micro, max_steps=3))
-        run(load.load_policy(config.model, trainable=True, seed=0), pairs, tmp_path / str(micro), cut)
+        run(fresh(config), pairs, tmp_path / str(micro), cut)
         losses.append([s["loss"] for s in training.read_steps(tmp_path / str(micro) / "steps.jsonl")])
     assert losses[0] == pytest.approx(losses[1], abs=2e-4)
 
 
 def test_wrong_reference_is_refused():
     zero = torch.zeros(2)
-    terms = pair_losses("dpo+nll", zero, zero - 1, zero, zero - 3, torch.ones(2))
+    terms = losses.dpo_nll(losses.Scores(zero, zero - 1, zero, zero - 3, torch.ones(2)), beta=0.1, alpha=1.0)
     with pytest.raises(RuntimeError, match="not ln 2.*check that both are M_t"):
         training.check_start(terms.dpo, 1e-3)
 
@@ -122,32 +142,68 @@ def test_a_loss_without_a_reference_scores_none_unless_it_verifies_who_sampled(c
     whole = logprobs.reference_logps
     monkeypatch.setattr(training, "reference_logps", lambda *a: scored.append(1) or whole(*a))
     config = config.but(train=config.train.but(max_steps=8))
-    model = lambda: load.load_policy(config.model, trainable=True, seed=0, threads=1)  # noqa: E731
-    facts = run(model(), pairs, tmp_path / "orpo", config, loss="orpo", sampled_by_start=False)
+    facts = run(fresh(config, threads=1), pairs, tmp_path / "orpo", config, loss="orpo", sampled_by_start=False)
     assert not scored and facts["dpo_at_start"] is None and facts["sampler_gap"] is None
     steps = list(training.read_steps(tmp_path / "orpo" / "steps.jsonl"))
     assert "dpo" not in steps[0] and steps[-1]["odds"] < steps[0]["odds"] and steps[-1]["margin"] > steps[0]["margin"]
     assert steps[0]["loss"] == pytest.approx(steps[0]["nll"] + 0.1 * steps[0]["odds"], abs=1e-6)
-    facts = run(model(), pairs, tmp_path / "checked", config, loss="orpo")
+    facts = run(fresh(config), pairs, tmp_path / "checked", config, loss="orpo")
     assert scored and facts["sampler_gap"] < 1e-3
-    gold = [{**p, "chosen_logp": None, "rejected_ids": [], "rejected_logp": None} for p in pairs]
+    gold = [replace(p, chosen_logp=None, rejected_ids=(), rejected_logp=None) for p in pairs]
     scored.clear()
-    assert run(model(), gold, tmp_path / "nll", config, loss="nll")["best_step"] and not scored
+    assert run(fresh(config), gold, tmp_path / "nll", config, loss="nll")["best_step"] and not scored
 
 
 def test_pairs_of_another_model_are_refused(config, pairs, tmp_path):
-    model = load.load_policy(config.model, trainable=True, seed=0)
+    model = fresh(config)
     with torch.no_grad():
         next(p for n, p in model.named_parameters() if "lora_B" in n).add_(0.5)
     with pytest.raises(RuntimeError, match="not samples of M_t; run 01_sample"):
         run(model, pairs, tmp_path, config)
 
 
+def test_a_reference_of_another_model_comes_with_the_pairs_and_is_used_as_it_is(config, pairs, tmp_path):
+    """A reference that likes the chosen response 1 nat less, the rejected one 1 nat more: z = 2 beta at the start."""
+    config = config.but(train=config.train.but(max_steps=3))
+    start = logprobs.reference_logps(fresh(config, threads=1), pairs)
+    referred = [
+        replace(pair, reference_chosen=chosen - 1, reference_rejected=rejected + 1)
+        for pair, (chosen, rejected) in zip(pairs, start, strict=True)
+    ]
+    facts = run(fresh(config), referred, tmp_path / "given", config, reference_is_start=False)
+    assert facts["dpo_at_start"] is None and facts["sampler_gap"] < 1e-3  # who sampled is verified all the same
+    first = next(training.read_steps(tmp_path / "given" / "steps.jsonl"))
+    assert first["margin"] == pytest.approx(2 * config.train.beta, abs=1e-4)
+    assert first["dpo"] == pytest.approx(math.log1p(math.exp(-2 * config.train.beta)), abs=1e-4)
+    drawn_elsewhere = [replace(p, chosen_logp=p.chosen_logp - 1) for p in referred]
+    with pytest.raises(RuntimeError, match="not samples of M_t; run 01_sample"):
+        run(fresh(config), drawn_elsewhere, tmp_path / "elsewhere", config, reference_is_start=False)
+    with pytest.raises(ValueError, match="no log-probabilities of the reference"):
+        run(fresh(config), pairs, tmp_path / "none", config, reference_is_start=False)
+
+
+def test_a_loss_of_one_s_own_trains_with_its_own_weights(config, pairs, tmp_path):
+    """IPO (arXiv 2310.12036, Eq. 17): it has a reference, and no term that would be ln 2."""
+
+    def ipo(scores, tau):
+        margin = scores.chosen - scores.reference_chosen - (scores.rejected - scores.reference_rejected)
+        chosen_nll = losses.nll_term(scores.chosen, scores.chosen_lengths)
+        return losses.PairLosses((margin - 1 / (2 * tau)) ** 2, None, chosen_nll, margin, torch.zeros_like(margin))
+
+    config = config.but(train=config.train.but(max_steps=8))
+    run_settings = dict(config=config.train, seed=0, sampled_by_start=True, show=lambda text: None)
+    model = fresh(config, threads=1)
+    facts = training.train(model, pairs, tmp_path, loss=ipo, weights={"tau": 0.5}, has_reference=True, **run_settings)
+    steps = list(training.read_steps(tmp_path / "steps.jsonl"))
+    assert facts["dpo_at_start"] is None and steps[0]["loss"] == pytest.approx(1.0, abs=1e-3)
+    assert steps[-1]["margin"] > steps[0]["margin"]
+
+
 def test_adapter_goes_on_where_it_was(config, pairs, tmp_path, tokenizer):
-    model = load.load_policy(config.model, trainable=True, seed=0)
+    model = fresh(config)
     run(model, pairs, tmp_path, config)
     model.eval()
-    rows = logprobs.collate([(p["prompt_ids"], p["chosen_ids"]) for p in pairs[:6]])
+    rows = logprobs.collate([(p.prompt_ids, p.chosen_ids) for p in pairs[:6]])
     with torch.no_grad():
         wanted = logprobs.response_logps(model, rows)
         for trainable in (False, True):
@@ -157,9 +213,7 @@ def test_adapter_goes_on_where_it_was(config, pairs, tmp_path, tokenizer):
 
 
 def test_full_tuning_saves_a_whole_model(config, pairs, tmp_path):
-    full = config.but(
-        model=config.model.but(tuning="full"), train=config.train.but(lr=1e-4, max_steps=3)
-    )
+    full = config.but(model=config.model.but(tuning="full"), train=config.train.but(lr=1e-4, max_steps=3))
     model = load.load_policy(full.model, trainable=True)
     run(model, pairs, tmp_path, full)
     again = load.load_policy(full.model, tmp_path / "best")
@@ -175,19 +229,13 @@ def test_nf4_with_lora_samples_and_trains_on_a_cpu(config, tokenizer, task, tmp_
     model = load.load_policy(nf4.model, threads=1)
     base = load.load_base(nf4.model)
     assert sum(isinstance(m, bnb.nn.Linear4bit) for m in base.modules()) == 28  # 7 in each of 4 layers
-    problems = task.problems("train")[:24]
-    samples: dict = {}
-    for batch in sampler.graded_samples(nf4, partial(sampling.sample, model), tokenizer, task, problems, n=8, temperature=1.0, seed=0, label=""):  # fmt: skip
-        for row in batch:
-            samples.setdefault(row["problem"], []).append(row)
-    ids = encode_prompts(task, tokenizer, problems)
-    rows, _ = select("pairs", samples, {p.id: (task.prompt(p), ids[p.id]) for p in problems}, {}, PairsConfig(k=4))
+    pairs = drawn_pairs(nf4, model, tokenizer, task, n=8)
     policy = load.load_policy(nf4.model, trainable=True)
-    facts = run(policy, rows, tmp_path, nf4)
+    facts = run(policy, pairs, tmp_path, nf4)
     assert facts["dpo_at_start"] == pytest.approx(training.LN2, abs=1e-3)
     steps = list(training.read_steps(tmp_path / "steps.jsonl"))
     assert steps[-1]["margin"] > steps[0]["margin"] == pytest.approx(0, abs=1e-3)
-    rows = logprobs.collate([(p["prompt_ids"], p["chosen_ids"]) for p in rows[:8]])
+    rows = logprobs.collate([(p.prompt_ids, p.chosen_ids) for p in pairs[:8]])
     with torch.no_grad():
         wanted = logprobs.response_logps(policy.eval(), rows)
         again = logprobs.response_logps(load.load_policy(nf4.model, tmp_path / "best"), rows)
@@ -199,7 +247,7 @@ def test_nf4_gradients_are_those_of_the_dequantized_model_also_after_a_forward_i
     import bitsandbytes as bnb
 
     nf4 = load.load_policy(config.model.but(quantize="nf4"), trainable=True, seed=0)
-    dense = load.load_policy(config.model, trainable=True, seed=0)
+    dense = fresh(config)
     twins, parameters = dict(dense.named_modules()), dict(dense.named_parameters())
     for name, module in nf4.named_modules():
         if isinstance(module, bnb.nn.Linear4bit):
@@ -223,18 +271,19 @@ def test_a_folder_without_a_policy_is_named(config, tmp_path):
 
 
 def test_order_is_whole_shuffled_passes_cut_to_the_budget():
-    order = training.training_order(10, batch=4, max_steps=5, max_epochs=9, seed=0)
+    problems, config = ["p"] * 10, TrainConfig(batch=4, micro_batch=4, max_steps=5, max_epochs=9)
+    order = training.training_order(problems, config, seed=0)
     assert len(order) == 20 and sorted(order[:10]) == sorted(order[10:]) == list(range(10))
-    assert len(training.training_order(10, batch=4, max_steps=99, max_epochs=1, seed=0)) == 8
+    assert len(training.training_order(problems, config.but(max_steps=99, max_epochs=1), seed=0)) == 8
 
 
 def test_retraining_with_dev_takes_the_selected_steps_and_survives_a_kill(config, pairs, tmp_path, monkeypatch):
-    """The second training stops at the step that dev chose, on the schedule of the first; killed in it, it goes on there."""
+    """The second training stops at the step that dev chose, on the schedule of the first. Killed in it, it goes on."""
     task = get_task(config.task)
     train = config.train.but(retrain_with_dev=True, max_steps=6, eval_every=2, batch=4, micro_batch=4)
     config = config.but(train=train)
     scores = {2: 0.1, 4: 0.9, 6: 0.2}
-    dev_pairs = [{**p, "problem": d.id} for p, d in zip(pairs, task.problems("dev"), strict=False)]
+    dev_pairs = [replace(p, problem=d.id) for p, d in zip(pairs, task.problems("dev"), strict=False)]
     whole = training.train
     taken: list[tuple[int, int | None]] = []
 
@@ -254,7 +303,7 @@ def test_retraining_with_dev_takes_the_selected_steps_and_survives_a_kill(config
         run_folder.mkdir()
         (run_folder / "config.yaml").write_text(dump(config))
         stage = Stage("03_train", run_folder)
-        write_jsonl(stage.path("pairs.jsonl"), pairs + dev_pairs)
+        Pair.write(stage.path("pairs.jsonl"), pairs + dev_pairs)
         taken.clear()
         if kill:
             with pytest.raises(KeyboardInterrupt):

@@ -161,8 +161,8 @@ def tree_states(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
 def tree_bias(model: PreTrainedModel, visible: Tensor, positions: Tensor) -> Tensor | dict[str, Tensor]:
     """What attention adds to its scores so that a token sees what is `visible` [prompts, length, length] to it.
 
-    A model with layers of several kinds takes a dictionary. What a sliding layer's window leaves out is told by
-    `positions` [prompts, length].
+    A model with layers of several kinds takes a dictionary. `positions` [prompts, length] decide what a sliding layer's
+    window leaves out.
     """
 
     def bias(seen: Tensor) -> Tensor:
