@@ -12,6 +12,7 @@ from irpo_utils.extras.process.labels import score_samples
 from irpo_utils.files import NOTEBOOKS, read_jsonl, write_text
 from irpo_utils.model.load import load_policy, load_tokenizer
 from irpo_utils.model.prompts import encode_prompts
+from irpo_utils.model.records import Prompt, Sample
 from irpo_utils.report.comparison import budget_table, spent_table
 from irpo_utils.run.config import dump
 from irpo_utils.run.driver import run_notebook
