@@ -6,6 +6,7 @@ import os
 import random
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import DATA, ROOT
@@ -23,15 +24,26 @@ from irpo_utils.tasks.grading import grade, reward
 # All golds, in each of the forms that a response may have: 1,466 programs. Else a sample.
 GOLD = os.environ.get("GOLD") == "all"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"the benchmark records are not at {DATA}")
-MBPP = {"task_id": 2, "text": "Write a function to add two numbers.", "code": "def add(a, b):\r\n\treturn a + b",
-        "test_setup_code": "", "test_list": ["assert add(2, 3) == 5", "assert add(-1, 1) == 0"]}  # fmt: skip
-HUMANEVAL = {"task_id": "HumanEval/7", "entry_point": "add", "canonical_solution": "    return a + b\n",
-             "prompt": 'from typing import List\n\ndef zero():\n    return 0\n\n\ndef add(a: int, b: int) -> int:\n    """ Add.\n    >>> add(1, 2)\n    3\n    """\n',
-             "test": "def check(candidate):\n    assert candidate(2, 3) == 5\n    assert candidate(-1, 1) == zero()\n"}  # fmt: skip
+UPSTREAM = Path(__file__).parent / "upstream"  # records made by hand in the form of each data set
+MBPP = {
+    "task_id": 2,
+    "text": "Write a function to add two numbers.",
+    "code": "def add(a, b):\r\n\treturn a + b",
+    "test_setup_code": "",
+    "test_list": ["assert add(2, 3) == 5", "assert add(-1, 1) == 0"],
+}
+HUMANEVAL = {
+    "task_id": "HumanEval/7",
+    "entry_point": "add",
+    "canonical_solution": "    return a + b\n",
+    "prompt": "from typing import List\n\ndef zero():\n    return 0\n\n\n"
+    'def add(a: int, b: int) -> int:\n    """ Add.\n    >>> add(1, 2)\n    3\n    """\n',
+    "test": "def check(candidate):\n    assert candidate(2, 3) == 5\n    assert candidate(-1, 1) == zero()\n",
+}
 
 
 def task_of(name, execution=ACCEPTED, **more):
-    return get_task(TaskConfig(name, execution=execution, **more))
+    return get_task(TaskConfig(name=name, execution=execution, **more))
 
 
 def problem_of(name, record=None):
@@ -113,7 +125,27 @@ def test_no_text_makes_extraction_fail(text, name):
         assert strict is None or isinstance(task.vote(strict), str)
 
 
-HOSTILE = [c * 100_000 for c in ("`", "~", "a", " ", "\n", "\t", "a,", "a.", "[", "(", ":", "a\n", "def ", "```\n", "'''", "if a:", "x = ", "async\n")]  # fmt: skip
+REPEATED = [
+    "`",
+    "~",
+    "a",
+    " ",
+    "\n",
+    "\t",
+    "a,",
+    "a.",
+    "[",
+    "(",
+    ":",
+    "a\n",
+    "def ",
+    "```\n",
+    "'''",
+    "if a:",
+    "x = ",
+    "async\n",
+]
+HOSTILE = [text * 100_000 for text in REPEATED]
 
 
 @pytest.mark.parametrize("name", ["mbpp", "humaneval"])
@@ -145,84 +177,99 @@ def test_a_program_does_not_lend_the_tests_its_builtins(execution):
     assert not task_of("mbpp", execution).equal(cheat, problem_of("mbpp", record))
 
 
-def golds(tmp_path):
-    """(task, problems, responses) for all golds of both files, or a sample that has what is odd in it."""
-    path = {"mbpp": DATA / "mbpp.jsonl", "humaneval": DATA / "HumanEval.jsonl.gz"}
-    odd = {
-        "367",
-        "533",
-        "601",
-        "927",
-        "847",
-        "HumanEval/32",
-        "HumanEval/33",
-        "HumanEval/38",
-        "HumanEval/50",
-        "HumanEval/115",
-    }
-    for name, file in path.items():
-        task = task_of(name, test=[str(file)])
-        every = list(task.named.values())
-        assert len(every) == {"mbpp": 974, "humaneval": 164}[name]
-        rng = random.Random(0)
-        chosen = every if GOLD else [p for p in every if p.meta["task_id"] in odd or rng.random() < 0.1]
-        yield name, chosen
+ODD = {"367", "533", "601", "927", "847", *(f"HumanEval/{i}" for i in (32, 33, 38, 50, 115))}
+
+
+def check_golds(name, problems, execution, forms):
+    """Every gold solution passes its tests; of HumanEval, with `forms`, also a body alone, and code without a fence."""
+    task = task_of(name, execution)
+    responses, repeated = [p.solution for p in problems], list(problems)
+    if name == "humaneval" and forms:
+        responses += [p.answer.removeprefix(p.meta["prompt"]) for p in problems] + [p.answer for p in problems]
+        repeated += problems * 2
+    verdicts = grade(task, responses, repeated)
+    assert [p.id for p, v in zip(repeated, verdicts, strict=True) if v.correct is not True] == []
+    neither = grade(task, ["```python\npass\n```", "no idea"], problems[:1] * 2)
+    assert [v.correct for v in neither] == [False, None]
+
+
+@pytest.mark.parametrize("name", ["mbpp", "humaneval"])
+def test_every_gold_solution_in_the_upstream_form_passes_its_tests(name, execution):
+    problems = list(task_of(name, test=str(UPSTREAM / f"{name}.jsonl")).named.values())
+    assert len(problems) == 20
+    check_golds(name, problems, execution, forms=True)
 
 
 @needs_data
-def test_every_gold_solution_passes_its_tests(execution, tmp_path):
-    """Upstream records that cannot pass: none, of 974 and 164."""
-    for name, problems in golds(tmp_path):
-        task = task_of(name, execution)
-        responses = [p.solution for p in problems]
-        asked = list(problems)
-        if name == "humaneval" and GOLD:  # as a body alone, and as code without a fence
-            responses += [p.answer.removeprefix(p.meta["prompt"]) for p in problems] + [p.answer for p in problems]
-            asked += problems * 2
-        verdicts = grade(task, responses, asked)
-        assert [p.id for p, v in zip(asked, verdicts, strict=True) if v.correct is not True] == []
-        asked_for = grade(task, ["```python\npass\n```", "no idea"], problems[:1] * 2)
-        assert [v.correct for v in asked_for] == [False, None]
+@pytest.mark.parametrize(
+    ("name", "file", "count"), [("mbpp", "mbpp.jsonl", 974), ("humaneval", "HumanEval.jsonl.gz", 164)]
+)
+def test_every_gold_solution_passes_its_tests(name, file, count, execution):
+    """Upstream records that cannot pass: none. Without GOLD=all, those that have what is odd, and a tenth of the rest."""
+    every = list(task_of(name, test=str(DATA / file)).named.values())
+    assert len(every) == count
+    rng = random.Random(0)
+    check_golds(name, [p for p in every if GOLD or p.meta["task_id"] in ODD or rng.random() < 0.1], execution, GOLD)
+
+
+def check_splits(mbpp, humaneval, dev_size):
+    """The ids of MBPP's three splits, and the sizes of HumanEval's, whose training problems are MBPP's."""
+    sizes = {"train_size": 0, "dev_size": 0, "test_size": 0}
+    task = task_of("mbpp", train=mbpp, dev=mbpp, test=mbpp, **sizes)
+    ids = {split: {int(p.meta["task_id"]) for p in task.problems(split)} for split in ("train", "dev", "test")}
+    for split in ids:
+        for p in task.problems(split):
+            assert all(test.strip() in task.prompt(p) for test in p.meta["tests"].splitlines()[-1:])
+    human = task_of("humaneval", train=mbpp, test=humaneval, **sizes | {"dev_size": dev_size})
+    found = check_task(human, "humaneval")
+    assert all(p.meta["prompt"].rstrip() in human.prompt(p) for p in found["test"])
+    return ids, {split: len(problems) for split, problems in found.items()}
+
+
+def test_official_splits_of_the_upstream_form():
+    ids, sizes = check_splits(str(UPSTREAM / "mbpp.jsonl"), str(UPSTREAM / "humaneval.jsonl"), dev_size=2)
+    assert ids == {"train": set(range(601, 609)), "dev": {511, 512, 513}, "test": {11, 12, *range(100, 105)}}
+    assert sizes == {"train": 6, "dev": 2, "test": 20}
 
 
 @needs_data
 def test_official_splits_out_of_one_file():
-    file = str(DATA / "mbpp.jsonl")
-    task = task_of("mbpp", train=[file], dev=[file], test=[file], train_size=0, dev_size=0, test_size=0)
-    ids = {split: {int(p.meta["task_id"]) for p in task.problems(split)} for split in ("train", "dev", "test")}
+    ids, sizes = check_splits(str(DATA / "mbpp.jsonl"), str(DATA / "HumanEval.jsonl.gz"), dev_size=20)
     assert ids == {"train": set(range(601, 975)), "dev": set(range(511, 601)), "test": set(range(11, 511))}
-    for split in ids:
-        for p in task.problems(split):
-            assert all(test.strip() in task.prompt(p) for test in p.meta["tests"].splitlines()[-1:])
-    human = task_of(
-        "humaneval", train=[file], test=[str(DATA / "HumanEval.jsonl.gz")], train_size=0, dev_size=20, test_size=0
-    )
-    found = check_task(human, "humaneval")
-    assert {split: len(problems) for split, problems in found.items()} == {"train": 354, "dev": 20, "test": 164}
-    assert all(p.meta["prompt"].rstrip() in human.prompt(p) for p in found["test"])
+    assert sizes == {"train": 354, "dev": 20, "test": 164}
+
+
+def check_mmlu_math(train, test, dev_size, count):
+    """MMLU_Math is graded as GSM8K is, but for the answer that is a list."""
+    task = task_of("mmlu_math", train=train, test=test, train_size=0, dev_size=dev_size, test_size=0)
+    problems = task.problems("test")
+    assert len(problems) == count
+    verdicts = grade(task, [f"So.\nFinal answer: {p.answer}" for p in problems], problems)
+    assert all(v.correct for v in verdicts)
+    wrong = grade(task, ["Final answer: 123456", "Final answer: 2, 2, 4", "none"], [problems[0]] * 3)
+    assert [v.correct for v in wrong] == [False, False, None]
+    (listed,) = (p for p in problems if p.answer.startswith("2,2,"))
+    forms = [f"Final answer: ${listed.answer}$", f"Final answer: ({', '.join(listed.answer.split(','))})"]
+    assert [v.correct for v in grade(task, forms, [listed] * 2)] == [True, True]
+    assert reward(task, task.problems("train")[0].solution, task.problems("train")[0]) == 1.0
+
+
+def test_mmlu_math_in_the_upstream_form_is_graded_as_gsm8k_is():
+    check_mmlu_math(str(UPSTREAM / "gsm8k.jsonl"), str(UPSTREAM / "mmlu_math.jsonl"), dev_size=2, count=20)
 
 
 @needs_data
 def test_mmlu_math_is_graded_as_gsm8k_is():
-    files = {"train": [str(DATA / "gsm8k_train.jsonl")], "test": [str(DATA / "mmlu_math_test.jsonl")]}
-    task = task_of("mmlu_math", **files, train_size=0, dev_size=20, test_size=0)
-    problems = task.problems("test")
-    assert len(problems) == 348  # of 354 records, six ask what another one asks
-    verdicts = grade(task, [f"So.\nFinal answer: {p.answer}" for p in problems], problems)
-    assert all(v.correct for v in verdicts)
-    wrong = grade(
-        task, ["Final answer: 123456", "Final answer: 2, 2, 4", "none"], [problems[0], problems[0], problems[0]]
-    )
-    assert [v.correct for v in wrong] == [False, False, None]
-    assert reward(task, task.problems("train")[0].solution, task.problems("train")[0]) == 1.0
+    files = str(DATA / "gsm8k_train.jsonl"), str(DATA / "mmlu_math_test.jsonl")
+    check_mmlu_math(*files, dev_size=20, count=348)  # of 354 records, six ask what another one asks
 
 
 def test_the_same_program_is_run_once_and_pass_at_k_counts_it(execution, monkeypatch):
     task, problem = task_of("mbpp", execution), problem_of("mbpp")
     runs = []
     monkeypatch.setattr(task.sandbox, "run", lambda job: runs.append(job) or "return a + b" in job.program)
-    said = [FENCED, FENCED + "\nDone.", FENCED.replace("+", "-"), "no idea"]
-    verdicts = grade(task, said, [problem] * 4) + grade(task, said, [problem] * 4)
+    responses = [FENCED, FENCED + "\nDone.", FENCED.replace("+", "-"), "no idea"]
+    verdicts = grade(task, responses, [problem] * 4) + grade(task, responses, [problem] * 4)
     assert len(runs) == 2 and [v.reward for v in verdicts[:4]] == [1.0, 1.0, 0.0, None]
     record = {
         "greedy": 1.0,
@@ -249,8 +296,12 @@ def test_grade_runs_programs_by_task_id_or_by_the_tests_given(execution, tmp_pat
     with gzip.open(tmp_path / "he.jsonl.gz", "wt") as file:
         file.write(json.dumps(HUMANEVAL) + "\n")
     data = lines(tmp_path / "mbpp.jsonl", [MBPP])
-    rows = [{"response": FENCED, "task_id": 2}, {"response": "no", "task_id": 2},
-            {"response": FENCED, "test_list": ["assert add(1, 1) == 3"]}, {"response": FENCED, "test_list": ["assert add(1, 1) == 2"]}]  # fmt: skip
+    rows = [
+        {"response": FENCED, "task_id": 2},
+        {"response": "no", "task_id": 2},
+        {"response": FENCED, "test_list": ["assert add(1, 1) == 3"]},
+        {"response": FENCED, "test_list": ["assert add(1, 1) == 2"]},
+    ]
     done = run_grade("--task", "mbpp", "--data", data, "--execution", execution, lines(tmp_path / "r.jsonl", rows))
     assert done.returncode == 0, done.stderr
     assert [json.loads(line)["correct"] for line in done.stdout.splitlines()] == [True, None, False, True]

@@ -22,6 +22,7 @@ from irpo_utils.tasks.grading import MANY, grade
 NAMES = ("gsm8k", "math", "arc_challenge")
 # Labelled by reading, not by running: each with its reason. The gold answers are those of real records.
 CASES = [json.loads(line) for line in (Path(__file__).parent / "graded_cases.jsonl").read_text().splitlines()]
+UPSTREAM = Path(__file__).parent / "upstream"  # records made by hand in the form of each data set
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"the benchmark records are not at {DATA}")
 
 
@@ -35,12 +36,89 @@ def tasks():
 @pytest.mark.parametrize("mode", ["strict", "flexible"])
 @pytest.mark.parametrize("name", NAMES)
 def test_every_labelled_case(name, mode, tasks):
-    mine = [case for case in CASES if case["task"] == name]
-    assert len(mine) >= 100
-    problems = [tasks[name].posed("", case["gold"], case) for case in mine]
-    verdicts = grade(tasks[name], [case["response"] for case in mine], problems, flexible=mode == "flexible")
-    wrong = [(c["response"], c["gold"], c["reason"], v) for c, v in zip(mine, verdicts, strict=True) if v.correct is not c[mode]]  # fmt: skip
+    cases = [case for case in CASES if case["task"] == name]
+    assert len(cases) >= 100
+    problems = [tasks[name].posed("", case["gold"], case) for case in cases]
+    verdicts = grade(tasks[name], [case["response"] for case in cases], problems, flexible=mode == "flexible")
+    wrong = [
+        (case["response"], case["gold"], case["reason"], verdict)
+        for case, verdict in zip(cases, verdicts, strict=True)
+        if verdict.correct is not case[mode]
+    ]
     assert not wrong
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold", "same"),
+    [
+        ("1 1/2", r"\frac{3}{2}", True),
+        ("1 1/2", r"\frac{11}{2}", False),
+        (r"-0.\overline{3}", r"-\frac{1}{3}", True),
+        ("-1,234.50", "-1234.5", True),
+        ("an area of $5$", "5", True),
+        (r"5\text{and}6", "6, 5", True),
+        (r"5\quad\text{or}\quad 6", "5, 6", True),
+        (r"\displaystyle\frac12", r"\frac{1}{2}", True),
+        (r"\big(1,2\big)", "(1,2)", True),
+        (r"3~\sqrt5", r"3\sqrt{5}", True),
+    ],
+)
+def test_latex_that_the_labelled_cases_lack(answer, gold, same):
+    """Each of these is decided by a rule that nothing else in this file needs."""
+    assert latex.decide(latex.normal(answer), latex.normal(gold)) is same
+
+
+def own_form(path, folder):
+    """The records of a file without the fields that a user's own file may not have."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    own = folder / f"own_{path.name}"
+    own.write_text("".join(json.dumps({k: row[k] for k in ("question", "answer")}) + "\n" for row in rows))
+    return own
+
+
+def halves(path, folder, count):
+    """A file's first `count` records as training, the others as test."""
+    lines = path.read_text().splitlines(keepends=True)
+    files = folder / "train.jsonl", folder / "test.jsonl"
+    for file, part in zip(files, (lines[:count], lines[count:]), strict=True):
+        file.write_text("".join(part))
+    return files
+
+
+def check_golds(name, files, dev_size):
+    """Load all records, and grade every gold two ways: against itself, and its solution through the response path.
+
+    Returns how many problems there are.
+    """
+    train, test = map(str, files)
+    task = get_task(TaskConfig(name=name, train=train, test=test, train_size=0, dev_size=dev_size, test_size=0))
+    problems = [p for split in ("train", "dev", "test") for p in task.problems(split)]
+    assert len({p.id for p in problems}) == len({p.question for p in problems}) == len(problems)
+    solutions = [p.solution or f"Let me think.\nFinal answer: {p.answer}" for p in problems]
+    assert all(p.question in task.prompt(p) for p in problems)
+    assert all("<<" not in s for s in solutions)
+    verdicts = grade(task, solutions, problems)
+    assert [p.id for p, v in zip(problems, verdicts, strict=True) if v.correct is not True] == []
+    assert all(task.equal(p.answer, p) for p in problems)
+    return len(problems)
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "count"),
+    [
+        ("gsm8k", "gsm8k.jsonl", 20),
+        ("math", "math.jsonl", 20),  # of 24 records, four are the prompt's examples
+        ("arc_challenge", "arc.jsonl", 20),
+        ("mmlu_math", "mmlu_math.jsonl", 40),  # with GSM8K's for training
+        ("jsonl", "mmlu_math.jsonl", 20),
+    ],
+)
+def test_every_upstream_form_loads_prompts_and_its_gold_grades_right(name, file, count, tmp_path):
+    if name == "mmlu_math":
+        files = UPSTREAM / "gsm8k.jsonl", UPSTREAM / file
+    else:
+        files = halves(own_form(UPSTREAM / file, tmp_path) if name == "jsonl" else UPSTREAM / file, tmp_path, 14)
+    assert check_golds(name, files, dev_size=2) == count
 
 
 @needs_data
@@ -54,29 +132,9 @@ def test_every_labelled_case(name, mode, tasks):
     ],
 )
 def test_every_record_loads_prompts_and_its_gold_grades_right(name, train, test, count, tmp_path):
-    """Two ways: the gold answer against itself, and the gold solution through the response path."""
-    path = DATA / test
-    if name == "jsonl":  # a user's own file has no other fields
-        path = tmp_path / test
-        rows = [json.loads(line) for line in (DATA / test).read_text().splitlines()]
-        path.write_text("".join(json.dumps({k: r[k] for k in ("question", "answer")}) + "\n" for r in rows))
-    if train is None:  # one file: a part of it stands in for training
-        lines = path.read_text().splitlines(keepends=True)
-        (tmp_path / "train.jsonl").write_text("".join(lines[:100]))
-        (tmp_path / "test.jsonl").write_text("".join(lines[100:]))
-        files = (tmp_path / "train.jsonl", tmp_path / "test.jsonl")
-    else:
-        files = (DATA / train, path)
-    task = get_task(TaskConfig(name, [str(files[0])], [], [str(files[1])], 0, 20, 0))
-    problems = [p for split in ("train", "dev", "test") for p in task.problems(split)]
-    assert len(problems) == count
-    assert len({p.id for p in problems}) == len({p.question for p in problems}) == len(problems)
-    solutions = [p.solution or f"Let me think.\nFinal answer: {p.answer}" for p in problems]
-    assert all(p.question in task.prompt(p) for p in problems)
-    assert all("<<" not in s for s in solutions)
-    verdicts = grade(task, solutions, problems)
-    assert [p.id for p, v in zip(problems, verdicts, strict=True) if v.correct is not True] == []
-    assert all(task.equal(p.answer, p) for p in problems)
+    path = own_form(DATA / test, tmp_path) if name == "jsonl" else DATA / test
+    files = (DATA / train, path) if train else halves(path, tmp_path, 100)
+    assert check_golds(name, files, dev_size=20) == count
 
 
 @given(
@@ -114,74 +172,23 @@ def test_duplicates_and_processes_change_no_verdict(name, gold, flexible, tasks)
     rng, task = random.Random(0), tasks[name]
     problems = [Problem(str(i), "", g, "", {"options": ["rain", "snow", "fog"]}) for i, g in enumerate(gold)]
     forms = ["Final answer: {}", "so {}", "\\boxed{{{}}}", "#### {}", "nothing"]
-    said = [rng.choice(forms).format(rng.choice(gold)) + f"\n{i}" * (i % 5 == 0) for i in range(35_000)]
-    rows = [row for row in zip(said, rng.choices(problems, k=len(said)), strict=True) for _ in range(rng.randint(1, 2))]
-    rows += [(f"{i}: {said[i]}", problems[i % 3]) for i in range(MANY)]  # all distinct, so that processes start
-    responses, asked = [r for r, _ in rows], [p for _, p in rows]
+    texts = [rng.choice(forms).format(rng.choice(gold)) + f"\n{i}" * (i % 5 == 0) for i in range(35_000)]
+    chosen = rng.choices(problems, k=len(texts))
+    rows = [row for row in zip(texts, chosen, strict=True) for _ in range(rng.randint(1, 2))]
+    rows += [(f"{i}: {texts[i]}", problems[i % 3]) for i in range(MANY)]  # all distinct, so that processes start
+    responses, repeated = [r for r, _ in rows], [p for _, p in rows]
     alone = [grade(task, [r], [p], flexible)[0] for r, p in rows]
     assert {v.correct for v in alone} == {True, False, None}
     for processes in (1, 2, 3):
-        assert grade(task, responses, asked, flexible, processes) == alone
+        assert grade(task, responses, repeated, flexible, processes) == alone
 
 
 PIECES = [
-    "Final answer:",
-    "\\boxed{",
-    "}",
-    "{",
-    "\\frac",
-    "\\sqrt",
-    "^",
-    "_",
-    "$",
-    "\\(",
-    "\\)",
-    "1",
-    "2",
-    "9",
-    "0",
-    ".",
-    ",",
-    "/",
-    "-",
-    "%",
-    "####",
-    "The answer is",
-    "A:",
-    "(B)",
-    "B",
-    "\n",
-    "  ",
-    "\\text{",
-    "and",
-    "or",
-    "\\pm",
-    "\\infty",
-    "\\cup",
-    "(",
-    ")",
-    "[",
-    "]",
-    "\\begin{pmatrix}",
-    "\\end{pmatrix}",
-    "\\\\",
-    "&",
-    "=",
-    "\\le",
-    "e",
-    "x",
-    "!",
-    "million",
-    "½",
-    "٣",
-    "\x00",
-    "😀",
-    "\\",
-    "\\overline{",
-    "\\left",
-    "°",
-    "thousand",
-]
+    "Final answer:", "\\boxed{", "}", "{", "\\frac", "\\sqrt", "^", "_", "$", "\\(", "\\)", "1", "2", "9", "0",
+    ".", ",", "/", "-", "%", "####", "The answer is", "A:", "(B)", "B", "\n", "  ", "\\text{", "and", "or",
+    "\\pm", "\\infty", "\\cup", "(", ")", "[", "]", "\\begin{pmatrix}", "\\end{pmatrix}", "\\\\", "&", "=",
+    "\\le", "e", "x", "!", "million", "½", "٣", "\x00", "😀", "\\", "\\overline{", "\\left", "°", "thousand",
+]  # fmt: skip
 HOSTILE = [
     "Final answer: " + "{" * 3_000_000, "\\boxed{" * 300_000, "Final answer:" * 300_000, "final answer" + " " * 2_000_000,
     "9" * 2_000_000, "Final answer: " + "1," * 500_000, "$" * 1_000_001, "A:" * 300_000, "\\text{" * 200_000, "- " * 500_000,
@@ -228,9 +235,11 @@ def test_grade_writes_a_line_for_each_in_order_and_a_summary_beside(tmp_path):
     done = run_grade("--task", "gsm8k", str(path))
     assert done.returncode == 0
     assert [json.loads(line) for line in done.stdout.splitlines()] == [
-        {"extracted": "1080", "correct": True}, {"extracted": "7", "correct": False},
-        {"extracted": None, "correct": None}, {"extracted": None, "correct": None},
-    ]  # fmt: skip
+        {"extracted": "1080", "correct": True},
+        {"extracted": "7", "correct": False},
+        {"extracted": None, "correct": None},
+        {"extracted": None, "correct": None},
+    ]
     assert "right 1 (25.0%), wrong 1 (25.0%), unparsed 2 (50.0%)" in done.stderr
     loose = run_grade("--flexible", "--task", "gsm8k", str(path))
     assert json.loads(loose.stdout.splitlines()[2]) == {"extracted": "8", "correct": True}

@@ -44,12 +44,12 @@ def host(tmp_path):
 
 
 def strangers() -> set[int]:
-    """Processes in another process namespace than this one, or with the judge's command line."""
+    """Processes in another process namespace than this one, or with the test runner's command line."""
     found = set()
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            judge = b"What runs inside the sandbox" in (folder / "cmdline").read_bytes()
-            if judge or os.readlink(folder / "ns/pid") != os.readlink("/proc/self/ns/pid"):
+            runner = b"What runs inside the sandbox" in (folder / "cmdline").read_bytes()
+            if runner or os.readlink(folder / "ns/pid") != os.readlink("/proc/self/ns/pid"):
                 found.add(int(folder.name))
         except OSError:
             continue
@@ -90,14 +90,16 @@ def test_those_that_can_do_no_harm_get_it_without_walls_too(execution, host):
 
 def test_the_walls_are_what_stops_an_attack(host):
     """Two that only read get through without them, so that the test above tests something."""
-    chosen = [p for p in programs(**host) if p.name.endswith("loading, a + b") and p.name.startswith(("reads a file of the host", "looks for the tests in files"))]  # fmt: skip
+    names = [f"{attack}, loading, a + b" for attack in ("reads a file of the host", "looks for the tests in files")]
+    chosen = [p for p in programs(**host) if p.name in names]
+    assert len(chosen) == 2
     assert Sandbox(ACCEPTED)([Job(p.program, TESTS, ADD) for p in chosen]) == [False, False]
 
 
 def test_a_fork_bomb_is_contained_and_the_next_program_runs(walls):
     before = strangers()
     box = Sandbox(cpu=1, wall=2.0, workers=1)
-    assert not box.run(Job("import os\nwhile True:\n    try: os.fork()\n    except OSError: pass", TESTS, ADD))
+    assert not box.run(Job(FORKS, TESTS, ADD))
     most = 0
     run = subprocess.Popen([sys.executable, "-c", BOMB], cwd=ROOT, stdout=subprocess.PIPE)
     while run.poll() is None:
@@ -107,12 +109,14 @@ def test_a_fork_bomb_is_contained_and_the_next_program_runs(walls):
     assert box.run(Job("def add(a, b): return a + b", TESTS, ADD))
 
 
-BOMB = "from irpo_utils.sandbox import *; Sandbox(cpu=1, wall=2.0).run(Job('import os\\nwhile True:\\n    try: os.fork()\\n    except OSError: pass', '', ()))"
+FORKS = "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass"
+BOMB = f"from irpo_utils.extras.code.sandbox import *; Sandbox(cpu=1, wall=2.0).run(Job({FORKS!r}, '', ()))"
 
 
 def test_nothing_outlives_a_grader_that_is_killed(walls):
     before = strangers()
-    code = "from irpo_utils.sandbox import *; Sandbox(wall=3.0).run(Job('import time; time.sleep(1000)', '', ()))"
+    job = "Job('import time; time.sleep(1000)', '', ())"
+    code = f"from irpo_utils.extras.code.sandbox import *; Sandbox(wall=3.0).run({job})"
     grader = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
     while not len(strangers() - before) >= 2:
         time.sleep(0.05)

@@ -1,4 +1,4 @@
-"""The embedded task: disjoint splits, gold that grades right, steps judged on the truth, answers in three classes."""
+"""The embedded task: disjoint splits, gold that grades right, steps checked against the truth, answers in three classes."""
 
 import copy
 import json
@@ -6,7 +6,6 @@ import os
 import random
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
 from conftest import ROOT
@@ -33,10 +32,10 @@ from irpo_utils.tasks.word_problems import (
 
 def test_splits_share_no_problem_even_under_other_names():
     keys = {split: {story.key() for _, story in draw_problems(split, 400, 0, 0.5)} for split in BUCKETS}
-    for split, mine in keys.items():
-        assert len(mine) == 400
+    for split, own in keys.items():
+        assert len(own) == 400
         for other, theirs in keys.items():
-            assert split == other or mine.isdisjoint(theirs)
+            assert split == other or own.isdisjoint(theirs)
 
 
 def test_problems_are_the_same_every_time_and_others_with_another_seed(config):
@@ -50,16 +49,16 @@ def test_every_gold_answer_grades_right_and_every_step_of_it(task):
         for problem in task.problems(split):
             assert task.equal(problem.answer, problem)
             assert reward(task, problem.solution, problem) == 1.0
-            assert {verdict for _, verdict in task.judge_steps(problem, problem.solution)} == {"right"}
+            assert {verdict for _, verdict in task.check_steps(problem, problem.solution)} == {"right"}
 
 
 @given(st.integers(0, 10_000))
-def test_careless_steps_are_judged_careless_and_values_stay_in_range(seed):
+def test_careless_steps_are_found_careless_and_values_stay_in_range(seed):
     rng = random.Random(seed)
     story = draw_story(rng, 0.5)
     careless = careless_choice(story, rng)
     solution, _ = story.solution(careless)
-    verdicts = WordProblems(None).judge_steps(make_problem("x", story), solution)
+    verdicts = WordProblems(None).check_steps(make_problem("x", story), solution)
     assert [v == "careless" for _, v in verdicts] == list(careless)
     numbers = [int(w) for w in solution.split() if w.isdigit()]
     assert all(0 <= n <= MAX_VALUE for n in numbers)
@@ -68,9 +67,9 @@ def test_careless_steps_are_judged_careless_and_values_stay_in_range(seed):
 def test_garbled_and_missing_steps_are_told_apart(task):
     problem = task.problems("train")[0]
     first, rest = problem.solution.split("\n", 1)
-    garbled = task.judge_steps(problem, first + "1\n" + rest)
+    garbled = task.check_steps(problem, first + "1\n" + rest)
     assert garbled[0][1] == "other"
-    assert task.judge_steps(problem, "")[-1][1] in ("other", "missing")
+    assert task.check_steps(problem, "")[-1][1] in ("other", "missing")
 
 
 def test_solutions_survive_the_tokenizer_to_the_letter(task, tokenizer):
@@ -160,7 +159,7 @@ def test_bad_own_problems(tmp_path, lines, message):
 
 def test_a_size_beyond_the_file_is_refused(tmp_path):
     with pytest.raises(ValueError, match="task.dev_size: 9 is more than the 1 problems"):
-        get_task(replace(write_splits(tmp_path), dev_size=9)).problems("train")
+        get_task(write_splits(tmp_path).but(dev_size=9)).problems("train")
 
 
 def test_a_chat_template_is_used_and_adds_no_second_bos(tmp_path, tokenizer):
@@ -178,16 +177,19 @@ def records(folder, name, rows):
 
 
 def gsm8k_rows(first, count):
-    return [{"question": f"What is {i} + 1?", "answer": f"It is <<{i}+1={i + 1}>>{i + 1:,}.\n#### {i + 1:,}"} for i in range(first, first + count)]  # fmt: skip
+    return [
+        {"question": f"What is {i} + 1?", "answer": f"It is <<{i}+1={i + 1}>>{i + 1:,}.\n#### {i + 1:,}"}
+        for i in range(first, first + count)
+    ]
 
 
 def test_dev_comes_out_of_training_and_no_question_is_in_two_splits(tmp_path):
     train, test = records(tmp_path, "a.jsonl", gsm8k_rows(0, 50)), records(tmp_path, "b.jsonl", gsm8k_rows(40, 20))
-    config = TaskConfig("gsm8k", [train], [], [test], train_size=0, dev_size=10, test_size=0)
+    config = TaskConfig(name="gsm8k", train=train, test=test, train_size=0, dev_size=10, test_size=0)
     task = get_task(config)
-    asked = [{p.question for p in task.problems(split)} for split in SPLITS]
-    assert [len(s) for s in asked] == [30, 10, 20]
-    assert not (asked[0] & asked[1] or asked[0] & asked[2] or asked[1] & asked[2])
+    train_questions, dev_questions, test_questions = ({p.question for p in task.problems(split)} for split in SPLITS)
+    assert (len(train_questions), len(dev_questions), len(test_questions)) == (30, 10, 20)
+    assert train_questions.isdisjoint(dev_questions | test_questions) and dev_questions.isdisjoint(test_questions)
     assert task.notes == ["task.train: 10 questions of dev or test are left out of training"]
     assert task.problems("train") == get_task(config).problems("train")
     assert get_task(config.but(seed=1)).problems("dev") != task.problems("dev")
@@ -196,7 +198,7 @@ def test_dev_comes_out_of_training_and_no_question_is_in_two_splits(tmp_path):
 
 def test_gold_gsm8k_solutions_lose_their_calculator_marks_and_end_marked(tmp_path):
     train, test = records(tmp_path, "a.jsonl", gsm8k_rows(1000, 9)), records(tmp_path, "b.jsonl", gsm8k_rows(0, 2))
-    task = get_task(TaskConfig("gsm8k", [train], [], [test], train_size=0, dev_size=1, test_size=0))
+    task = get_task(TaskConfig(name="gsm8k", train=train, test=test, train_size=0, dev_size=1, test_size=0))
     problem = task.problems("train")[0]
     assert problem.solution == f"It is {int(problem.answer):,}.\nFinal answer: {int(problem.answer):,}"
     assert reward(task, problem.solution, problem) == 1.0
@@ -206,16 +208,20 @@ def test_parquet_and_json_lines_give_the_same_problems(tmp_path):
     import pandas as pd
 
     rows = [
-        {"id": str(i), "question": f"q{i}", "choices": {"text": ["x", "y", "z"][: 2 + i % 2], "label": labels}, "answerKey": labels[1]}
+        {
+            "id": str(i),
+            "question": f"q{i}",
+            "choices": {"text": ["x", "y", "z"][: 2 + i % 2], "label": labels},
+            "answerKey": labels[1],
+        }
         for i, labels in enumerate([["A", "B"], ["1", "2", "3"]] * 6)
-    ]  # fmt: skip
+    ]
     lines = records(tmp_path, "a.jsonl", rows)
     pd.DataFrame(rows).to_parquet(tmp_path / "a.parquet")
     other = records(tmp_path, "t.jsonl", [{**rows[0], "question": "another"}])
-    found = [
-        get_task(TaskConfig("arc_challenge", [source], [], [other], 0, 2, 0)).problems("train")
-        for source in (lines, str(tmp_path / "a.parquet"))
-    ]
+    config = TaskConfig(name="arc_challenge", test=other, train_size=0, dev_size=2, test_size=0)
+    sources = lines, str(tmp_path / "a.parquet")
+    found = [get_task(config.but(train=source)).problems("train") for source in sources]
     assert found[0] == found[1] and len(found[0]) == 10
     assert {p.answer for p in found[0]} == {"B"}  # label 2 is B
     three = next(p for p in found[0] if "z" in p.question)
@@ -224,11 +230,16 @@ def test_parquet_and_json_lines_give_the_same_problems(tmp_path):
 
 def test_math_examples_are_in_every_prompt_and_not_trained_on(tmp_path):
     rows = [
-        {"problem": f"Find {i}+1.", "level": "1", "type": f"kind {i % 5}", "solution": "We add one. " * 15 + f"So it is $\\boxed{{{i + 1}}}$."}
+        {
+            "problem": f"Find {i}+1.",
+            "level": "1",
+            "type": f"kind {i % 5}",
+            "solution": "We add one. " * 15 + f"So it is $\\boxed{{{i + 1}}}$.",
+        }
         for i in range(30)
-    ]  # fmt: skip
+    ]
     train, test = records(tmp_path, "a.jsonl", rows[:25]), records(tmp_path, "b.jsonl", rows[25:])
-    task = get_task(TaskConfig("math", [train], [], [test], 0, 5, 0))
+    task = get_task(TaskConfig(name="math", train=train, test=test, train_size=0, dev_size=5, test_size=0))
     assert [len(task.problems(split)) for split in SPLITS] == [16, 5, 5]
     assert len({p.meta["type"] for p in task.shots}) == len(task.shots) == 4
     for problem in task.problems("train"):
@@ -254,14 +265,18 @@ def test_math_examples_are_in_every_prompt_and_not_trained_on(tmp_path):
 def test_a_malformed_record_is_named_with_its_line(name, row, message, tmp_path):
     path = records(tmp_path, "a.jsonl", [row])
     with pytest.raises(ValueError, match=message):
-        get_task(TaskConfig(name, [path], [], [path], 0, 1, 0)).problems("train")
+        get_task(TaskConfig(name=name, train=path, test=path, train_size=0, dev_size=1, test_size=0)).problems("train")
 
 
 def test_what_cannot_be_had_from_the_hub_is_named_with_the_mend():
     code = (
-        "from irpo_utils.config import ModelConfig, TaskConfig; from irpo_utils.tasks import get_task; from irpo_utils import models\n"
-        "for work in (lambda: get_task(TaskConfig('gsm8k')).problems('train'), lambda: models.load_tokenizer(ModelConfig('Qwen/Qwen9'))):\n"
-        "    try: work()\n    except ValueError as e: print(e)"
+        "from irpo_utils.model.load import load_tokenizer\n"
+        "from irpo_utils.settings import ModelConfig, TaskConfig\n"
+        "from irpo_utils.tasks import get_task\n"
+        "try: get_task(TaskConfig(name='gsm8k')).problems('train')\n"
+        "except ValueError as e: print(e)\n"
+        "try: load_tokenizer(ModelConfig(path='Qwen/Qwen9'))\n"
+        "except ValueError as e: print(e)\n"
     )
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -273,22 +288,20 @@ def test_what_cannot_be_had_from_the_hub_is_named_with_the_mend():
 
 
 def test_the_readme_s_own_task_class_works(tmp_path):
-    readme = (ROOT / "README.md").read_text()
-    source = readme[readme.index("class Sums:") :]
-    source = source[: source.index("```")]
-    head = "from irpo_utils.answers import candidates, number\nfrom irpo_utils.tasks import Problem\n"
-    (tmp_path / "my_task.py").write_text(head + source)
-    task = get_task(TaskConfig(f"{tmp_path / 'my_task.py'}:Sums", train_size=5, dev_size=2, test_size=2))
+    blocks = (ROOT / "README.md").read_text().split("```python\n")[1:]
+    (source,) = (block.partition("```")[0] for block in blocks if "class Sums" in block.partition("```")[0])
+    (tmp_path / "my_task.py").write_text(source)
+    task = get_task(TaskConfig(name=f"{tmp_path / 'my_task.py'}:Sums", train_size=5, dev_size=2, test_size=2))
     problem = task.problems("train")[3]
     assert reward(task, "3 and 3 is 6. Final answer: 6", problem) == 1.0
     assert reward(task, "six", problem) is None
-    with pytest.raises(ValueError, match="has no class 'Sum'"):
-        get_task(TaskConfig(f"{tmp_path / 'my_task.py'}:Sum"))
+    with pytest.raises(ValueError, match="has no 'Sum'"):
+        get_task(TaskConfig(name=f"{tmp_path / 'my_task.py'}:Sum"))
 
 
 OWN = """
-from irpo_utils.tasks import Problem
-class Own:
+from irpo_utils.tasks import Problem, Task
+class Own(Task):
     def __init__(self, config): pass
     def problems(self, split): return [Problem(f"{split}-{i}", f"{split} {i}?", str(i)) for i in range(3)]
     def prompt(self, problem): return problem.question
@@ -301,7 +314,10 @@ class Own:
     ("old", "new", "message"),
     [
         ("", "", None),
-        ("class Own:", "class Own(:", "my_task.py:Own fails: SyntaxError"),
+        ("class Own(Task):", "class Own(:", "task.name: .*my_task.py fails: SyntaxError"),
+        ("class Own(Task):", "class Own:", "my_task.py:Own is no task; .* write class Own\\(Task\\)"),
+        ("class Own(Task):", "Own = 5\nclass Other(Task):", "my_task.py:Own is no task"),
+        ("class Own(Task):", "class Other(Task):", "task.name: .*my_task.py has no 'Own'"),
         ("pass", "raise KeyError(1)", "my_task.py:Own fails: KeyError"),
         ("pass", "raise SystemExit", "my_task.py:Own fails: SystemExit"),
         ("Problem(f", "print(f", "must give at least one irpo_utils.tasks.Problem"),
@@ -314,16 +330,25 @@ class Own:
         ),
         ("str(i))", "i)", "prompt, answer, solution and what extract finds must be text"),
         ("return problem.question", "return None", "prompt, answer, solution and what extract finds must be text"),
-        ("def prompt(", "def promt(", "on the problem train-0, fails: AttributeError"),
+        ("def prompt(", "def promt(", "my_task.py:Own fails: TypeError: .* abstract method '?prompt"),
         (", flexible=False", "", "on the problem train-0, fails: TypeError"),
         ("return response[-1:]", "return response[99]", "on the problem train-0, fails: IndexError"),
     ],
 )
 def test_a_class_of_ones_own_is_looked_at_before_a_run(old, new, message, tmp_path):
     (tmp_path / "my_task.py").write_text(OWN.replace(old, new) if old else OWN)
-    config = TaskConfig(f"{tmp_path / 'my_task.py'}:Own")
+    config = TaskConfig(name=f"{tmp_path / 'my_task.py'}:Own")
     if message is None:
         assert [len(problems) for problems in check_task(get_task(config), config.name).values()] == [3, 3, 3]
         return
     with pytest.raises(ValueError, match=message):
         check_task(get_task(config), config.name)
+
+
+def test_a_task_has_defaults_for_what_it_need_not_write(tmp_path):
+    (tmp_path / "my_task.py").write_text(OWN)
+    task = get_task(TaskConfig(name=f"{tmp_path / 'my_task.py'}:Own"))
+    one, two = task.problems("train")[:2]
+    assert task.equal_all(["0", "0"], [one, two]) == [True, False]
+    assert (task.vote("0"), task.undecided, list(task.notes), task.own_processes) == ("0", 0, [], False)
+    assert task.chance(one) is task.check_steps(one, "0") is task.check_lines(one, "0") is None

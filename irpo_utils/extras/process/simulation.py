@@ -80,8 +80,9 @@ def simulate(job: Job, tokenizer: PreTrainedTokenizerBase, prefixes: Prefixes) -
     starts = {p.id: list(dict.fromkeys(map(start, prefixes[p.id]))) for p in problems}
     if reader is not tokenizer:  # its tokens may be more than the policy's
         longest = max((len(ids) for own in starts.values() for ids in own), default=0)
-        most = longest + job.config.sampling.max_new_tokens
-        job = replace(job, config=job.config.but(sampling=job.config.sampling.but(max_new_tokens=most)))
+        sampling = job.config.sampling
+        longer = sampling.but(max_new_tokens=longest + sampling.max_new_tokens)
+        job = replace(job, config=job.config.but(sampling=longer))
     prompts = encode_prompts(job.task, reader, problems)
     problems.sort(key=lambda p: (len(prompts[p.id]), p.id))
     chunks = chunked(job, problems, starts)
@@ -118,27 +119,27 @@ def continuations(
     job: Job, sampler: Sampler, problems: list[Problem], prompts: dict[str, list[int]], starts: Prefixes, label: str
 ) -> Iterator[Continued]:
     """One chunk of `simulate`: a record for every prefix of `problems`."""
-    k, most, tokenizer = job.config.process.continuations, sampler.max_new_tokens, sampler.tokenizer
-    whole = {name: [ids for ids in own if len(ids) < most] for name, own in starts.items()}
+    k, tokenizer, limit = job.config.process.continuations, sampler.tokenizer, sampler.max_new_tokens
+    going_on = {name: [ids for ids in own if len(ids) < limit] for name, own in starts.items()}
     drawn = sampler.draw(
-        {p.id: prompts[p.id] for p in problems if whole[p.id]},
+        {p.id: prompts[p.id] for p in problems if going_on[p.id]},
         n=k,
         temperature=job.config.process.temperature,
         seed=job.seed,
         eos_id=sampler.stops,
-        max_new_tokens=most,
+        max_new_tokens=limit,
         max_rows=sampler.max_rows,
         progress=Progress(label),
-        starts={name: [list(ids) for ids in own] for name, own in whole.items()},
+        starts={name: [list(ids) for ids in own] for name, own in going_on.items()},
     )
     by_id = {p.id: p for p in problems}
     for name, completions in ((name, found) for batch in drawn for name, found in batch.items()):
         texts = tokenizer.batch_decode([c.token_ids[:-1] if c.finished else c.token_ids for c in completions])
         verdicts = grade(job.task, texts, [by_id[name]] * len(texts), flexible=sampler.flexible)
         outcomes = "".join("1" if verdict.reward == 1 else "0" for verdict in verdicts)
-        for i, prefix in enumerate(whole[name]):
+        for i, prefix in enumerate(going_on[name]):
             own = slice(k * i, k * i + k)
             tokens = sum(len(c.token_ids) - len(prefix) for c in completions[own])
             yield Continued(name, prefix, outcomes[own], tokens)
     for name, own in starts.items():
-        yield from (Continued(name, prefix, "0" * k, 0) for prefix in own if len(prefix) >= most)
+        yield from (Continued(name, prefix, "0" * k, 0) for prefix in own if len(prefix) >= limit)
