@@ -18,6 +18,7 @@ from irpo_utils.settings import TaskConfig
 from irpo_utils.tasks import check_task, get_task
 from irpo_utils.tasks.base import SPLITS, Problem
 from irpo_utils.tasks.grading import reward
+from irpo_utils.tasks.jsonl import Given
 from irpo_utils.tasks.word_problems import (
     BUCKETS,
     MAX_VALUE,
@@ -155,6 +156,41 @@ def test_own_answers_compare_as_numbers_or_text(tmp_path, answer, gold, same):
 def test_bad_own_problems(tmp_path, lines, message):
     with pytest.raises(ValueError, match=message):
         get_task(write_splits(tmp_path, **lines)).problems("train")
+
+
+SUMS = [{"question": f"What is {i} + {i}?", "answer": str(2 * i)} for i in range(1, 21)]
+
+
+def test_problems_in_memory_leave_a_quarter_to_test_on():
+    task = Given(SUMS)
+    train, test = task.problems("train"), task.problems("test")
+    assert len(train) == 15 and len(test) == 5 and task.problems("dev") == []
+    assert {p.question for p in train + test} == {row["question"] for row in SUMS}
+    again = Given(SUMS[::-1])  # which ones is not a matter of their order
+    assert [p.question for p in again.problems("test")] == [p.question for p in test]
+    assert reward(task, f"It is so.\nFinal answer: {test[0].answer}", test[0]) == 1.0
+
+
+def test_problems_in_memory_with_others_to_test_on():
+    task = Given(SUMS, test=[{"question": "what is 3 + 3", "answer": "6"}])
+    assert len(task.problems("train")) == 19  # the tested question is not among them
+    assert [p.question for p in task.problems("test")] == ["what is 3 + 3"]
+
+
+@pytest.mark.parametrize(
+    ("problems", "test", "message"),
+    [
+        ([{"question": "q"}], None, 'train problem 1: expected an object with "question", "answer"'),
+        ([SUMS[0], {"question": "q", "answer": 5}], None, "train problem 2: answer must be text"),
+        (SUMS, [{"question": "q", "answer": "5", "solution": "Final answer: 6"}], "test problem 1: .* ends in '6'"),
+        (SUMS[:1], None, "0 problems are left to train on and 1 to test on"),
+        (SUMS, [], "20 problems are left to train on and 0 to test on"),
+        (SUMS[:1], SUMS[:1], "0 problems are left to train on"),
+    ],
+)
+def test_bad_problems_in_memory(problems, test, message):
+    with pytest.raises(ValueError, match=message):
+        Given(problems, test).problems("train")
 
 
 def test_a_size_beyond_the_file_is_refused(tmp_path):

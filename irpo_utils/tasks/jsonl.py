@@ -5,10 +5,14 @@ The solution, a gold chain of thought, is optional.
 
 from __future__ import annotations
 
+from functools import cached_property
+from typing import Any
+
 from ..answers.marks import candidates
 from ..answers.numbers import last_number, number, plain
+from ..settings import TaskConfig
 from .base import Problem
-from .records import RecordTask
+from .records import RecordTask, alike
 
 PROMPT = (
     "Answer the question below. Reason step by step first. When you are done, finish with a line of the form "
@@ -55,6 +59,35 @@ class JsonLines(RecordTask):
         if gold is not None and plain_number(problem.answer):
             return number(answer) == gold
         return normal(answer) == normal(problem.answer)
+
+
+class Given(JsonLines):
+    """Problems in memory: `Given([{"question": "What is 2 + 3?", "answer": "5"}, ...])`.
+
+    Without `test`, a quarter of the problems is held out to test on. There are no dev problems.
+
+    Raises (from `problems`):
+        ValueError: a record is malformed (named by its number), or no problem is left to train or to test on.
+    """
+
+    def __init__(self, problems: list[dict[str, Any]], test: list[dict[str, Any]] | None = None):
+        super().__init__(TaskConfig())  # only its seed counts here
+        self.given = {"train": problems, "test": test}
+
+    def _rows(self, split: str) -> list[tuple[str, Any]]:
+        return [(f"{split} problem {i}", record) for i, record in enumerate(self.given[split], 1)]
+
+    @cached_property
+    def splits(self) -> dict[str, list[Problem]]:
+        train = self._read("train")  # in the order of hashes, so that the first quarter is a random one
+        test = train[: max(1, len(train) // 4)] if self.given["test"] is None else self._read("test")
+        tested = {alike(p.question) for p in test}
+        train = [p for p in train if alike(p.question) not in tested]
+        if not train or not test:
+            raise ValueError(
+                f"{len(train)} problems are left to train on and {len(test)} to test on; give more problems"
+            )
+        return {"train": train, "dev": [], "test": test}
 
 
 def plain_number(text: str) -> bool:

@@ -128,26 +128,30 @@ class RecordTask(Task):
         """Training problems that every prompt shows, so that nothing is trained on them."""
         return []
 
-    def _read(self, split: str) -> list[Problem]:
+    def _rows(self, split: str) -> list[tuple[str, Any]]:
+        """(place, record) of all that a split's sources hold. The place names source and line in errors."""
         where = f"task.{split}"
         sources = getattr(self.config, split) or self.sources.get(split, [])
         if not sources:
             raise ValueError(f"{where}: this task needs a file, as in {where}=path/to/file.jsonl")
-        problems: dict[str, Problem] = {}
-        total = 0
+        found: list[tuple[str, Any]] = []
         for source in sources:
-            rows = read_file(local_path(source), where) if is_file(source) else read_hub(source, where)
-            for place, record in rows:
-                if isinstance(record, dict) and not self.belongs(split, record):
-                    continue
-                total += 1
-                problem = self._checked(place, f"{split}-{total}", record)
-                problems.setdefault(problem.question, problem)
-        if not problems:
+            found += read_file(local_path(source), where) if is_file(source) else read_hub(source, where)
+        rows = [(place, row) for place, row in found if not isinstance(row, dict) or self.belongs(split, row)]
+        if not rows:
             raise ValueError(f"{where}: {', '.join(sources)} has no problem in it")
-        if len(problems) < total:
+        return rows
+
+    def _read(self, split: str) -> list[Problem]:
+        """The distinct problems of a split's records, in the order of their hashes."""
+        where, rows = f"task.{split}", self._rows(split)
+        problems: dict[str, Problem] = {}
+        for total, (place, record) in enumerate(rows, 1):
+            problem = self._checked(place, f"{split}-{total}", record)
+            problems.setdefault(problem.question, problem)
+        if len(problems) < len(rows):
             self.notes.append(
-                f"{where}: {total - len(problems)} of {total} questions are there twice; the first is kept"
+                f"{where}: {len(rows) - len(problems)} of {len(rows)} questions are there twice; the first is kept"
             )
         seed = self.config.seed
         for p in problems.values():
