@@ -65,8 +65,11 @@ def irpo(
         settings: sections `sampling`, `pairs`, `train` and `model`, and `iterations`.
 
     Raises:
-        ValueError: no pair can be made, since all samples of every problem are right, or all wrong.
+        ValueError: the model has been through the loop before; or no pair can be made, since all samples of every
+            problem are right, or all wrong.
     """
+    if getattr(model, "peft_config", None):
+        raise ValueError("the model has an adapter already; load it anew to start from M_0 again")
     policy = new_adapter(model, settings.model, seed)
     sampler = sampler_of(policy, tokenizer, task, settings)
     problems, test = task.problems("train"), task.problems("test")
