@@ -105,7 +105,7 @@ def command(arguments: list[str]) -> int:
 
 
 def main(arguments: list[str]) -> int:
-    """Run one command; every error that a user can mend is one line."""
+    """Run one command; every error that a user can do something about is one line."""
     debug = "--debug" in arguments
     try:
         return command([a for a in arguments if a != "--debug"])

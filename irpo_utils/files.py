@@ -26,7 +26,7 @@ def local_path(source: str) -> Path:
 
 
 class ConfigError(ValueError):
-    """A parameter is unknown, mistyped or out of range; the message names it and the mend."""
+    """A parameter is unknown, mistyped or out of range; the message names it and says what to change."""
 
 
 class MissingArtefact(FileNotFoundError):
@@ -67,7 +67,7 @@ def read_jsonl(path: Path, made_by: str = "the stage before", fields: Iterable[s
     """The records of a JSON-lines file.
 
     Raises:
-        MissingArtefact: the file is missing or empty, or a line is no whole record with `fields`; names line and mend.
+        MissingArtefact: the file is missing or empty, or a line is no whole record with `fields`; names the line and what to do.
     """
     if not path.exists():
         raise MissingArtefact(f"{path} is missing; run {made_by} first")

@@ -19,7 +19,7 @@ from . import parts
 
 
 class RecipeError(ConfigError):
-    """An entry of a file of recipes is not well-formed; the message names it and the mend."""
+    """An entry of a file of recipes is not well-formed; the message names it and says what to change."""
 
 
 FILE = Path(__file__).with_suffix(".yaml")

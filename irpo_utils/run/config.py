@@ -218,8 +218,8 @@ def configured(base: dict[str, Any], overrides: Iterable[tuple[str, str]] = ()) 
             own[head][rest] = _named(head, rest, text)
     values = {name: value for name, value in flat.items() if name.partition(".")[0] not in methods}
     values |= {name: from_text(name, text) for name, text in texts.items() if name in names}
-    asked = values.get("methods", ())
-    if "all" in (asked if isinstance(asked, list | tuple) else [asked]):
+    wanted = values.get("methods", ())
+    if "all" in (wanted if isinstance(wanted, list | tuple) else [wanted]):
         values["methods"] = list(methods)
     config = changed(Config(), values | {"method_settings": {name: found for name, found in own.items() if found}})
     return resolve_auto(config)
@@ -263,11 +263,11 @@ def flatten(raw: Any) -> dict[str, Any]:
 
 def resolve_auto(config: Config) -> Config:
     """The configuration with every "auto" replaced by what this machine has, so that a run's record says what was used."""
-    asked = {name: both for name, both in AUTO.items() if value_of(config, name) == "auto"}
-    if not asked:
+    open_ones = {name: both for name, both in AUTO.items() if value_of(config, name) == "auto"}
+    if not open_ones:
         return config
     cuda = load_object("torch:cuda").is_available()  # torch takes seconds to import
-    return changed(config, {name: both[not cuda] for name, both in asked.items()})
+    return changed(config, {name: both[not cuda] for name, both in open_ones.items()})
 
 
 def value_of(config: Settings, name: str) -> Any:

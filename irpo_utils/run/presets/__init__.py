@@ -37,9 +37,9 @@ def presets() -> dict[str, str]:
     for task in REAL_TASKS:
         for model in REAL_MODELS:
             first, second = _parts(f"{task}-{model}")
-            told = f"{_first_line(second)} on {_first_line(first)}"
-            found[f"{task}-{model}"] = f"{told}; quick"
-            found[f"{task}-{model}-paper"] = f"{told}; the paper's numbers"
+            text = f"{_first_line(second)} on {_first_line(first)}"
+            found[f"{task}-{model}"] = f"{text}; quick"
+            found[f"{task}-{model}-paper"] = f"{text}; the paper's numbers"
     return found
 
 
