@@ -68,7 +68,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--estimate", action="store_true")
     made.add_argument("--bench", nargs="?", const="quick", choices=("quick", "full"))
     made.add_argument("--publish", metavar="RUN")
-    made.add_argument("--arm", nargs=4, help=argparse.SUPPRESS)
+    made.add_argument("--method-seed", nargs=4, help=argparse.SUPPRESS)
     made.add_argument("words", nargs="*")
     return made
 
@@ -77,7 +77,9 @@ def command(arguments: list[str]) -> int:
     if arguments[:1] and arguments[0] in COMMANDS:
         return load_object(COMMANDS[arguments[0]])(arguments[1:])
     options = parser().parse_args(arguments)
-    words = options.words
+    words, alone = options.words, options.help or options.list or options.bench or options.publish
+    if alone and (words or options.estimate):
+        raise ConfigError(f"no option is used as {' '.join(arguments)!r}; see ./run_all.sh --help")
     if options.help:
         print(HELP)
     elif options.list:
@@ -87,8 +89,8 @@ def command(arguments: list[str]) -> int:
         return load_object("irpo_utils.extras.bench:main")(options.bench)
     elif options.publish:
         load_object("irpo_utils.report.publish:publish")(run_folder(options.publish))
-    elif options.arm:
-        run, method, seed, parent = options.arm
+    elif options.method_seed:
+        run, method, seed, parent = options.method_seed
         config = read_config(Path(run) / "config.yaml")
         run_stages(plan(config, Path(run), method, int(seed)), parent=int(parent))
     elif words[:1] == ["why"]:

@@ -1,4 +1,4 @@
-"""Where the project is, files that are there whole or not at all, hashes, locks, and the errors that a user sees."""
+"""Where the project is, files that are there whole or not at all, hashes, locks, objects that are named by a string, and the errors."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ import hashlib
 import importlib.util
 import json
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from filelock import FileLock, Timeout
@@ -106,12 +109,15 @@ def file_hash(path: Path, suffixes: tuple[str, ...] = (), sampled_above: int | N
 
 
 @contextmanager
-def locked(path: Path, patience: float = 0.0) -> Iterator[None]:
-    """Hold `path` as a lock, given back when the block or the process ends, however it ends. Raises Busy after `patience` seconds."""
+def locked(path: Path, patience: float = 0.0) -> Iterator[int]:
+    """Hold `path` as a lock, given back when the block or the process ends, however it ends.
+
+    Yields its file descriptor, for processes that are to hold it too. Raises Busy after `patience` seconds.
+    """
     lock = lock_at(path)
     take(lock, patience)
     try:
-        yield
+        yield lock._context.lock_file_fd  # filelock has no public name for it
     finally:
         lock.release()
 
@@ -129,6 +135,20 @@ def take(lock: FileLock, patience: float) -> None:
     except Timeout:
         folder = relative(Path(lock.lock_file).parent)
         raise Busy(f"another process is at work in {folder}; wait for it or stop it, or choose another run=") from None
+
+
+@cache
+def _own_module(path: Path, digest: str) -> ModuleType:
+    """A Python file of the user's, run once for each content that it has."""
+    name = f"{path.stem}_{digest[:12]}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # where dataclasses look for it
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
 
 
 def source_of(where: str) -> Path | None:
@@ -149,10 +169,8 @@ def load_object(where: str) -> Any:
         return getattr(import_module(module_name), name)
     if not path.is_file():
         raise ConfigError(f"{where}: {path} is missing")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
+        module = _own_module(path, file_hash(path))
     except (Exception, SystemExit) as error:  # code of the user's may raise anything
         raise ConfigError(f"{where}: {path} fails: {type(error).__name__}: {error}") from error
     if not hasattr(module, name):

@@ -49,8 +49,9 @@ class TaskConfig(Section):
     test_size: Size = 300
     seed: int = 0  # which problems are held out, and which are taken when a size cuts
     flexible: bool = False  # whether the reward, too, accepts an answer that is not marked
-    execution: Literal["isolated", "i-accept-the-risk"] = (
-        "isolated"  # of sampled programs; the latter is without isolation
+    # How sampled programs are run.
+    execution: Literal["isolated", "i-accept-the-risk"] = Field(
+        "isolated", description="the latter runs programs without isolation"
     )
     guessable_share: Share = 0.8  # word_problems: share of problems that ask "odd or even?"
 
@@ -66,7 +67,7 @@ class TaskConfig(Section):
 
 
 class ModelConfig(Section):
-    path: Annotated[str, Field(min_length=1)] = "seed"  # a hub name, a folder, or "seed": the model in the package
+    path: str = Field("seed", min_length=1, description='a hub name, a folder, or "seed": the model in the package')
     tuning: Literal["lora", "full"] = "lora"  # "full" for a model small enough to save whole
     quantize: Literal["none", "nf4", "auto"] = "none"  # "nf4": 4-bit base (QLoRA); "auto": nf4 where CUDA is, else none
     dtype: Literal["float32", "bfloat16", "auto"] = (
@@ -101,7 +102,7 @@ class PairsConfig(Section):
     max_per_problem: Count = 10  # correct samples of a problem that ReST-EM takes
     gold: bool = False  # whether the gold solution joins the winners
     max_tokens: Count = 128  # longer prompt + response: dropped and counted, never cut
-    max_pairs: Size = 0  # random cap on pairs per iteration, 0 for none
+    max_pairs: Size = Field(0, description="0 for no cap")  # random cap on pairs per iteration
 
 
 class ProcessConfig(Section):

@@ -140,7 +140,7 @@ def test_bad_entry(tmp_path, old, new, message):
 
 def test_a_method_needs_as_many_iterations_as_it_has_kinds_of_rounds():
     with pytest.raises(
-        ConfigError, match="iterations: dpo_st makes rounds of 3 kinds; set iterations=3, or leave it out"
+        ConfigError, match="iterations: dpo_st needs 3 rounds before it repeats; set iterations=3, or leave it out"
     ):
         load_preset("tiny", ["methods=irpo,dpo_st", "iterations=2"])
 

@@ -9,7 +9,8 @@ A part of your own is a function in a Python file, `my_parts.py:hardest` (a rela
     loss       (scores, <parameters of `train` by name>) -> PairLosses   as in `model/losses.py`; it takes pairs
     reward     (job) -> (samples, facts)                        as in `rationalize.py`; it gives a number
 
-What its kind says behind the arrow is taken for granted; an attribute on the function says otherwise (`hardest.pairs = False`).
+Without attributes a part of your own is what its line above says; one on the function says otherwise
+(`hardest.pairs = False`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from ..files import ConfigError, load_object, source_of
+from ..settings import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -109,9 +111,19 @@ SAMPLERS = {
     "transformers": Engine("irpo_utils.methods.sampler:opened"),
     "vllm": Engine("irpo_utils.extras.vllm.engine:opened", "irpo_utils.extras.vllm.engine:check", "irpo_utils.extras.vllm.engine:version"),
 }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Trainer(Part):
+    """What trains on pairs, with the signature of `model.training.train`."""
+
+    losses: tuple[str, ...] = ()  # those that it can train; none: all
+    packages: tuple[str, ...] = ()  # whose versions its result depends on, besides
+
+
 TRAINERS = {
-    "own": Part("irpo_utils.model.training:train"),
-    "trl": Part("irpo_utils.extras.trl_trainer:train"),
+    "own": Trainer("irpo_utils.model.training:train"),
+    "trl": Trainer("irpo_utils.extras.trl_trainer:train", losses=("dpo", "dpo+nll"), packages=("trl",)),
 }
 # What the training stage does with them; by name, so that a stage is known without loading torch.
 TRAINING = Part("irpo_utils.methods.trainer:train_policy")
@@ -130,10 +142,20 @@ def part(kind: str, name: str) -> Any:
         return table[name]
     if source_of(name) is None:
         raise ConfigError(
-            f"no {kind} is called {name!r}; there is: {', '.join(table)}, or your own as in my_parts.py:mine"
+            f"no {kind} is called {name!r}; there is: {', '.join(table)}, or your own as in my_parts.py:hardest"
         )
     function = row(name).load()
     facts = {f.name: getattr(function, f.name) for f in fields(row) if hasattr(function, f.name)}
-    if row is Loss:  # its weights are what it takes beside the scores
-        facts.setdefault("parameters", tuple(inspect.signature(function).parameters)[1:])
+    if row is Loss:
+        facts.setdefault("parameters", weights_of(name, function))
     return row(name, **facts)
+
+
+def weights_of(name: str, loss: Callable[..., Any]) -> tuple[str, ...]:
+    """The parameters of `train` that a loss of your own takes beside the scores. Raises ConfigError for others."""
+    taken = list(inspect.signature(loss).parameters.values())[1:]
+    known = TrainConfig.model_fields
+    wrong = [p.name for p in taken if p.name not in known and p.default is p.empty]
+    if wrong:
+        raise ConfigError(f"{name}: {wrong[0]} is no parameter of train; give it a default, or take one that is")
+    return tuple(p.name for p in taken if p.name in known)

@@ -1,6 +1,7 @@
 """What a method trains on: which of a problem's samples, alone or in pairs.
 
-Each selection takes one problem's samples and gives (chosen, rejected) pairs, or (chosen, None) for a loss that imitates.
+Each selection takes one problem's samples and gives (chosen, rejected) pairs, or (chosen, None) for a loss that
+imitates. A new one is a function here and a row in `parts.py`, or a function of your own (see there).
 IRPO's walks winners and losers together, each starting over when it runs out (arXiv 2404.19733 v3, section 2).
 """
 
@@ -132,13 +133,16 @@ def select(
     Raises:
         ValueError: not one pair can be made.
     """
-    choose: Selection = parts.part("selection", selection).load()
+    row = parts.part("selection", selection)
+    choose: Selection = row.load()
     audit: Counter[str] = Counter()
     pairs: list[Pair] = []
     for name in samples or [p.problem for p in prompts.values() if p.gold]:
         prompt, drawn = prompts[name], samples.get(name, [])
         usable, gold = _usable(drawn, prompt, config.max_tokens, audit)
         made = choose(usable, gold, config, random.Random(f"{seed}/{name}"))
+        if row.pairs and any(loser is None for _, loser in made):
+            raise ValueError(f"{selection} gave a response without a rejected one; set its attribute pairs = False")
         audit["problems_with_pairs"] += bool(made)
         pairs += [pair_of(prompt, winner, loser) for winner, loser in made]
     if not pairs:
@@ -176,7 +180,7 @@ def _usable(
             "right": count,
             "unparsed": answers.count(None),
             # A judge gives no reward where it wrote none that can be read.
-            "judged": sum(s.reward is not None or s.answer_reward is None for s in drawn),
+            "rewarded": sum(s.reward is not None or s.answer_reward is None for s in drawn),
             "none_right" if count == 0 else "all_right" if count == len(own) else "some_right": 1,
             "unfinished": len(drawn) - len(ended),
             "duplicates": len(own) - len(distinct(own)),
@@ -214,7 +218,7 @@ def _nothing(selection: str, audit: Counter[str], golds: int) -> str:
         return (
             f"no gold solution to train on: the task has {golds}, and {audit['gold_over_long']} exceed pairs.max_tokens"
         )
-    if not audit["judged"]:
+    if not audit["rewarded"]:
         return (
             f"no pair can be made: none of {audit['samples']} samples has a reward, so the judge wrote no score that can be read; "
             "take a larger model, or set judge.read=scores"

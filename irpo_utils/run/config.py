@@ -16,6 +16,7 @@ import yaml
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from ..files import ConfigError, load_object
+from ..methods.parts import TRAINERS
 from ..methods.recipes import KeyTwice, Loader, Method, catalogue
 from ..settings import Names, Section, Settings
 from ..tasks import TASKS
@@ -56,14 +57,28 @@ class Config(Settings):
                 )
             if self.iterations < (least := len(self.catalogue[name].rounds)):
                 raise ValueError(
-                    f"iterations: {name} makes rounds of {least} kinds; set iterations={least}, or leave it out of methods"
+                    f"iterations: {name} needs {least} rounds before it repeats; set iterations={least}, or leave it out of methods"
                 )
+        for name in self.methods:
+            self._trainable(name)
         for name, own in self.method_settings.items():
             try:
                 changed(self, {**own, "method_settings": {}})
             except ConfigError as error:
                 raise ValueError(f"{name}: {error}") from None
         return self
+
+    def _trainable(self, method: str) -> None:
+        """Raise a ValueError for a method that its training engine cannot train."""
+        for t, choices in enumerate(self.catalogue[method].rounds, 1):
+            engine = self.method_settings.get(method, {}).get("train.engine", self.train.engine)
+            known = TRAINERS[engine].losses
+            other = choices.reference_is_start or choices.reference == "none"
+            if choices.trains and known and (choices.loss not in known or not other):
+                raise ValueError(
+                    f"train.engine: {engine} cannot train round {t} of {method} ({choices.loss}, {choices.reference} "
+                    "reference); set train.engine=own, or leave the method out"
+                )
 
     def recipe(self, method: str) -> Method:
         """Raises ConfigError for a method that there is not."""
@@ -141,18 +156,27 @@ def message(error: Any) -> str:
     if kind == "too_short":
         return f"{name}: expected at least one value"
     if kind == "string_too_short":
-        return f"{name}: expected text that is not empty"
+        return f"{name}: expected text that is not empty{hint(name)}"
     if kind in ("greater_than_equal", "greater_than", "less_than_equal"):
         low = f"at least {limits['ge']}" if "ge" in limits else f"above {limits['gt']:g}" if "gt" in limits else ""
         section, _, leaf = name.partition(".")
         share = leaf and any(getattr(m, "le", None) == 1 for m in sections()[section].model_fields[leaf].metadata)
-        return f"{name}: {'between 0 and 1' if share else low}, got {given}"
+        return f"{name}: {'between 0 and 1' if share else low}, got {given}{hint(name)}"
     what = {
         "literal_error": f"one of {limits.get('expected', '').replace(chr(39), '').replace(' or ', ', ')}",
         "finite_number": "expected a finite number",
     }
     types = {"int": "int", "float": "float", "bool": "bool", "string": "text"}
-    return f"{name}: {what.get(kind) or 'expected ' + types.get(kind.partition('_')[0], kind)}, got {given!r}"
+    return (
+        f"{name}: {what.get(kind) or 'expected ' + types.get(kind.partition('_')[0], kind)}, got {given!r}{hint(name)}"
+    )
+
+
+def hint(name: str) -> str:
+    """What a parameter's field says of its values, in brackets."""
+    section, _, leaf = name.partition(".")
+    field = (sections()[section] if leaf and section in sections() else Config).model_fields.get(leaf or section)
+    return f" ({field.description})" if field and field.description else ""
 
 
 def unknown(name: str, known: Iterable[str]) -> str:
@@ -195,7 +219,10 @@ def configured(base: dict[str, Any], overrides: Iterable[tuple[str, str]] = ()) 
     flat = flatten(base)
     texts = dict(overrides)
     recipes = from_text("recipes", texts["recipes"]) if "recipes" in texts else flat.get("recipes", ())
-    methods = catalogue(recipes if isinstance(recipes, list | tuple) else [recipes])
+    recipes = recipes if isinstance(recipes, list | tuple) else [recipes]
+    if not all(isinstance(file, str) for file in recipes):
+        raise ConfigError(f"recipes: expected files, as in recipes=my_methods.yaml, got {recipes}")
+    methods = catalogue(recipes)
     names, own = parameter_names(), {}
     for name in [*flat, *texts]:
         head, _, rest = name.partition(".")
@@ -235,7 +262,8 @@ def _named(method: str, name: str, text: str) -> Any:
 def check_own(method: str, name: str, names: list[str]) -> None:
     """Raise a ConfigError unless a parameter may be set for one method alone."""
     if name not in names:
-        raise ConfigError(unknown(f"{method}.{name}", [f"{method}.{known}" for known in names]))
+        own = [f"{method}.{known}" for known in names if known.partition(".")[0] in PER_METHOD]
+        raise ConfigError(unknown(f"{method}.{name}".rstrip("."), own))
     if name.partition(".")[0] not in PER_METHOD:
         raise ConfigError(
             f"{method}.{name}: only {', '.join(f'{part}.*' for part in PER_METHOD)} can differ between methods, so that they share their samples"

@@ -8,12 +8,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
-
-import papermill
-from nbconvert import HTMLExporter
-from papermill.exceptions import PapermillExecutionError
 
 from ..files import NOTEBOOKS, ConfigError, load_object, locked, relative, resolve, write_text
 from ..methods.parts import SAMPLERS
@@ -38,6 +33,9 @@ def run_notebook(source: Path, target: Path, parameters: dict, threads: int) -> 
         ConfigError: a parameter that the notebook does not have (papermill itself would only log it).
         RuntimeError: a cell failed.
     """
+    import papermill  # takes a second, which `why` and `grade` need not wait
+    from papermill.exceptions import PapermillExecutionError
+
     logging.getLogger("papermill").setLevel(logging.ERROR)
     unknown = set(parameters) - set(papermill.inspect_notebook(str(source)))
     if unknown:
@@ -77,9 +75,8 @@ def execute(stage: Stage) -> None:
     run_notebook(NOTEBOOKS / f"{stage.name}.ipynb", executed(stage), parameters, stage.config.threads)
 
 
-def reasons(stage: Stage) -> str:
-    """Why a stage runs, on one line; empty for one that has not run before."""
-    found = stage.why_not_done()
+def reasons(stage: Stage, found: list[str]) -> str:
+    """Why a stage runs, `found`, on one line; empty for one that has not run before."""
     if not stage.manifest_path().exists():
         return ""
     more = f", and {len(found) - 3} more" if len(found) > 3 else ""
@@ -96,11 +93,12 @@ def run_stages(stages: list[Stage], after: int = 0, parent: int = 0) -> None:
         # M_0's stages are shared: whoever comes first does them, the others wait and then find them done.
         with locked(stage.folder / f".{stage.name}.turn", patience=7200.0):
             # A run killed between the manifest and the page has the artefacts but not their notebook.
-            if stage.is_done() and executed(stage).exists():
+            found = stage.why_not_done()
+            if not found and executed(stage).exists():
                 print(f"[{i + 1}/{len(stages)}] {label}: done already", flush=True)
                 continue
             left = f", about {sum(spent) / len(spent) * (len(stages) - i + after):.0f} s left" if spent else ""
-            print(f"[{i + 1}/{len(stages)}] {label}{reasons(stage)} ...{left}", flush=True)
+            print(f"[{i + 1}/{len(stages)}] {label}{reasons(stage, found)} ...{left}", flush=True)
             started = time.monotonic()
             execute(stage)
             spent.append(time.monotonic() - started)
@@ -108,6 +106,8 @@ def run_stages(stages: list[Stage], after: int = 0, parent: int = 0) -> None:
 
 def report(run: Path, threads: int) -> None:
     """Run 05_report and render it as a page."""
+    from nbconvert import HTMLExporter
+
     target = run / "05_report.ipynb"
     run_notebook(NOTEBOOKS / "05_report.ipynb", target, {"run": relative(run)}, threads)
     page, _ = HTMLExporter(exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True).from_filename(
@@ -160,15 +160,16 @@ def check_simulator(config: Config) -> None:
         )
 
 
-def check_gold(config: Config, problems: dict[str, list[Problem]]) -> Iterator[str]:
-    """Raise a ValueError where methods need gold solutions that a task has not."""
+def check_gold(config: Config, problems: dict[str, list[Problem]]) -> list[str]:
+    """What to say of gold solutions that a task has not. Raises a ValueError where methods need them."""
     if any(p.solution for p in problems["train"]):
-        return
+        return []
     needy = [m for m in config.methods if any(r.needs_gold for r in config.recipe(m).rounds)]
     if needy:
         raise ValueError(f"methods: {config.task.name} has no gold solutions, which {', '.join(needy)} train on")
-    if config.pairs.gold:
-        yield f"pairs.gold: {config.task.name} has no gold solutions, so none joins the winners"
+    if not config.pairs.gold:
+        return []
+    return [f"pairs.gold: {config.task.name} has no gold solutions, so none joins the winners"]
 
 
 def configure(preset: str, settings: list[str]) -> tuple[Config, Path, int]:
@@ -180,7 +181,7 @@ def configure(preset: str, settings: list[str]) -> tuple[Config, Path, int]:
             own[key] = value
     if not own["jobs"].isdecimal() or int(own["jobs"]) < 1:
         raise ConfigError(f"jobs: expected a number of at least 1, got {own['jobs']!r}")
-    config = load_preset(preset, [text for text in settings if text.partition("=")[0] not in own])
+    config = load_preset(preset, [text for text in settings if "=" not in text or text.partition("=")[0] not in own])
     return config, run_folder(own["run"]), int(own["jobs"])
 
 
@@ -188,7 +189,7 @@ def start(preset: str, settings: list[str]) -> None:
     """Run the loop to its end: what `./run_all.sh [preset] [key=value ...]` does."""
     config, run, jobs = configure(preset, settings)
     notes = check_inputs(config, jobs)
-    with locked(run / ".lock"):
+    with locked(run / ".lock") as lock:
         write_text(run / "config.yaml", dump(config))
         print(*notes, sep="\n", end="\n" if notes else "")
         print(
@@ -199,7 +200,7 @@ def start(preset: str, settings: list[str]) -> None:
             for i, stages in enumerate(plans):
                 run_stages(stages, after=sum(map(len, plans[i + 1 :])))
         else:
-            run_side_by_side(run, method_seeds(config), jobs)
+            run_side_by_side(run, method_seeds(config), jobs, lock)
         print("report ...", flush=True)
         report(run, config.threads)
         if len(config.methods) > 1:
@@ -229,15 +230,27 @@ def why(run: Path, config: Config) -> None:
             print(f"{relative(executed(stage)).removesuffix('.ipynb')}: {'; '.join(found) if found else 'done'}")
 
 
-def run_side_by_side(run: Path, work: list[tuple[str, int]], jobs: int) -> None:
-    """Every method and seed in a process of its own, `jobs` at a time; the first failure stops the rest."""
+def run_side_by_side(run: Path, work: list[tuple[str, int]], jobs: int, lock: int) -> None:
+    """Every method and seed in a process of its own, `jobs` at a time; the first failure stops the rest.
+
+    Each holds the run's `lock` too, so that the run stays taken where the driver is killed and they are not yet gone.
+    """
     waiting, going = list(work), []
     try:
         while waiting or going:
             while waiting and len(going) < jobs:
                 method, seed = waiting.pop(0)
-                command = [sys.executable, "-m", "irpo_utils", "--arm", str(run), method, str(seed), str(os.getpid())]
-                going.append(subprocess.Popen(command))
+                command = [
+                    sys.executable,
+                    "-m",
+                    "irpo_utils",
+                    "--method-seed",
+                    str(run),
+                    method,
+                    str(seed),
+                    str(os.getpid()),
+                ]
+                going.append(subprocess.Popen(command, pass_fds=[lock]))
             time.sleep(0.2)
             for process in [p for p in going if p.poll() is not None]:
                 going.remove(process)

@@ -32,6 +32,7 @@ from ..files import (
     ConfigError,
     MissingArtefact,
     file_hash,
+    load_object,
     local_path,
     lock_at,
     relative,
@@ -43,15 +44,16 @@ from ..files import (
 )
 from ..settings import Section
 from ..tasks import TASKS
+from ..tasks.base import Problem, Task
 from ..tasks.records import is_file
 from .config import Config, dump, read_config
 from .presets import load_preset
 
-VERSIONS = ("torch", "transformers", "tokenizers", "peft", "bitsandbytes")
+VERSIONS = ("torch", "transformers", "tokenizers", "peft", "bitsandbytes", "accelerate")
 MATH_VERSIONS = ("math-verify", "latex2sympy2_extended", "sympy")  # of what checks LaTeX answers
 # What of a model's folder makes the model.
 MODEL_FILES = (".safetensors", ".json", ".model", ".txt", ".jinja", ".py")
-# Modules that keep results, or choose what makes them, which parameters in the key say already.
+# Modules that keep results, or name what makes them: what they choose stands in the key as parameters.
 BOOKKEEPING = ("files", "settings", "methods.parts", "methods.recipes", "run.config", "run.presets", "run.store")
 
 
@@ -153,6 +155,10 @@ class Stage:
             raise MissingArtefact(f"{relative(path)} is missing; run notebooks/{made_by} first")
         return path
 
+    def training_problems(self, task: Task) -> list[Problem]:
+        """The training problems; then the dev problems too, if training is repeated with them."""
+        return task.problems("train") + (task.problems("dev") if self.config.train.retrain_with_dev else [])
+
     def random_seed(self, purpose: int = 0) -> int:
         """A seed of its own for each (seed, iteration, purpose)."""
         return (self.seed * 1000 + self.iteration) * 10 + purpose
@@ -162,8 +168,8 @@ class Stage:
     def section(self, name: str, only: Iterable[str] = (), without: Iterable[str] = ()) -> dict[str, Any]:
         """The parameters of a section of the configuration, as "train.lr"."""
         section: Section = getattr(self.config, name)
-        names = [leaf for leaf in only or type(section).model_fields if leaf not in without]
-        return {f"{name}.{leaf}": section.model_dump(mode="json", include={leaf})[leaf] for leaf in names}
+        found = section.model_dump(mode="json", include=set(only) or None, exclude=set(without))
+        return {f"{name}.{leaf}": value for leaf, value in found.items()}
 
     def task_parameters(self, unused: str = "") -> dict[str, Any]:
         """The task's parameters, without the sizes of `unused` splits.
@@ -208,15 +214,33 @@ class Stage:
     def code(self) -> dict[str, str]:
         """Module -> hash of what this stage runs: its file, what it loads by name, the task, and all that these import."""
         task = TASKS.get(self.config.task.name, "") if self.sees_problems else ""
-        roots = [type(self).__module__, *(where.rpartition(":")[0] for where in (*self.uses(), task) if where)]
-        modules = closure(tuple(root.removeprefix("irpo_utils.") for root in roots if not root.endswith(".py")))
+        roots = {type(self).__module__, *(where.rpartition(":")[0] for where in (*self.uses(), task) if where)}
+        for file in self.own_files():  # of these the package's modules that they import count, and the file is an input
+            roots |= imports(file.read_text(), "") if file.is_file() else set()
+        modules = closure(tuple(sorted(r.removeprefix("irpo_utils.") for r in roots if not r.endswith(".py"))))
         found = {module_file(name).relative_to(PACKAGE).as_posix(): module_hash(name) for name in modules}
         return {f"notebooks/{self.name}.ipynb": notebook_hash(NOTEBOOKS / f"{self.name}.ipynb"), **found}
+
+    def own_files(self) -> list[Path]:
+        """Python files of the user's that it runs."""
+        named = (*self.uses(), self.config.task.name if self.sees_problems else "")
+        return [file for where in named if (file := source_of(where)) is not None]
 
     def versions(self) -> dict[str, str | None]:
         if not self.sees_problems:
             return {}
-        return {name: version(name) for name in VERSIONS + MATH_VERSIONS * (self.config.task.name == "math")}
+        latex = "answers/verify.py" in self.code()
+        return {name: version(name) for name in (*VERSIONS, *(MATH_VERSIONS if latex else ()))}
+
+    def engine_version(self, engine: Any, name: str) -> dict[str, str | None]:
+        """The version of an engine in an environment of its own.
+
+        Without it at hand, a stage is compared with the version that it was made with; to sample, it must be there.
+        """
+        if not engine.version:
+            return {}
+        made_with = ((self.manifest() or {}).get("key") or {}).get("versions") or {}
+        return {name: load_object(engine.version)() or made_with.get(name)}
 
     def key(self) -> dict[str, Any]:
         """Everything the stage's result depends on. Raises MissingArtefact if an input is not there."""
@@ -250,7 +274,11 @@ class Stage:
         """What keeps the stage from being done, a line each; nothing if it is done."""
         manifest = self.manifest()
         if manifest is None:
-            return ["its manifest is damaged"] if self.manifest_path().exists() else ["it has not run yet"]
+            return (
+                ["its manifest is damaged, or of another version"]
+                if self.manifest_path().exists()
+                else ["it has not run yet"]
+            )
         missing = [f"input {name} is missing" for name, (path, _) in self.reads().items() if not path.exists()]
         if missing:
             return missing

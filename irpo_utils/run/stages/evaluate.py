@@ -13,7 +13,6 @@ from ...tasks import get_task
 from ...tasks.base import Problem, Task
 from ...tasks.records import alike
 from ..store import Stage, hashes_of
-from .sample import engine_version
 
 SPLITS = ("dev", "test")
 Record = dict[str, Any]
@@ -41,7 +40,9 @@ class EvaluateStage(Stage):
         return [SAMPLERS[self.config.sampling.engine].where]
 
     def versions(self) -> dict[str, str | None]:
-        return super().versions() | engine_version(self, SAMPLERS[self.config.sampling.engine])
+        return super().versions() | self.engine_version(
+            SAMPLERS[self.config.sampling.engine], self.config.sampling.engine
+        )
 
     def foreign_inputs(self) -> dict[str, str]:
         return super().foreign_inputs() | hashes_of(self.config.evaluation.test)

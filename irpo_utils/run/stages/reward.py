@@ -1,4 +1,4 @@
-"""01b: the samples with another reward than their answer's: rationalized, of a process reward model, of a judge, or your own."""
+"""01b: other rewards than the answer's: STaR's rationalization, a process reward model, a judge, or a function of your own."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from ...methods.rewards import Job
 from ...model.records import Prompt, Sample
 from ...tasks import get_task
 from ..store import Stage
-from .sample import engine_version, training_problems
 
 
 class RewardStage(Stage):
@@ -46,7 +45,9 @@ class RewardStage(Stage):
         return [self.part.where, parts.SAMPLERS[self.config.sampling.engine].where]
 
     def versions(self) -> dict[str, str | None]:
-        return super().versions() | engine_version(self, parts.SAMPLERS[self.config.sampling.engine])
+        return super().versions() | self.engine_version(
+            parts.SAMPLERS[self.config.sampling.engine], self.config.sampling.engine
+        )
 
     def run(self) -> tuple[list[Sample], dict[str, Any]]:
         """Returns the samples with their rewards, and the facts in reward.json."""
@@ -56,7 +57,7 @@ class RewardStage(Stage):
                 config=self.config,
                 policy=self.input("policy"),
                 task=task,
-                problems=[p for p in training_problems(task, self.config.train.retrain_with_dev) if p.id in samples],
+                problems=[p for p in self.training_problems(task) if p.id in samples],
                 prompts={p.problem: p for p in Prompt.read(self.input("prompts"), "01_sample.ipynb")},
                 samples=samples,
                 temperature=self.config.temperature(self.iteration),

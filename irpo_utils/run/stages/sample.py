@@ -7,11 +7,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ...files import load_object
 from ...methods.parts import SAMPLERS
 from ...model.records import Prompt, Record, Sample
 from ...tasks import get_task
-from ...tasks.base import Problem, Task
+from ...tasks.base import Problem
 from ..store import Stage
 
 
@@ -43,12 +42,12 @@ class SampleStage(Stage):
         return SAMPLERS[self.config.sampling.engine if self.choices.samples else "transformers"]
 
     def versions(self) -> dict[str, str | None]:
-        return super().versions() | engine_version(self, self.engine())
+        return super().versions() | self.engine_version(self.engine(), self.config.sampling.engine)
 
     def run(self) -> list[Sample]:
         """Draws a chunk of problems at a time, so that a kill loses one chunk. Returns the samples."""
         config, task = self.config, get_task(self.config.task)
-        problems = training_problems(task, config.train.retrain_with_dev)
+        problems = self.training_problems(task)
         with self.engine().load()(config, self.input("policy"), task, problems) as sampler:
             prompts = sampler.prompts(problems)
             Record.write(self.path("prompts.jsonl"), prompts.values())
@@ -71,7 +70,7 @@ class SampleStage(Stage):
         size = max(1, sampling.max_rows // sampling.n) * 8
         chunks = {start: self.partial / f"chunk_{start:07d}.jsonl" for start in range(0, len(order), size)}
         missing = {start: path for start, path in chunks.items() if not path.exists()}
-        started = time.monotonic()
+        started = 0.0
         for number, (start, path) in enumerate(missing.items(), 1):
             part = order[start : start + size]
             batches = sampler.samples(
@@ -82,24 +81,8 @@ class SampleStage(Stage):
                 label=f"sampling M_{self.iteration - 1}, problems {start + 1}-{start + len(part)} of {len(order)}",
             )
             Record.write(path, [s for batch in batches for s in batch])
-            if number == 1 and len(missing) > 1:  # what the first chunk took says what the rest will take
-                rate = (time.monotonic() - started) / len(part)
-                left = rate * sum(len(order[at : at + size]) for at in list(missing)[1:])
-                print(f"sampling: {rate:.2f} s a problem, about {left:.0f} s left", file=sys.stderr)
-
-
-def training_problems(task: Task, with_dev: bool) -> list[Problem]:
-    """The training problems; then the dev problems too, if training is repeated with them (`train.retrain_with_dev`)."""
-    return task.problems("train") + (task.problems("dev") if with_dev else [])
-
-
-def engine_version(stage: Stage, engine: Any) -> dict[str, str | None]:
-    """The version of an engine in an environment of its own.
-
-    Without it at hand, a stage is judged by the one that it was made with; to sample, it must be there.
-    """
-    if not engine.version:
-        return {}
-    made_with = ((stage.manifest() or {}).get("key") or {}).get("versions") or {}
-    name = stage.config.sampling.engine
-    return {name: load_object(engine.version)() or made_with.get(name)}
+            if number == 1:  # in which the model was loaded
+                started = time.monotonic()
+            elif number == 2 and len(missing) > 2:  # what a chunk takes says what the rest will take
+                left = (time.monotonic() - started) * (len(missing) - 2)
+                print(f"sampling: {len(missing) - 2} more parts, about {left:.0f} s left", file=sys.stderr)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -46,15 +47,20 @@ class TrainStage(Stage):
     def loss(self) -> parts.Loss:
         return parts.part("loss", self.choices.loss)
 
+    @property
+    def engine(self) -> parts.Trainer:
+        return parts.TRAINERS[self.config.train.engine]
+
     def uses(self) -> list[str]:
-        engine = parts.TRAINERS[self.config.train.engine]
-        return [parts.TRAINING.where, engine.where, self.loss.where]
+        return [parts.TRAINING.where, self.engine.where, self.loss.where]
+
+    def versions(self) -> dict[str, str | None]:
+        return super().versions() | {name: version(name) for name in self.engine.packages}
 
     def run(self, show: Callable[[str], None] = print) -> dict[str, Any]:
         """Returns the facts in training.json."""
-        key = self.key()
         # What names the model that gives the reference's log-probabilities; the rate and the like have no part in it.
-        named = key | {"parameters": self.section("model") | {"threads": self.config.threads}}
+        named = self._key | {"parameters": self.section("model") | {"threads": self.config.threads}}
         job = load_object(parts.TRAINING_JOB)(
             config=self.config,
             choices=self.choices,
