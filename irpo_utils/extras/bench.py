@@ -75,11 +75,7 @@ class Shape:
 
 EMBEDDED = [Shape("embedded", 0, 64, 16, 8, 64), Shape("embedded, N = 30", 0, 64, 30, 10, 64)]
 SHAPES = {
-    "quick": [
-        *EMBEDDED,
-        Shape("gsm8k", 120, 130, 30, 10, 8, 256, 4),
-        Shape("math", 700, 220, 20, 15, 4, 192, 4),
-    ],
+    "quick": [*EMBEDDED, Shape("gsm8k", 120, 130, 30, 10, 8, 256, 4), Shape("math", 700, 220, 20, 15, 4, 192, 4)],
     "full": [
         *EMBEDDED,
         Shape("gsm8k", 120, 130, 30, 10, 8, 384),

@@ -150,10 +150,7 @@ def tree_states(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
     visible = visible | torch.eye(length, dtype=torch.bool, device=fed.device)
 
     hidden = causal_model(model).base_model(
-        input_ids=ids,
-        attention_mask=tree_bias(model, visible, positions),
-        position_ids=positions,
-        use_cache=False,
+        input_ids=ids, attention_mask=tree_bias(model, visible, positions), position_ids=positions, use_cache=False
     )
     return hidden.last_hidden_state[places]
 

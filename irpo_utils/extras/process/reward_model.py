@@ -19,13 +19,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import (
-    AutoModelForTokenClassification,
-    PreTrainedModel,
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-)
+from transformers import AutoModelForTokenClassification, PreTrainedModel, PrinterCallback, Trainer, TrainerCallback
 from transformers.utils import logging
 
 from ...files import write_json
