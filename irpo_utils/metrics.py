@@ -231,11 +231,7 @@ def step_summary(checked: list[list[tuple[str, str]]], rewards: list[float | Non
         "steps_right": sum(clean) / len(checked),
         "right_for_wrong_reason": sum(r == 1 and not c for r, c in zip(rewards, clean, strict=True)) / len(checked),
         "errors": {
-            kind: {
-                "careless": c["careless"] / c.total(),
-                "wrong": 1 - c["right"] / c.total(),
-                "count": c.total(),
-            }
+            kind: {"careless": c["careless"] / c.total(), "wrong": 1 - c["right"] / c.total(), "count": c.total()}
             for kind, c in sorted(counts.items())
         },
     }

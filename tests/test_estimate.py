@@ -56,7 +56,7 @@ def test_the_seed_model_is_counted_right(seed_model):
 @pytest.mark.parametrize("task", REAL_TASKS)
 def test_presets_fit_a_24_gb_card(task, model, size, shapes):
     config = load_preset(f"{task}-{model}{size}", ON_GPU)
-    lines = estimate.check_fits(shapes[model], config, PROMPT[task], CARD)
+    lines = estimate.check_fits(shapes[model], config, PROMPT[task][-1], CARD)
     print(f"{task}-{model}{size}", *lines, sep="\n   ")
     assert [line.partition(":")[0] for line in lines] == ["sampling", "training", "dev score"]
 
@@ -78,7 +78,7 @@ def test_what_cannot_fit_is_refused_with_the_mend(overrides, gib, message, shape
         "gsm8k-llama-2-7b-chat", [*(o for o in ON_GPU if o.partition("=")[0] not in given), *overrides]
     )
     with pytest.raises(estimate.TooLarge, match=message):
-        estimate.check_fits(shapes["llama-2-7b-chat"], config, range(80, 351), gib * estimate.GIB)
+        estimate.check_fits(shapes["llama-2-7b-chat"], config, 350, gib * estimate.GIB)
 
 
 def test_memory_grows_with_what_should_cost_memory(shapes):

@@ -49,6 +49,14 @@ def make_pairs(lengths: list[tuple[int, int, int]]) -> list[Pair]:
     ]
 
 
+def tree_logps(model, batch):
+    return logprobs.summed_logps(model, logprobs.tree_states(model, batch), batch["responses"], batch["scored"])
+
+
+def padded_logps(model, batch):
+    return logprobs.summed_logps(model, logprobs.padded_states(model, batch), batch["responses"], batch["scored"])
+
+
 def gradients(model, pairs, loss, score, monkeypatch):
     monkeypatch.setattr("irpo_utils.model.training.response_logps", score)
     model.zero_grad()
@@ -63,8 +71,8 @@ def test_gradients_are_those_of_padded_rows(kind, loss, networks, monkeypatch):
     """Unequal lengths, a response in several pairs, two prompts, a prompt of one token, and a pair without a loser."""
     shape = [(9, 5, 7), (9, 5, 3), (4, 12, 7), (1, 6, 2), (30, 1, 4)]
     pairs = make_pairs(shape if loss is not nll else [*shape, (9, 8, 0)])
-    wanted = gradients(networks[kind], pairs, loss, logprobs.padded_logps, monkeypatch)
-    for score in (logprobs.response_logps, logprobs.tree_logps):
+    wanted = gradients(networks[kind], pairs, loss, padded_logps, monkeypatch)
+    for score in (logprobs.response_logps, tree_logps):
         found = gradients(networks[kind], pairs, loss, score, monkeypatch)
         assert torch.allclose(found[0], wanted[0], rtol=1e-5, atol=1e-4)
         assert len(found[1]) == len(wanted[1]) > 10
@@ -79,7 +87,7 @@ def test_any_lengths_score_as_each_response_alone(networks, lengths):
     rows = [(p.prompt_ids, ids) for p in pairs for ids in (p.chosen_ids, p.rejected_ids)]
     with torch.no_grad():
         together = logprobs.response_logps(model, logprobs.collate(rows))
-        alone = torch.cat([logprobs.padded_logps(model, logprobs.collate([row])) for row in rows])
+        alone = torch.cat([padded_logps(model, logprobs.collate([row])) for row in rows])
     assert torch.allclose(together, alone, rtol=1e-5, atol=1e-4)
 
 
@@ -165,7 +173,7 @@ def test_activation_checkpointing_shares_prompts_too(networks, monkeypatch):
     finally:
         handle.remove()
         model.gradient_checkpointing_disable()
-    wanted = gradients(model, pairs, dpo_nll, logprobs.padded_logps, monkeypatch)
+    wanted = gradients(model, pairs, dpo_nll, padded_logps, monkeypatch)
     for one, other in zip(found[1], wanted[1], strict=True):
         assert (one - other).norm() <= 1e-5 * other.norm() + 1e-9
 

@@ -239,7 +239,7 @@ def test_what_trl_does_not_train_is_refused(pairs, tmp_path):
 
 
 def test_a_wrong_reference_is_refused(pairs, tmp_path, monkeypatch):
-    monkeypatch.setattr(trl_trainer, "kept_reference_logps", lambda model, rows, *a: [(-1.0, -9.0)] * len(rows))
+    monkeypatch.setattr(training, "kept_reference_logps", lambda model, rows, *a: [(-1.0, -9.0)] * len(rows))
     with pytest.raises(RuntimeError, match="not ln 2.*check that both are M_t"):
         train("trl", pairs, tmp_path, sampled_by_start=False)
     assert not (tmp_path / "steps.jsonl").exists()

@@ -26,13 +26,14 @@ import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pandas as pd
 import torch
 import transformers
 from tokenizers import Tokenizer
@@ -75,11 +76,7 @@ class Shape:
 
 EMBEDDED = [Shape("embedded", 0, 64, 16, 8, 64), Shape("embedded, N = 30", 0, 64, 30, 10, 64)]
 SHAPES = {
-    "quick": [
-        *EMBEDDED,
-        Shape("gsm8k", 120, 130, 30, 10, 8, 256, 4),
-        Shape("math", 700, 220, 20, 15, 4, 192, 4),
-    ],
+    "quick": [*EMBEDDED, Shape("gsm8k", 120, 130, 30, 10, 8, 256, 4), Shape("math", 700, 220, 20, 15, 4, 192, 4)],
     "full": [
         *EMBEDDED,
         Shape("gsm8k", 120, 130, 30, 10, 8, 384),
@@ -173,10 +170,7 @@ def samplers(shape: Shape, stack: ExitStack) -> dict[str, Callable[[], float]]:
         started, drawn = time.perf_counter(), 0
         todo = sorted(prompts.values(), key=len)
         for i in range(0, len(todo) if eos >= 0 else min(len(todo), 2 * size), size):
-            part = todo[i : i + size]
-            width = max(map(len, part))
-            ids = torch.tensor([[0] * (width - len(p)) + p for p in part], device=model.device)
-            mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in part], device=model.device)
+            ids, mask = (t.to(model.device) for t in logprobs.padded(todo[i : i + size], left=True))
             out = model.generate(
                 ids,
                 attention_mask=mask,
@@ -186,7 +180,7 @@ def samplers(shape: Shape, stack: ExitStack) -> dict[str, Callable[[], float]]:
                 max_new_tokens=shape.response,
                 min_new_tokens=None if eos >= 0 else shape.response,
                 pad_token_id=0,
-            )[:, width:]
+            )[:, ids.shape[1] :]
             ended = (out == eos).int().cumsum(-1) - (out == eos).int()
             drawn += int((ended == 0).sum())
         return drawn / (time.perf_counter() - started)
@@ -228,20 +222,10 @@ def make_pairs(shape: Shape, prompts: dict[str, list[int]]) -> list[Pair]:
             (*(rng.randrange(3, words) for _ in range(length + rng.randint(-length // 5, length // 5))), 1)
             for _ in range(10)
         ]
-        pairs += [
-            Pair(
-                problem=name,
-                prompt=as_text(prompt),
-                chosen=as_text(drawn[i % 4]),
-                rejected=as_text(drawn[4 + i % 6]),
-                prompt_ids=tuple(prompt),
-                chosen_ids=drawn[i % 4],
-                rejected_ids=drawn[4 + i % 6],
-                chosen_logp=None,
-                rejected_logp=None,
-            )
-            for i in range(shape.k)
-        ]
+        for i in range(shape.k):
+            chosen, rejected = drawn[i % 4], drawn[4 + i % 6]
+            texts = map(as_text, (prompt, chosen, rejected))
+            pairs.append(Pair(name, *texts, tuple(prompt), chosen, rejected, None, None))
     return pairs
 
 
@@ -290,12 +274,7 @@ def trainers(shape: Shape) -> dict[str, Callable[[], float]]:
 
     def ours() -> float:
         policy, started = copy.deepcopy(model), time.perf_counter()
-        scored = [
-            replace(pair, reference_chosen=chosen, reference_rejected=rejected)
-            for pair, (chosen, rejected) in zip(
-                pairs, logprobs.reference_logps(policy, pairs, 2 * shape.k), strict=True
-            )
-        ]
+        scored = logprobs.with_reference(pairs, logprobs.reference_logps(policy, pairs, 2 * shape.k))
         policy.train()
         arguments = TrainingArguments(
             tempfile.mkdtemp(),
@@ -306,12 +285,7 @@ def trainers(shape: Shape) -> dict[str, Callable[[], float]]:
             **common,
         )
         PreferenceTrainer(
-            policy,
-            arguments,
-            train_dataset=scored,
-            data_collator=logprobs.pair_batch,
-            loss=losses.dpo_nll,
-            weights={"beta": 0.1, "alpha": 1.0},
+            policy, arguments, train_dataset=scored, loss=losses.dpo_nll, weights={"beta": 0.1, "alpha": 1.0}
         ).train()
         return len(pairs) / (time.perf_counter() - started)
 
@@ -381,11 +355,7 @@ def quiet() -> None:
 def default_job() -> dict[str, float]:
     """Seconds of each kind of stage of the last whole run of the default preset, as far as there is one."""
     file = OUTPUTS / "tiny" / "timing.csv"
-    seconds: dict[str, float] = {}
-    for line in file.read_text().splitlines()[1:] if file.exists() else []:
-        stage, _, value = line.split(",")
-        seconds[stage] = seconds.get(stage, 0.0) + float(value)
-    return seconds
+    return pd.read_csv(file).groupby("stage", sort=False).seconds.sum().to_dict() if file.exists() else {}
 
 
 def main(size: str = "quick", repeats: int = 5) -> int:

@@ -21,9 +21,9 @@ from .. import metrics
 from ..methods.rewards import Job
 from ..methods.sampler import Progress, Sampler
 from ..model.load import load_policy
-from ..model.logprobs import reference_logps
+from ..model.logprobs import distinct_logps
 from ..model.prompts import encode_prompts
-from ..model.records import Pair, Sample
+from ..model.records import Sample
 from ..model.sampling import uniforms
 from ..settings import Settings
 from ..tasks.base import Problem, Task
@@ -178,22 +178,9 @@ def likely_scores(
     Nothing is drawn token by token: the second value is how many tokens of prompts the model read instead.
     """
     head, rests = score_tokens(tokenizer)
-    pairs = [  # two scores are scored as the responses of a pair
-        Pair(
-            problem=name,
-            prompt="",
-            chosen="",
-            rejected="",
-            prompt_ids=(*ids, *head),
-            chosen_ids=tuple(rests[n]),
-            rejected_ids=tuple(rests[n + 1]),
-            chosen_logp=None,
-            rejected_logp=None,
-        )
-        for name, ids in prompts.items()
-        for n in SCORES[::2]
-    ]
-    logps = np.array(reference_logps(model, pairs, 2 * config.train.micro_batch)).reshape(-1, len(SCORES))
+    responses = {(name, tuple(rest)): (*ids, *head) for name, ids in prompts.items() for rest in rests}
+    found = distinct_logps(model, responses, 2 * config.train.micro_batch)
+    logps = np.array([[found[name, tuple(rest)] for rest in rests] for name in prompts]).reshape(-1, len(SCORES))
     cumulative = np.exp((logps - logps.max(-1, keepdims=True)) / config.judge.temperature).cumsum(-1)
     scores = {}
     for name, steps in zip(prompts, cumulative, strict=True):

@@ -11,14 +11,9 @@ from pathlib import Path
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    get_cosine_schedule_with_warmup,
-)
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, get_cosine_schedule_with_warmup
 
-from ..model.logprobs import token_logps
+from ..model.logprobs import padded, token_logps
 from ..model.losses import nll_term
 from ..tasks.word_problems import MAX_VALUE, Story, careless_choice, draw_problems, prompt
 
@@ -88,9 +83,8 @@ def train_seed_model(
             response, _ = stories[i].solution(careless_choice(stories[i], rng))
             ids = [*tokenizer(response, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
             rows.append((prompts[i], ids))
-        width = max(len(p) + len(r) for p, r in rows)
-        ids = torch.tensor([p + r + [0] * (width - len(p) - len(r)) for p, r in rows])
-        scored = torch.tensor([[0] * len(p) + [1] * len(r) + [0] * (width - len(p) - len(r)) for p, r in rows])
+        ids, _ = padded([p + r for p, r in rows])
+        scored, _ = padded([[0] * len(p) + [1] * len(r) for p, r in rows])
         logps = token_logps(model(input_ids=ids).logits[:, :-1], ids[:, 1:]) * scored[:, 1:]
         loss = nll_term(logps.sum(-1), scored.sum(-1)).mean()
         loss.backward()

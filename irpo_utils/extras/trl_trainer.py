@@ -17,8 +17,6 @@ TRL has the losses `dpo` and `dpo_nll`, for pairs and a policy that starts as it
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -28,27 +26,14 @@ from datasets import Dataset
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerFast, PrinterCallback, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, PrinterCallback, TrainerCallback, TrainingArguments
 from trl import DPOConfig, DPOTrainer
 
 from ..files import ConfigError
-from ..model import losses
+from ..model import losses, training
 from ..model.load import causal_model
-from ..model.logprobs import check_head
 from ..model.records import Pair
-from ..model.training import (
-    Loss,
-    Recorder,
-    check_sampled,
-    check_start,
-    kept_reference_logps,
-    last_checkpoint,
-    pair_tokens,
-    sorted_in_batches,
-    trainer_arguments,
-    training_order,
-)
-from ..settings import TrainConfig
+from ..model.training import Loss
 
 LOSS_TYPES = {losses.dpo: ["sigmoid"], losses.dpo_nll: ["sigmoid", "sft"]}
 
@@ -59,9 +44,18 @@ class TokenTrainer(DPOTrainer):
     `terms` holds the means of the last step's micro-batches, for the log.
     """
 
-    def __init__(self, model: PreTrainedModel, arguments: DPOConfig, rows: list[dict[str, Any]], recorder: Recorder):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        arguments: TrainingArguments,
+        *,
+        train_dataset: list[Pair],
+        callbacks: list[TrainerCallback],
+        loss: Loss,
+        weights: dict[str, float],
+    ):
         adapters = [p for p in model.parameters() if p.requires_grad]
-        weights = [p.data for p in adapters]
+        before = [p.data for p in adapters]
         configs = (causal_model(model).config.get_text_config(), causal_model(model).generation_config)
         pads = [config.pad_token_id for config in configs]
         # TRL asks for a tokenizer, but needs only its padding for rows of ids. This one has nothing else, since a
@@ -69,8 +63,13 @@ class TokenTrainer(DPOTrainer):
         tokenizer = PreTrainedTokenizerFast(
             tokenizer_object=Tokenizer(WordLevel({"<pad>": 0}, unk_token="<pad>")), pad_token="<pad>"
         )
-        data = Dataset.from_list(rows)
-        super().__init__(model, args=arguments, train_dataset=data, processing_class=tokenizer, callbacks=[recorder])
+        super().__init__(
+            model,
+            args=trl_arguments(arguments, loss, weights),
+            train_dataset=Dataset.from_list([trl_row(pair) for pair in train_dataset]),
+            processing_class=tokenizer,
+            callbacks=callbacks,
+        )
         self.remove_callback(PrinterCallback)  # prints a line of the Trainer's own bookkeeping
         # What TRL has changed in the model is taken back, since the model is saved, sampled and trained on afterwards:
         self.processing_class = None  # would put its special tokens into the model's configuration
@@ -78,7 +77,7 @@ class TokenTrainer(DPOTrainer):
             config.pad_token_id = pad
         if "ref" in getattr(model, "peft_config", {}):
             model.delete_adapter("ref")  # a frozen copy to score the reference with, which is done already
-        for parameter, weight in zip(adapters, weights, strict=True):
+        for parameter, weight in zip(adapters, before, strict=True):
             parameter.data = weight  # on a 4-bit base TRL rounds the adapter to 16 bits, too few for a LoRA step
         self.terms: list[dict[str, float]] = []
 
@@ -115,21 +114,10 @@ class TokenTrainer(DPOTrainer):
         )
         return loss
 
-    def give_back(self) -> None:
-        """Take TRL's forward off the model again: it holds the model in a circle."""
-        vars(causal_model(self.model)).pop("forward", None)
-
-    @torch.no_grad()
-    def dpo_at_start(self, rows: list[dict[str, Any]]) -> Tensor:
-        """The DPO terms [rows] of the policy as it is now; TRL tells a micro-batch's mean, which stands for each."""
-        self.model.train()
-        size = self.args.per_device_train_batch_size
-        found: list[float] = []
-        for first in range(0, len(rows), size):
-            part = rows[first : first + size]
-            self.compute_loss(self.model, self._prepare_inputs(self.data_collator(part)))
-            found += [self.terms.pop()["dpo"]] * len(part)
-        return torch.tensor(found)
+    def dpo_terms(self, pairs: list[Pair]) -> Tensor:
+        """The DPO terms [pairs] of the policy as it is now; TRL tells their mean, which stands for each."""
+        self.compute_loss(self.model, self._prepare_inputs(self.data_collator([trl_row(pair) for pair in pairs])))
+        return torch.full((len(pairs),), self.terms.pop()["dpo"])
 
 
 def check(loss: Loss, pairs: list[Pair], reference_is_start: bool) -> None:
@@ -163,72 +151,26 @@ def train(
     folder: Path,
     *,
     loss: Loss,
-    weights: dict[str, float],
-    has_reference: bool,
-    config: TrainConfig,
-    seed: int,
-    sampled_by_start: bool,
     reference_is_start: bool = True,
-    score: Callable[[PreTrainedModel], float] | None = None,
-    stop_after: int | None = None,
-    keep_reference: tuple[Path, Any] | None = None,
-    show: Callable[[str], None] = print,
+    **options: Any,
 ) -> dict[str, Any]:
-    """Train `model` on `pairs` in place with TRL and leave the best policy in `folder`/best.
-
-    Args:
-        loss: `losses.dpo` or `losses.dpo_nll`. weights: its "beta", and "alpha" for the latter.
-
-    Returns:
-        What `model/training.train` returns.
+    """`model/training.train` with TRL: the same arguments, files and facts, for the losses `dpo` and `dpo_nll`.
 
     Raises:
-        ConfigError: TRL does not train that loss on those pairs.
-        RuntimeError: the DPO term before the first step is not ln 2, or the pairs are not samples of `model`.
+        ConfigError: TRL does not train that loss on those pairs. Else as `model/training.train`.
     """
     check(loss, pairs, reference_is_start)
-    folder.mkdir(parents=True, exist_ok=True)
-    exact = next(model.parameters()).dtype == torch.float32
-    tolerance = 1e-3 if exact else 5e-2
-    check_head(model.eval())
-    start_logps = kept_reference_logps(model, pairs, 2 * config.micro_batch, keep_reference)
-    gap = check_sampled(pairs, start_logps, tolerance, exact) if sampled_by_start else None
-    rows = [trl_row(pair, logps) for pair, logps in zip(pairs, start_logps, strict=True)]
-
-    order = training_order([pair.problem for pair in pairs], config, seed)
-    steps = len(order) // config.batch
-    trained = sum(pair_tokens(pairs[i]) for i in order[: config.batch * (stop_after or steps)])
-    if config.micro_batch < config.batch:  # less padding
-        order = sorted_in_batches(
-            order, config.batch, lambda i: (len(pairs[i].prompt_ids), pairs[i].problem, len(pairs[i].chosen_ids))
-        )
-    recorder = Recorder(folder, config.eval_every, score, show, stop_after)
-    plain = trainer_arguments(folder, config, steps, seed, save_strategy="no")  # the recorder asks for checkpoints
-    trainer = TokenTrainer(model, trl_arguments(plain, loss, weights), [rows[i] for i in order], recorder)
-    start = check_start(trainer.dpo_at_start(rows[: max(16, config.micro_batch)]), tolerance)
-    recorder.trainer = trainer
-    checkpoint = last_checkpoint(folder / "checkpoints")
-    if checkpoint is None or int(checkpoint.rpartition("-")[2]) < min(steps, stop_after or steps):
-        trainer.train(resume_from_checkpoint=checkpoint)
-    recorder.trainer = None  # trainer and recorder hold each other, and with them the model and its optimizer
-    trainer.give_back()
-    best = json.loads((folder / "best" / "best.json").read_text())
-    return {
-        "best_step": best["step"],
-        "best_score": best["score"],
-        "steps": steps,
-        "dpo_at_start": start,
-        "sampler_gap": gap,
-        "trained_tokens": trained,
-    }
+    facts = training.train(model, pairs, folder, loss=loss, engine=TokenTrainer, **options)
+    vars(causal_model(model)).pop("forward", None)  # TRL's, which holds the model in a circle
+    return facts
 
 
-def trl_row(pair: Pair, reference: tuple[float, float]) -> dict[str, Any]:
-    """A pair, and the reference's log-probabilities of its two responses, under the names that TRL's collator knows."""
+def trl_row(pair: Pair) -> dict[str, Any]:
+    """A pair whose reference is scored, under the names that TRL's collator knows."""
     return {
         "prompt_ids": list(pair.prompt_ids),
         "chosen_ids": list(pair.chosen_ids),
         "rejected_ids": list(pair.rejected_ids),
-        "ref_chosen_logps": reference[0],
-        "ref_rejected_logps": reference[1],
+        "ref_chosen_logps": pair.reference_chosen,
+        "ref_rejected_logps": pair.reference_rejected,
     }

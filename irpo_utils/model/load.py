@@ -203,6 +203,23 @@ def is_adapter(policy: Path) -> bool:
     return (policy / "adapter_config.json").exists()
 
 
+def load_whole(
+    config: ModelConfig, folder: Path, what: str, made_by: str, kind: Any = AutoModelForCausalLM
+) -> PreTrainedModel:
+    """A whole model that was trained, from its folder. Raises FileNotFoundError, which says `what` is not there."""
+    if not (folder / "config.json").exists():
+        raise FileNotFoundError(
+            f"{folder} holds no {what} (neither adapter_config.json nor config.json); run {made_by} first"
+        )
+    return kind.from_pretrained(
+        folder,
+        dtype=DTYPES[config.dtype],
+        device_map={"": device()},
+        use_safetensors=True,
+        trust_remote_code=config.trust_remote_code,
+    )
+
+
 def load_policy(
     config: ModelConfig, policy: Path | None = None, trainable: bool = False, seed: int = 0, threads: int = 0
 ) -> PreTrainedModel:
@@ -220,18 +237,8 @@ def load_policy(
     """
     if threads:
         torch.set_num_threads(threads)  # sums round differently with another number of threads
-    if policy is not None and not is_adapter(policy) and not (policy / "config.json").exists():
-        raise FileNotFoundError(
-            f"{policy} holds no policy (neither adapter_config.json nor config.json); run 03_train first"
-        )
     if policy is not None and not is_adapter(policy):
-        return AutoModelForCausalLM.from_pretrained(
-            policy,
-            dtype=DTYPES[config.dtype],
-            device_map={"": device()},
-            use_safetensors=True,
-            trust_remote_code=config.trust_remote_code,
-        )
+        return load_whole(config, policy, "policy", "03_train")
     model = load_base(config)
     if not trainable and config.quantize == "nf4" and unpacks(model.num_parameters(), memory()):
         # Every forward of a 4-bit layer unpacks its weights first; sampling would do that for every token.

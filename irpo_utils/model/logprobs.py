@@ -14,6 +14,8 @@ chunk at a time, and the backward pass makes a chunk's logits anew instead of ke
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
@@ -50,17 +52,10 @@ def collate(rows: list[Row]) -> dict[str, Tensor]:
     # On the left, so that a prompt's end and its responses' beginning are neighbours, as a sliding window wants them.
     prompt_ids, prompt_mask = padded([prompt[:-1] or (0,) for prompt in prompts], left=True)
     prompt_mask[[len(prompt) == 1 for prompt in prompts]] = 0  # a prompt of one token leaves nothing to share
-    responses, scored = padded([response for _, response in rows])
-    fed, _ = padded([[prompt[-1], *response[:-1]] for prompt, response in rows])
-    owner = torch.tensor([number[tuple(prompt)] for prompt, _ in rows])
-    return {
-        "prompts": prompt_ids,
-        "prompt_mask": prompt_mask,
-        "fed": fed,
-        "responses": responses,
-        "scored": scored,
-        "owner": owner,
-    }
+    batch = {"prompts": prompt_ids, "prompt_mask": prompt_mask}
+    batch["responses"], batch["scored"] = padded([response for _, response in rows])
+    batch["fed"], _ = padded([[prompt[-1], *response[:-1]] for prompt, response in rows])
+    return batch | {"owner": torch.tensor([number[tuple(prompt)] for prompt, _ in rows])}
 
 
 def response_logps(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
@@ -113,16 +108,6 @@ def tree_is_cheaper(model: PreTrainedModel, batch: dict[str, Tensor]) -> bool:
     return cost(prompts, tree_length) < cost(rows, prompt_length + response_length)
 
 
-def tree_logps(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
-    """`response_logps` from the states of `tree_states`."""
-    return summed_logps(model, tree_states(model, batch), batch["responses"], batch["scored"])
-
-
-def padded_logps(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
-    """`response_logps` from the states of `padded_states`."""
-    return summed_logps(model, padded_states(model, batch), batch["responses"], batch["scored"])
-
-
 def tree_states(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
     """`response_states` from one row for each prompt: the prompt, then its responses side by side.
 
@@ -150,10 +135,7 @@ def tree_states(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
     visible = visible | torch.eye(length, dtype=torch.bool, device=fed.device)
 
     hidden = causal_model(model).base_model(
-        input_ids=ids,
-        attention_mask=tree_bias(model, visible, positions),
-        position_ids=positions,
-        use_cache=False,
+        input_ids=ids, attention_mask=tree_bias(model, visible, positions), position_ids=positions, use_cache=False
     )
     return hidden.last_hidden_state[places]
 
@@ -224,14 +206,10 @@ def summed_logps(model: PreTrainedModel, hidden: Tensor, tokens: Tensor, scored:
     head, cap = causal_model(model).get_output_embeddings(), soft_cap(model)
     vocabulary = causal_model(model).config.get_text_config().vocab_size
     size = max(1, CHUNK // vocabulary)
-    if len(states) <= size or not torch.is_grad_enabled():
-        parts = [_logps(head, cap, h, w) for h, w in zip(states.split(size), wanted.split(size), strict=True)]
-    else:
-        parts = [
-            checkpoint(_logps, head, cap, h, w, use_reentrant=False)
-            for h, w in zip(states.split(size), wanted.split(size), strict=True)
-        ]
-    logps = torch.cat(parts)
+    again = len(states) > size and torch.is_grad_enabled()
+    run = partial(checkpoint, _logps, use_reentrant=False) if again else _logps
+    parts = zip(states.split(size), wanted.split(size), strict=True)
+    logps = torch.cat([run(head, cap, h, w) for h, w in parts])
     return torch.zeros_like(scored, dtype=logps.dtype).masked_scatter(where, logps).sum(-1)
 
 
@@ -271,24 +249,41 @@ def to_device(batch: dict[str, Tensor], model: PreTrainedModel) -> dict[str, Ten
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
-@torch.no_grad()
 def reference_logps(model: PreTrainedModel, pairs: list[Pair], rows: int = 64) -> list[tuple[float, float]]:
     """log M_t of every pair's chosen and rejected response, in nats (0 where there is none).
 
     Each distinct response is scored once, `rows` of them at a time.
     """
-    prompts: dict[tuple[str, Ids], Ids] = {}  # of (problem, response)
-    for pair in pairs:
-        prompts |= {(pair.problem, response): pair.prompt_ids for response in (pair.chosen_ids, pair.rejected_ids)}
+    prompts: dict[tuple[str, Ids], Ids] = {}
+    for p in pairs:
+        prompts |= {(p.problem, response): p.prompt_ids for response in (p.chosen_ids, p.rejected_ids) if response}
+    scores = distinct_logps(model, prompts, rows)
+    return [(scores.get((p.problem, p.chosen_ids), 0.0), scores.get((p.problem, p.rejected_ids), 0.0)) for p in pairs]
+
+
+@torch.no_grad()
+def distinct_logps(
+    model: PreTrainedModel, prompts: dict[tuple[str, Ids], Ids], rows: int
+) -> dict[tuple[str, Ids], float]:
+    """log p of every response, in nats: (problem, response) -> its prompt, as (problem, response) -> log p.
+
+    `rows` responses are run at a time.
+    """
     # A problem's responses come together, so that they share its prompt; problems by length, so that padding is small.
-    todo = sorted((k for k in prompts if k[1]), key=lambda k: (len(prompts[k]), k[0], len(k[1]), k))
+    todo = sorted(prompts, key=lambda k: (len(prompts[k]), k[0], len(k[1]), k))
     scores: dict[tuple[str, Ids], float] = {}
     model.eval()
     for i in range(0, len(todo), rows):
         part = todo[i : i + rows]
         batch = to_device(collate([(prompts[key], key[1]) for key in part]), model)
         scores.update(zip(part, response_logps(model, batch).tolist(), strict=True))
-    return [(scores.get((p.problem, p.chosen_ids), 0.0), scores.get((p.problem, p.rejected_ids), 0.0)) for p in pairs]
+    return scores
+
+
+def with_reference(pairs: list[Pair], logps: list[tuple[float, float]]) -> list[Pair]:
+    """The pairs with the `reference_logps` of their chosen and rejected responses."""
+    both = zip(pairs, logps, strict=True)
+    return [replace(p, reference_chosen=chosen, reference_rejected=rejected) for p, (chosen, rejected) in both]
 
 
 def pair_batch(pairs: list[Pair]) -> dict[str, Tensor]:

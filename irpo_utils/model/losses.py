@@ -58,11 +58,7 @@ class PairLosses(NamedTuple):
 
 
 def dpo_term(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
-    reference_chosen: Tensor,
-    reference_rejected: Tensor,
-    beta: float,
+    policy_chosen: Tensor, policy_rejected: Tensor, reference_chosen: Tensor, reference_rejected: Tensor, beta: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The DPO term and the implicit rewards of both responses (arXiv 2305.18290, Eq. 7 and sec. 4).
 

@@ -19,7 +19,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate, pairwise, takewhile
 from typing import NamedTuple
 
 import numpy as np
@@ -29,6 +29,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from .load import causal_model, memory
+from .shape import cache_numbers
 from .shared_prompt import SampleCache, numbered, shared_attention, shares_prompts
 
 PREFILL_TOKENS = 1 << 15  # prompt tokens that are run at once
@@ -353,15 +354,11 @@ def check_starts(
 
 def distinct_prefixes(responses: list[list[int]]) -> int:
     """How many rows responses to one prompt need: their distinct proper prefixes, the empty one among them."""
-    count, last = 0, None
-    for ids in sorted(responses):
-        if last is None:
-            count += len(ids)
-        else:
-            parting = (i for i, (one, other) in enumerate(zip(last, ids, strict=False)) if one != other)
-            same = next(parting, min(len(last), len(ids)))
-            count += max(0, len(ids) - 1 - min(same, len(last) - 1))
-        last = ids
+    ordered = sorted(responses)
+    count = len(ordered[0]) if ordered else 0
+    for one, other in pairwise(ordered):
+        same = len(list(takewhile(lambda tokens: tokens[0] == tokens[1], zip(one, other, strict=False))))
+        count += max(0, len(other) - 1 - min(same, len(one) - 1))
     return count
 
 
@@ -373,9 +370,7 @@ def most_prompts(max_rows: int, samples: int) -> int:
 def fitting_rows(model: PreTrainedModel, prompt_length: int, new_tokens: int, samples: int) -> int:
     """How many rows of `new_tokens` tokens fit into half of the free memory, with `samples` rows to a prompt."""
     config = causal_model(model).config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    token = 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize
+    token = cache_numbers(config) * model.dtype.itemsize
     logits = 24 * config.vocab_size  # and their sums
     per_row = token * (prompt_length / min(samples, 4) + new_tokens) + logits
     if not shares_prompts(model):

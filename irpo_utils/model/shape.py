@@ -8,6 +8,13 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 
+def cache_numbers(config: PretrainedConfig) -> int:
+    """How many numbers one token leaves in the cache of a (text) model: keys and values of every layer."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * heads * width
+
+
 @dataclass(frozen=True)
 class Shape:
     """What counting a model's memory needs to know of it."""
@@ -37,8 +44,6 @@ class Shape:
         head = model.get_output_embeddings()
         layers = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
         config = config.get_text_config()
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return cls(
             parameters=sum(p.numel() for p in model.parameters()),
             linear=sum(m.weight.numel() for m in layers),
@@ -46,7 +51,7 @@ class Shape:
             layers=config.num_hidden_layers,
             hidden=config.hidden_size,
             intermediate=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
-            cache=2 * config.num_hidden_layers * heads * width,
+            cache=cache_numbers(config),
             vocabulary=config.vocab_size,
             context=getattr(config, "max_position_embeddings", None) or 1 << 30,
         )

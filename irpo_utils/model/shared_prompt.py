@@ -150,12 +150,7 @@ class SampleCache(DynamicCache):
 
 
 def attend(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    **options: Any,
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
     """Attention of one new token a row, `query` [rows, query heads, 1, width], over its prompt and its own response.
 

@@ -14,7 +14,6 @@ import math
 import random
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallb
 from ..files import write_json, write_jsonl
 from ..settings import TrainConfig
 from .load import save
-from .logprobs import check_head, pair_batch, reference_logps, response_logps, to_device
+from .logprobs import check_head, pair_batch, reference_logps, response_logps, to_device, with_reference
 from .losses import PairLosses, Scores
 from .records import Pair
 
@@ -123,7 +122,7 @@ class PreferenceTrainer(Trainer):
     """The transformers Trainer with the loss of a method; `terms` holds the last step's means for the log."""
 
     def __init__(self, *args: Any, loss: Loss, weights: dict[str, float], **kwargs: Any):
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, data_collator=pair_batch, **kwargs)
         self.remove_callback(PrinterCallback)  # prints a line of the Trainer's own bookkeeping
         # Our loss is a mean over pairs, so the Trainer must divide by the accumulation steps itself.
         self.model_accepts_loss_kwargs = False
@@ -150,8 +149,19 @@ class PreferenceTrainer(Trainer):
         self.terms.append({k: v.detach().double().mean().item() for k, v in values.items() if v is not None})
         return loss
 
+    def dpo_terms(self, pairs: list[Pair]) -> Tensor | None:
+        """The DPO terms [pairs] of the policy as it is now; None for a loss without such a term."""
+        return batch_losses(self.model, to_device(pair_batch(pairs), self.model), self.loss, self.weights)[0].dpo
 
-class Recorder(TrainerCallback):
+
+class Mark(TrainerCallback):
+    """Marks a checkpoint as complete: a run killed while saving leaves one without the mark, which does not count."""
+
+    def on_save(self, args, state, control, **kwargs):
+        (Path(args.output_dir) / f"checkpoint-{state.global_step}" / "complete").touch()
+
+
+class Recorder(Mark):
     """Writes every step's terms to disk, scores dev, and keeps the policy that is best there."""
 
     def __init__(
@@ -200,12 +210,6 @@ class Recorder(TrainerCallback):
         (fresh / "best.json").write_text(json.dumps({"step": step, "score": score}))
         shutil.rmtree(best, ignore_errors=True)
         fresh.rename(best)
-
-    def on_save(self, args, state, control, **kwargs):
-        # A checkpoint counts only with this mark: a run killed while saving leaves one without it. What was recorded
-        # so far is part of it, since a resumed run goes on from here.
-        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        (checkpoint / "complete").touch()
 
 
 def rewind(folder: Path, step: int) -> None:
@@ -304,18 +308,15 @@ def kept_reference_logps(model: PreTrainedModel, pairs: list[Pair], rows: int, k
     return logps
 
 
-def dpo_at_start(
-    model: PreTrainedModel, pairs: list[Pair], micro_batch: int, loss: Loss, weights: dict[str, float]
-) -> Tensor | None:
+def dpo_at_start(trainer: PreferenceTrainer, pairs: list[Pair]) -> Tensor | None:
     """The DPO terms [pairs] of the first pairs before the first step; None for a loss without such a term.
 
     They are 16 pairs or more, since in 16 bits one pair may be off by more than the tolerance.
     """
-    terms = []
+    trainer.model.train()
+    size = trainer.args.per_device_train_batch_size
     with torch.no_grad():
-        for first in range(0, min(16, len(pairs)), micro_batch):
-            batch = to_device(pair_batch(pairs[first : first + micro_batch]), model)
-            terms.append(batch_losses(model, batch, loss, weights)[0].dpo)
+        terms = [trainer.dpo_terms(pairs[i : i + size]) for i in range(0, min(16, len(pairs)), size)]
     return None if terms[0] is None else torch.cat(terms)
 
 
@@ -335,6 +336,7 @@ def train(
     stop_after: int | None = None,
     keep_reference: tuple[Path, Any] | None = None,
     show: Callable[[str], None] = print,
+    engine: Callable[..., PreferenceTrainer] = PreferenceTrainer,
 ) -> dict[str, Any]:
     """Train `model` on `pairs` in place and leave the best policy in `folder`/best; a killed run goes on where it was.
 
@@ -350,6 +352,7 @@ def train(
         score: dev score of a policy, higher is better, called every `config.eval_every` steps; None keeps the last.
         stop_after: stop after this step, on the schedule of the whole training.
         keep_reference: a file for the log-probabilities of `model` before step 1, and what (as JSON) names the model.
+        engine: the trainer's class; another one has the constructor, `terms` and `dpo_terms` of this one.
 
     Returns:
         step and score of the best policy, the DPO term at the start (None where it is not checked), the gap of
@@ -378,15 +381,7 @@ def train(
     if own_reference or sampled:
         start_logps = kept_reference_logps(model, pairs, 2 * micro_batch, keep_reference)
     if own_reference:
-        pairs = [
-            replace(pair, reference_chosen=chosen, reference_rejected=rejected)
-            for pair, (chosen, rejected) in zip(pairs, start_logps, strict=True)
-        ]
-    model.train()
-    terms = dpo_at_start(model, pairs, micro_batch, loss, weights) if own_reference else None
-    start = None if terms is None else check_start(terms, tolerance)
-    gap = check_sampled(pairs, start_logps, tolerance, exact) if sampled_by_start else None
-
+        pairs = with_reference(pairs, start_logps)
     order = training_order([p.problem for p in pairs], config, seed)
     steps = len(order) // batch
     trained = sum(pair_tokens(pairs[i]) for i in order[: batch * (stop_after or steps)])
@@ -395,15 +390,17 @@ def train(
             order, batch, lambda i: (len(pairs[i].prompt_ids), pairs[i].problem, len(pairs[i].chosen_ids))
         )
     recorder = Recorder(folder, config.eval_every, score, show, stop_after)
-    trainer = PreferenceTrainer(
+    trainer = engine(
         model,
         trainer_arguments(folder, config, steps, seed, save_strategy="no"),  # the recorder asks for checkpoints
         train_dataset=[pairs[i] for i in order],
-        data_collator=pair_batch,
         callbacks=[recorder],
         loss=loss,
         weights=weights,
     )
+    terms = dpo_at_start(trainer, pairs) if own_reference else None
+    start = None if terms is None else check_start(terms, tolerance)
+    gap = check_sampled(pairs, start_logps, tolerance, exact) if sampled_by_start else None
     recorder.trainer = trainer
     checkpoint = last_checkpoint(folder / "checkpoints")
     if checkpoint is None or int(checkpoint.rpartition("-")[2]) < min(steps, stop_after or steps):

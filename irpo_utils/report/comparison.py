@@ -15,9 +15,8 @@ from ..run.stages.pairs import PairsStage
 from ..run.stages.reward import RewardStage
 from ..run.stages.train import TrainStage
 from ..tasks import get_task
-from .tables import all_rounds, percent, read_facts
+from .tables import MODEL, all_rounds, percent, read_facts
 
-MODEL = ["method", "seed", "iteration"]
 SPENT = ["samples", "drawn", "trained"]
 REFERENCES = {"moving": "M_t", "M_0": "M_0", "none": "-"}  # a moving reference is the model that was sampled
 # Methods that differ in one part, or nearly so.
@@ -62,9 +61,8 @@ def spent_table(run: Path, config: Config) -> pd.DataFrame:
     for method, seed, t, choices in all_rounds(config):
         trainer = TrainStage if choices.trains else ExtrapolateStage
         training = read_facts(trainer(run, method, seed, t, config), "training.json")
-        audit, reward, continuations = {}, {}, 0
-        if choices.trains:
-            audit = read_facts(PairsStage(run, method, seed, t, config), "audit.json")
+        reward, continuations = {}, 0
+        audit = read_facts(PairsStage(run, method, seed, t, config), "audit.json") if choices.trains else {}
         if choices.scored:
             stage = RewardStage(run, method, seed, t, config)
             reward = read_facts(stage, "reward.json")
@@ -178,9 +176,6 @@ def differences_in_words(run: Path, metrics: pd.DataFrame, config: Config) -> li
 
 
 def _judge_in_words(run: Path, config: Config, method: str) -> list[str]:
-    texts = []
-    for seed in range(config.seeds):
-        facts = read_facts(RewardStage(run, method, seed, 1, config), "reward.json")
-        name = f"**The judge of {config.recipe(method).label}**"
-        texts.append(f"{name}, before the first round, seed {seed}: {facts['verdict']}")
-    return texts
+    facts = [read_facts(RewardStage(run, method, seed, 1, config), "reward.json") for seed in range(config.seeds)]
+    name = f"**The judge of {config.recipe(method).label}**, before the first round"
+    return [f"{name}, seed {seed}: {own['verdict']}" for seed, own in enumerate(facts)]

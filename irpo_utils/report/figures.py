@@ -90,11 +90,7 @@ def logp_curves(curves: dict[str, Steps], catalogue: Catalogue) -> Figure:
                 continue
             x = [s["step"] for s in steps]
             ax.plot(x, smoothed(values), style, color=color_of(method, catalogue), label=f"{method}, {side}")
-    ax.set(
-        xlabel="step",
-        ylabel="log-probability of a response (nats)",
-        title="Chosen (solid) and rejected (dashed)",
-    )
+    ax.set(xlabel="step", ylabel="log-probability of a response (nats)", title="Chosen (solid) and rejected (dashed)")
     ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return fig
 
@@ -145,11 +141,7 @@ def accuracy_curves(metrics: pd.DataFrame, catalogue: Catalogue) -> Figure:
         x = middle.index + (i - (count - 1) / 2) * min(0.04, 0.3 / count)
         look = {"color": color_of(method, catalogue), "label": catalogue[method].label}
         ax.errorbar(x, middle, bars, fmt="o-", capsize=3, **look)
-    ax.set(
-        xlabel="iteration (0 is M_0)",
-        ylabel="greedy accuracy on test (%)",
-        xticks=sorted(test.iteration.unique()),
-    )
+    ax.set(xlabel="iteration (0 is M_0)", ylabel="greedy accuracy on test (%)", xticks=sorted(test.iteration.unique()))
     ax.grid(axis="y", alpha=0.3)
     ax.legend(frameon=False, **({"loc": "center left", "bbox_to_anchor": (1, 0.5)} if many else {}))
     return fig

@@ -19,7 +19,8 @@ from ..run.stages.pairs import PairsStage
 from ..run.stages.train import TrainStage
 from ..run.store import Stage
 
-KEYS = ["run", "method", "seed", "iteration", "split"]
+MODEL = ["method", "seed", "iteration"]
+KEYS = ["run", *MODEL, "split"]
 MEASURES = ["problems", "greedy", "greedy_low", "greedy_high"]
 KS = (1, 2, 4, 8, 16, 32)
 # Columns of the metrics as the table names them.
@@ -49,16 +50,11 @@ def metrics_table(run: str, rows: list[dict[str, Any]], config: Config) -> pd.Da
         run: its name. rows: as `run.stages.evaluations` gives them.
     """
     names = [*columns(config)[len(KEYS) :], "steps_right", "right_for_wrong_reason"]
-    flat = [
-        {
-            "run": run,
-            **{k: row[k] for k in ("method", "seed", "iteration")},
-            "split": split,
-            **{k: row[split].get(k) for k in names},
-        }
-        for row in rows
-        for split in ("dev", "test", *config.evaluation.test)
-    ]
+    flat = []
+    for row in rows:
+        for split in ("dev", "test", *config.evaluation.test):
+            key = {"run": run, **{k: row[k] for k in MODEL}, "split": split}
+            flat.append(key | {k: row[split].get(k) for k in names})
     return pd.DataFrame(flat)
 
 
@@ -152,14 +148,12 @@ def gains_in_words(run: Path, config: Config) -> list[str]:
 def _gain(run: Path, config: Config, method: str) -> tuple[str, int, int]:
     """What changed from M_0 to the last model; how many test answers of the latter are right, and of how many."""
     last = config.rounds(method)
-    gained, lost, total, right_before, right_after = 0, 0, 0, 0, 0
+    both: list[tuple[bool, bool]] = []  # of every seed's problems: right before, right after
     for seed in range(config.seeds):
         before, after = (_right_problems(run, config, method, seed, t) for t in (0, last))
-        gained += sum(after[name] and not before[name] for name in before)
-        lost += sum(before[name] and not after[name] for name in before)
-        total += len(before)
-        right_before += sum(before.values())
-        right_after += sum(after.values())
+        both += [(before[name], after[name]) for name in before]
+    total, gained, lost = len(both), both.count((False, True)), both.count((True, False))
+    right_before, right_after = (sum(column) for column in zip(*both, strict=True))
     p = sign_test(gained, lost)
     verdict = f"no change can be shown with {total} answers" if p >= 0.05 else "a gain" if gained > lost else "a loss"
     text = (
@@ -183,11 +177,7 @@ def _against_chance(run: Path, config: Config, method: str, right: int, total: i
     if chance is None:
         return ""
     low, high = wilson(right, total)
-    verdict = "is not known to do better"
-    if low > chance:
-        verdict = "does better"
-    elif high < chance:
-        verdict = "does worse"
+    verdict = "does better" if low > chance else "does worse" if high < chance else "is not known to do better"
     return f" Guessing has {chance:.1%}; M_{last} {verdict} (95 % interval {low:.1%} to {high:.1%})."
 
 
@@ -204,7 +194,7 @@ def _right_samples(audits: pd.DataFrame, config: Config, method: str) -> str:
 
 def timing_table(run: Path, config: Config) -> pd.DataFrame:
     """Seconds of every stage notebook, kernel start included. A stage that methods share counts once."""
-    seen: dict[Path, dict[str, Any]] = {}
+    seen: dict[Path, tuple[str, int, float]] = {}
     for method, seed in method_seeds(config):
         for stage in plan(config, run, method, seed):
             notebook = stage.folder / f"{stage.name}.ipynb"
@@ -212,12 +202,8 @@ def timing_table(run: Path, config: Config) -> pd.DataFrame:
                 seconds = json.loads(notebook.read_text())["metadata"].get("papermill", {}).get("duration")
             else:  # a stage run in JupyterLab has its manifest only
                 seconds = (stage.manifest() or {}).get("seconds")
-            seen[stage.manifest_path()] = {
-                "stage": stage.name,
-                "iteration": stage.iteration,
-                "seconds": round(seconds or 0.0, 1),
-            }
-    return pd.DataFrame(list(seen.values()))
+            seen[stage.manifest_path()] = (stage.name, stage.iteration, round(seconds or 0.0, 1))
+    return pd.DataFrame(list(seen.values()), columns=["stage", "iteration", "seconds"])
 
 
 def plain(table: pd.DataFrame) -> str:

@@ -135,13 +135,13 @@ def check_context(shape: Shape, prompt: int, max_new_tokens: int) -> None:
         )
 
 
-def check_fits(shape: Shape, config: Settings, prompts: range, free_bytes: float) -> list[str]:
-    """Lines that say what sampling and training need of `free_bytes`, for prompts with a number of tokens in `prompts`.
+def check_fits(shape: Shape, config: Settings, prompt: int, free_bytes: float) -> list[str]:
+    """Lines that say what sampling and training need of `free_bytes`, for prompts of up to `prompt` tokens.
 
     Raises:
         TooLarge: one of them needs more, or responses do not fit the context; the message says what to change.
     """
-    lines, prompt = [], prompts[-1]
+    lines = []
     check_context(shape, prompt, config.sampling.max_new_tokens)
     stages = {
         "sampling": sampling_bytes(shape, config, prompt, free_bytes),
@@ -169,20 +169,6 @@ def free_memory() -> float:
     return float(done.stdout.splitlines()[-1])
 
 
-def estimate(config: Settings, shape: Shape, prompts: range, jobs: int = 1) -> list[str]:
-    """The lines that are printed before a run with `jobs` stages side by side.
-
-    Args:
-        prompts: the numbers of tokens of its prompts, shortest to longest.
-
-    Raises:
-        TooLarge: it cannot fit.
-    """
-    size = f"{shape.parameters / 1e6:,.0f} M parameters; prompts of {prompts[0]} to {prompts[-1]} tokens"
-    lines = check_fits(shape, config, prompts, free_memory() / jobs)
-    return [f"estimate, from the model's shape ({size}):", *(f"  {line}" for line in lines)]
-
-
 def check_model(config: Settings, task: Task, problems: dict[str, list[Problem]], jobs: int) -> list[str]:
     """Look at the model, its tokenizer and the memory of a run, without loading weights.
 
@@ -190,7 +176,7 @@ def check_model(config: Settings, task: Task, problems: dict[str, list[Problem]]
         problems: split -> its problems. jobs: stages that run side by side and share the memory.
 
     Returns:
-        The lines of the estimate.
+        The lines of the estimate, as they are printed.
 
     Raises:
         ValueError: the model cannot be used, or its tokenizer cannot tell the prompts apart.
@@ -212,4 +198,6 @@ def check_model(config: Settings, task: Task, problems: dict[str, list[Problem]]
             f"its model only {shape.vocabulary}"
         )
     lengths = [len(ids) for ids in prompts.values()]
-    return estimate(config, shape, range(min(lengths), max(lengths) + 1), jobs)
+    size = f"{shape.parameters / 1e6:,.0f} M parameters; prompts of {min(lengths)} to {max(lengths)} tokens"
+    lines = check_fits(shape, config, max(lengths), free_memory() / jobs)
+    return [f"estimate, from the model's shape ({size}):", *(f"  {line}" for line in lines)]

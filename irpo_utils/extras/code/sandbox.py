@@ -125,13 +125,7 @@ class Sandbox:
             "user": (1 << 30) + secrets.randbelow(1 << 29) if isolated and os.getuid() == 0 else 0,
             "processes": PROCESSES if isolated else 0,
             "wall": self.wall,
-            "rlimits": {
-                "RLIMIT_CPU": self.cpu,
-                "RLIMIT_AS": MEMORY,
-                "RLIMIT_FSIZE": FILE,
-                "RLIMIT_NOFILE": 64,
-                "RLIMIT_CORE": 0,
-            },
+            "rlimits": {"CPU": self.cpu, "AS": MEMORY, "FSIZE": FILE, "NOFILE": 64, "CORE": 0},
         }
         tests = json.dumps({"before": job.before, "tests": job.tests, "names": job.names})
         frames = [job.program.encode("utf-8", "surrogatepass"), tests.encode()]

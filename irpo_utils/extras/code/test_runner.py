@@ -219,7 +219,7 @@ def _number(value):
 def restrict(limits):
     """Limits of this process and of those it starts; the memory of this process is closed to them."""
     for name, limit in limits["rlimits"].items():
-        kind = getattr(resource, name)
+        kind = getattr(resource, f"RLIMIT_{name}")
         hard = resource.getrlimit(kind)[1]
         try:
             resource.setrlimit(kind, (limit, limit) if hard == resource.RLIM_INFINITY else (min(limit, hard),) * 2)

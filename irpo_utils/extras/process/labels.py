@@ -151,11 +151,8 @@ def score_samples(
     different = {(s.problem, s.token_ids): s for s in samples}
     solutions = {key: solution_of(tokenizer, prompts[s.problem], s) for key, s in different.items()}
     scores = dict(zip(solutions, reward_model.score(model, list(solutions.values()), max_rows), strict=True))
-    scored = []
-    for s in samples:
-        steps = scores[s.problem, s.token_ids]
-        scored.append(replace(s, step_scores=tuple(steps), reward=path_reward(steps, how)))
-    return scored
+    with_steps = [(s, scores[s.problem, s.token_ids]) for s in samples]
+    return [replace(s, step_scores=tuple(steps), reward=path_reward(steps, how)) for s, steps in with_steps]
 
 
 def process(job: Job) -> tuple[list[Sample], dict[str, Any]]:

@@ -19,13 +19,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import (
-    AutoModelForTokenClassification,
-    PreTrainedModel,
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-)
+from transformers import AutoModelForTokenClassification, PreTrainedModel, PrinterCallback, Trainer
 from transformers.utils import logging
 
 from ...files import write_json
@@ -34,7 +28,7 @@ from ...model import load
 from ...model.load import causal_model
 from ...model.logprobs import collate, response_states, to_device
 from ...model.records import Ids, Record
-from ...model.training import last_checkpoint, sorted_in_batches, trainer_arguments, training_order
+from ...model.training import Mark, last_checkpoint, sorted_in_batches, trainer_arguments, training_order
 from ...settings import Settings, TrainConfig
 
 HEADS = ("score", "classifier")  # what transformers calls a token classifier's last layer
@@ -72,17 +66,9 @@ def load_reward_model(config: Settings, folder: Path | None = None, seed: int = 
     """
     if threads:
         torch.set_num_threads(threads)
-    if folder is not None and not load.is_adapter(folder) and not (folder / "config.json").exists():
-        raise FileNotFoundError(f"{folder} holds no reward model (neither adapter_config.json nor config.json)")
     if folder is not None and not load.is_adapter(folder):
-        model = AutoModelForTokenClassification.from_pretrained(
-            folder,
-            dtype=load.DTYPES[config.model.dtype],
-            device_map={"": load.device()},
-            use_safetensors=True,
-            trust_remote_code=config.model.trust_remote_code,
-        )
-        as_float(model)
+        model = load.load_whole(config.model, folder, "reward model", "01b_reward", AutoModelForTokenClassification)
+        head_of(model).float()
         for file in folder.glob("*.safetensors"):  # the head as it was saved: loading has rounded it to `dtype`
             head = {k.rpartition(".")[2]: v for k, v in load_file(file).items() if k.partition(".")[0] in HEADS}
             head_of(model).load_state_dict({**head_of(model).state_dict(), **head})
@@ -95,7 +81,8 @@ def load_reward_model(config: Settings, folder: Path | None = None, seed: int = 
         model = load.load_base(config.model, AutoModelForTokenClassification, HEADS, num_labels=2)
     finally:
         logging.set_verbosity(before)
-    as_float(model)  # before an adapter copies the head
+    # Two logits cost nothing, and training steps would round away in 16 bits. Before an adapter copies the head.
+    head_of(model).float()
     if folder is not None:
         return PeftModel.from_pretrained(model, folder).eval()
     if config.model.tuning == "full":
@@ -113,12 +100,6 @@ def load_reward_model(config: Settings, folder: Path | None = None, seed: int = 
 
 def head_of(model: PreTrainedModel) -> torch.nn.Module:
     return next(getattr(causal_model(model), name) for name in HEADS if hasattr(causal_model(model), name))
-
-
-def as_float(model: PreTrainedModel) -> PreTrainedModel:
-    """The model with its head in float32: two logits cost nothing, and training steps would round away in 16 bits."""
-    head_of(model).float()
-    return model
 
 
 def step_batch(solutions: Sequence[Solution]) -> dict[str, Tensor]:
@@ -171,11 +152,6 @@ class StepTrainer(Trainer):
         if not torch.isfinite(loss):
             raise FloatingPointError(f"the reward model's loss is {loss.item()}; lower process.lr")
         return loss
-
-
-class Mark(TrainerCallback):
-    def on_save(self, args, state, control, **kwargs):
-        (Path(args.output_dir) / f"checkpoint-{state.global_step}" / "complete").touch()  # see training.last_checkpoint
 
 
 def train(config: Settings, solutions: list[Solution], folder: Path, seed: int) -> dict[str, Any]:
