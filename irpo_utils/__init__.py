@@ -1,4 +1,19 @@
-"""Iterative Reasoning Preference Optimization (arXiv 2404.19733): the loop of sampling, pairing and training."""
+"""Iterative Reasoning Preference Optimization (arXiv 2404.19733): sample, grade, pair, train, evaluate, and again.
+
+files      the project's root, files that are whole or not there, hashes, locks, errors
+metrics    accuracy with intervals, pass@k, maj@k, AUC, best of N
+settings   every parameter, with its range and default
+answers    text -> answer -> the same?
+tasks      problems, prompts, what a right answer is; grading
+model      the room that imports torch: loading, prompts, sampling, log-probabilities, losses, training
+methods    what makes a method: recipes, the table of parts, selections, sampler, trainer
+loop       IRPO on one page, in memory
+run        stages on disk: configuration, presets, keys and manifests, the driver
+report     tables, figures, publishing
+extras     what IRPO does not need: judge, ExPO, process feedback, programs, vLLM, TRL, benchmark, seed model
+
+A room imports from those above it alone, and none of them from `extras`, whose parts are named in a table.
+"""
 
 import logging
 import warnings

@@ -173,6 +173,7 @@ class TrainConfig(Section):
 class EvaluationConfig(Section):
     samples: Count = 32
     temperature: Positive = 0.8
+    test: Names = ()  # further test sets, each a file or hub data set in the form of the task's own
 
 
 class Settings(Section):
@@ -191,7 +192,9 @@ class Settings(Section):
     threads: Count = 2  # CPU threads of a stage; part of what makes a rerun bit-identical
 
     @model_validator(mode="after")
-    def _fits_vllm(self) -> Self:
+    def _fits_together(self) -> Self:
+        if self.evaluation.test and self.task.name == "word_problems":
+            raise ValueError("evaluation.test: word problems are generated, not read; take a task that reads records")
         if self.sampling.engine == "vllm" and self.model.quantize == "nf4":
             raise ValueError(
                 "sampling.engine: vLLM would not run the 4-bit weights that are trained; "

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -73,3 +74,12 @@ def execution():
     except Refused:
         return ACCEPTED
     return ISOLATED
+
+
+def pytest_terminal_summary(terminalreporter):
+    """One line that says what was skipped, and why."""
+    reasons = Counter(
+        report.longrepr[2].removeprefix("Skipped: ") for report in terminalreporter.stats.get("skipped", [])
+    )
+    if reasons:
+        terminalreporter.write_line("skipped: " + "; ".join(f"{count} ({why})" for why, count in reasons.items()))

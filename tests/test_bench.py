@@ -34,8 +34,12 @@ def test_pairs_have_what_both_trainers_need():
     pairs = bench.make_pairs(SMALL, prompts)
     assert len(pairs) == SMALL.k
     assert all(
-        p["chosen_ids"][-1] == p["rejected_ids"][-1] == 1 and p["chosen_ids"] != p["rejected_ids"] for p in pairs
+        pair.chosen_ids[-1] == pair.rejected_ids[-1] == 1 and pair.chosen_ids != pair.rejected_ids for pair in pairs
     )
+    tokenizer = bench.word_tokenizer()
+    for pair in pairs:  # a contender that reads text sees the same ids, and adds the EOS
+        assert tuple(tokenizer(pair.prompt).input_ids) == pair.prompt_ids
+        assert tuple(tokenizer(pair.chosen + tokenizer.eos_token).input_ids) == pair.chosen_ids
     assert len(bench.alternate({"x": lambda: 1.0}, repeats=3)["x"]) == 3
     with pytest.raises(StopIteration):
         bench.alternate({"x": iter([1.0]).__next__}, repeats=1)

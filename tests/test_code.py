@@ -205,7 +205,7 @@ def test_every_gold_solution_in_the_upstream_form_passes_its_tests(name, executi
     ("name", "file", "count"), [("mbpp", "mbpp.jsonl", 974), ("humaneval", "HumanEval.jsonl.gz", 164)]
 )
 def test_every_gold_solution_passes_its_tests(name, file, count, execution):
-    """Upstream records that cannot pass: none. Without GOLD=all, those that have what is odd, and a tenth of the rest."""
+    """Upstream records that cannot pass: none. Without GOLD=all, the odd ones and a tenth of the rest are run."""
     every = list(task_of(name, test=str(DATA / file)).named.values())
     assert len(every) == count
     rng = random.Random(0)

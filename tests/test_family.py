@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from irpo_utils.extras.process.labels import score_samples
 from irpo_utils.files import NOTEBOOKS, read_jsonl, write_text
 from irpo_utils.model.load import load_policy, load_tokenizer
 from irpo_utils.model.prompts import encode_prompts
+from irpo_utils.model.records import Prompt, Sample
 from irpo_utils.report.comparison import budget_table, spent_table
 from irpo_utils.run.config import dump
 from irpo_utils.run.driver import run_notebook
@@ -46,7 +48,8 @@ def test_star_solves_failures_with_the_answer_in_sight_and_learns_them_without(r
     samples, rewarded = rows(run, "star", 1, "samples.jsonl", "01_sample"), rows(run, "star", 1, "rewarded.jsonl", "01b_reward")  # fmt: skip
     right = Counter(s["problem"] for s in samples if s["reward"] == 1)
     extra = [r for r in rewarded if r.get("extra")]
-    assert rewarded[: len(samples)] == samples  # nothing is lost or changed
+    kept = [s | {"answer_reward": s["reward"]} for s in samples]
+    assert rewarded[: len(samples)] == kept  # nothing is lost or changed
     assert extra and all(right[r["problem"]] == 0 and r["reward"] == 1 and r["logp"] is None for r in extra)
     facts = json.loads(STAGES["01b_reward"](run, "star", 0, 1).path("reward.json").read_text())
     assert facts["failed_problems"] == len({s["problem"] for s in samples} - set(right)) and facts["right"] == len(
@@ -85,11 +88,12 @@ def test_the_reward_model_on_disk_gives_the_rewards_that_made_the_pairs(run):
     stage = STAGES["01b_reward"](run, "sipf", 0, 2)
     model = reward_model.load_reward_model(stage.config, stage.path("reward_model"), threads=1)
     tokenizer, task = load_tokenizer(stage.config.model), get_task(stage.config.task)
-    prompts = encode_prompts(task, tokenizer, task.problems("train"))
-    rewarded = read_jsonl(stage.path("rewarded.jsonl"))[:64]
-    asked = [r | {"reward": r["answer_reward"]} for r in rewarded]
-    again = score_samples(model, tokenizer, prompts, asked, "mean")
-    assert [r["reward"] for r in again] == pytest.approx([r["reward"] for r in rewarded], abs=1e-5)
+    ids = encode_prompts(task, tokenizer, task.problems("train"))
+    prompts = {name: Prompt(name, "", tuple(prompt)) for name, prompt in ids.items()}
+    rewarded = Sample.read(stage.path("rewarded.jsonl"), "01b_reward")[:64]
+    unscored = [replace(s, reward=s.answer_reward, step_scores=()) for s in rewarded]
+    again = score_samples(model, tokenizer, prompts, unscored, "mean")
+    assert [s.reward for s in again] == pytest.approx([s.reward for s in rewarded], abs=1e-5)
     worth = {(r["problem"], tuple(r["token_ids"])): r["reward"] for r in read_jsonl(stage.path("rewarded.jsonl"))}
     for pair in rows(run, "sipf", 2, "pairs.jsonl"):
         better, worse = (worth[pair["problem"], tuple(pair[f"{side}_ids"])] for side in ("chosen", "rejected"))
@@ -126,7 +130,7 @@ def test_what_a_round_used_up_is_what_is_in_its_files(run):
     # Six steps of eight pairs, or of sixteen responses: as many responses, so nearly as many tokens.
     one, other = spent.loc[("star", 2), "trained"], spent.loc[("expo", 1), "trained"]
     assert 0.8 < one / other < 1.25
-    table = budget_table(spent.reset_index())
+    table = budget_table(spent.reset_index(), open_run(run))
     assert set(table.method) == {"STaR", "SIPF (ORPO on process feedback)", "ExPO (from IRPO)"}
 
 

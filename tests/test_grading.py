@@ -1,4 +1,4 @@
-"""Grading: a labelled set of rule-breaking answers, every gold answer of every file, hostile input, and the command line."""
+"""Grading: a labelled set of rule-breaking answers, every gold answer, hostile input, and the command line."""
 
 import json
 import random

@@ -1,10 +1,12 @@
 """The rooms of the package and their one direction: who may import whom, and what stays light."""
 
 import ast
+import os
 import shutil
 import subprocess
 import sys
 
+import pytest
 from conftest import ROOT
 
 PACKAGE = ROOT / "irpo_utils"
@@ -117,19 +119,54 @@ def test_functions_have_at_most_six_arguments():
                 assert len(given) <= 6, f"{name}.{node.name}: {', '.join(given)}"
 
 
-def test_the_loop_runs_without_extras(tmp_path):
-    """IRPO, DPO and both SFTs, in a copy of the project that has no extras."""
-    for name in ("irpo_utils", "notebooks", "pyproject.toml"):
-        source = ROOT / name
-        if source.is_dir():
-            shutil.copytree(source, tmp_path / name, ignore=shutil.ignore_patterns("extras", "__pycache__"))
-        else:
-            shutil.copy(source, tmp_path / name)
-    done = subprocess.run(
-        [sys.executable, "-m", "irpo_utils", "micro", "methods=irpo,dpo,sft_chosen,sft_gold", "iterations=1"],
-        cwd=tmp_path,
+@pytest.fixture(scope="module")
+def without_extras(tmp_path_factory):
+    """A copy of the project that has no extras, and what a run of IRPO, DPO and both SFTs said in it."""
+    copy = tmp_path_factory.mktemp("without")
+    for name in ("irpo_utils", "notebooks"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("extras", "__pycache__"))
+    return copy, drive_in(copy, "micro", "methods=irpo,dpo,sft_chosen,sft_gold", "iterations=1")
+
+
+def drive_in(folder, *arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "irpo_utils", *arguments],
+        cwd=folder,
+        env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
     )
+
+
+def test_the_loop_runs_without_extras(without_extras):
+    _, done = without_extras
     assert done.returncode == 0 and "report.html" in done.stdout, done.stdout + done.stderr
+
+
+def not_done(folder):
+    """Stage -> why it is not done, for those of IRPO's first round and of M_0."""
+    lines = [line.partition(": ") for line in drive_in(folder, "why", "micro").stdout.splitlines()]
+    return {
+        where.rpartition("/")[2]: why
+        for where, _, why in lines
+        if why != "done" and "/m0/" in where + "/m0/" * ("/irpo/" in where)
+    }
+
+
+def test_changed_code_reruns_what_runs_it_and_comments_change_nothing(without_extras):
+    copy, _ = without_extras
+    assert not_done(copy) == {}
+    losses, select, sampling = (
+        copy / "irpo_utils" / f for f in ("model/losses.py", "methods/select.py", "model/sampling.py")
+    )
+    before = losses.read_text()
+    losses.write_text(before.replace("-F.logsigmoid(chosen_reward", "-2 * F.logsigmoid(chosen_reward"))
+    assert losses.read_text() != before
+    assert not_done(copy) == {"03_train": "code model/losses.py"}
+    losses.write_text(before.replace('"""The losses', '"""All losses') + "# a comment\n")
+    assert not_done(copy) == {}
+    select.write_text(select.read_text().replace("for i in range(k)", "for i in range(k + 1)"))
+    assert not_done(copy) == {"02_pairs": "code methods/select.py"}
+    sampling.write_text(sampling.read_text() + "\nMORE = 1\n")
+    assert set(not_done(copy)) == {"01_sample", "02_pairs", "03_train", "04_evaluate"}

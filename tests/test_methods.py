@@ -117,7 +117,11 @@ GOOD = "m:\n  label: M\n  rounds: [{reward: answer, selection: pairs, loss: dpo,
         ("selection: pairs", "selection: nowhere.py:mine", "nowhere.py:mine: .* is missing"),
         ("m:", "train:", "'train' is no name for a method"),
         ("}]", "}]\n  repeat: true", "repeat: 0 to 1"),
-        ("loss: dpo", "loss: extrapolate", "has no selection"),
+        (
+            "loss: dpo, start: M_t, reference: moving",
+            "loss: extrapolate, start: M_t, reference: none",
+            "has no selection",
+        ),
         (
             "selection: pairs, loss: dpo, start: M_t, reference: moving",
             "selection: none, loss: extrapolate, start: M_t, reference: none",

@@ -6,22 +6,23 @@ very tokens that were sampled, and that the function that samples is the functio
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
-from conftest import DATA, drive
+from conftest import DATA, ROOT, drive, remove_run
 from small_models import FAMILIES, build
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from irpo_utils.files import read_jsonl
-from irpo_utils.model import load, logprobs, sampling, tokens, training
+from irpo_utils.model import load, logprobs, sampling, training
+from irpo_utils.model.losses import dpo_nll
 from irpo_utils.model.prompts import encode_prompts, stop_ids
-from irpo_utils.run import stages, store
+from irpo_utils.model.records import Pair
 from irpo_utils.run.config import dump
 from irpo_utils.run.driver import check_inputs
 from irpo_utils.run.presets import load_preset
-from irpo_utils.run.store import Stage
-from irpo_utils.settings import ModelConfig
+from irpo_utils.run.stages import EvaluateStage, PairsStage, RewardStage, SampleStage, TrainStage, plan
 from irpo_utils.tasks import get_task
 
 pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason=f"the benchmark records are not at {DATA}")
@@ -57,19 +58,6 @@ def write_run(folder, config):
     return folder
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("declared", ["PreTrainedTokenizerFast", "Qwen2TokenizerFast", "Qwen2Tokenizer", "GemmaTokenizer"])  # fmt: skip
-def test_the_tokenizer_is_the_one_that_auto_tokenizer_loads(family, declared, folders, tmp_path):
-    """Its class is guessed from the files, so that torch need not be imported to load it."""
-    folder = shutil.copytree(folders[family], tmp_path / "model")
-    settings = json.loads((folder / "tokenizer_config.json").read_text())
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"tokenizer_class": declared}))
-    mine, theirs = tokens.load_tokenizer(ModelConfig(str(folder))), AutoTokenizer.from_pretrained(folder)
-    assert type(mine) is type(theirs)
-    assert mine.backend_tokenizer.to_str() == theirs.backend_tokenizer.to_str()
-    assert (mine.chat_template, mine.special_tokens_map) == (theirs.chat_template, theirs.special_tokens_map)
-
-
 @pytest.mark.parametrize(
     ("family", "quantize", "method"), [("gemma2", "nf4", "sipf"), ("llama", "none", "self_rewarding")]
 )
@@ -79,16 +67,15 @@ def test_the_family_goes_through_its_rounds_on_real_records(family, quantize, me
     more |= {"process.continuations": 2, "process.max_steps": 3, "judge.read": "scores", "sampling.n": 24}
     config = load_preset("gsm8k-qwen2.5-0.5b", settings("gsm8k", folders[family], **more))
     run = write_run(tmp_path / "run", config)
-    calls = {"01_sample": stages.sample_stage, "01b_reward": stages.reward_stage, "02_pairs": stages.pairs_stage, "03_train": lambda s: stages.train_stage(s, show=lambda line: None)}  # fmt: skip
-    for stage in store.plan(config, run, method, 0):
-        if stage.name in calls:
-            calls[stage.name](stage.begin())
+    for stage in plan(config, run, method, 0):
+        if stage.name != "04_evaluate":
+            stage.begin().run()
             stage.finish()
-    facts = json.loads(Stage("01b_reward", run, method, 0, 2).path("reward.json").read_text())
-    rewarded = read_jsonl(Stage("01b_reward", run, method, 0, 2).path("rewarded.jsonl"))
+    facts = json.loads(RewardStage(run, method, 0, 2).path("reward.json").read_text())
+    rewarded = read_jsonl(RewardStage(run, method, 0, 2).path("rewarded.jsonl"))
     assert len(rewarded) == 12 * 24 and facts["drawn_tokens"] > 0
     assert all(0 <= r["reward"] <= (1 if method == "sipf" else 5) for r in rewarded)
-    assert read_jsonl(Stage("02_pairs", run, method, 0, 2).path("pairs.jsonl"))
+    assert read_jsonl(PairsStage(run, method, 0, 2).path("pairs.jsonl"))
 
 
 @pytest.mark.parametrize(
@@ -112,36 +99,36 @@ def test_architectures_go_through_the_loop(family, task, quantize, dtype, folder
         settings(task, folders[family], **{"model.quantize": quantize, "model.dtype": dtype, **more}),
     )
     run = write_run(tmp_path / "run", config)
-    stage = Stage("01_sample", run).begin()
-    records = stages.sample_stage(stage)
+    stage = SampleStage(run).begin()
+    samples = stage.run()
     stage.finish()
-    tokenizer = tokens.load_tokenizer(config.model)
+    tokenizer = load.load_tokenizer(config.model)
     stops = stop_ids(config.model, tokenizer)
     assert tokenizer.convert_ids_to_tokens(stops[0]) == FAMILIES[family][2]
-    assert len(records) == 12 * (15 if family == "llama" else 12)
-    assert any(r["finished"] for r in records)
-    stage = Stage("02_pairs", run).begin()
-    pairs, audit = stages.pairs_stage(stage)
+    assert len(samples) == 12 * (15 if family == "llama" else 12)
+    assert any(s.finished for s in samples)
+    stage = PairsStage(run).begin()
+    pairs, audit = stage.run()
     stage.finish()
     assert audit["pairs"] == len(pairs) > 3
-    sampled = {(r["problem"], tuple(r["token_ids"])) for r in records}
+    sampled = {(s.problem, s.token_ids) for s in samples}
     for pair in pairs:
-        assert pair["prompt_ids"].count(tokenizer.bos_token_id) <= 1
-        assert pair["chosen_ids"][-1] == stops[0] and pair["rejected_ids"][-1] in stops
-        assert (pair["problem"], tuple(pair["rejected_ids"])) in sampled
-    stage = Stage("03_train", run).begin()
-    facts = stages.train_stage(stage, show=lambda line: None)
+        assert pair.prompt_ids.count(tokenizer.bos_token_id) <= 1
+        assert pair.chosen_ids[-1] == stops[0] and pair.rejected_ids[-1] in stops
+        assert (pair.problem, pair.rejected_ids) in sampled
+    stage = TrainStage(run).begin()
+    facts = stage.run(show=lambda line: None)
     stage.finish()
     near = 1e-3 if dtype == "float32" else 5e-2
     assert facts["dpo_at_start"] == pytest.approx(training.LN2, abs=near)
     assert facts["sampler_gap"] < near
     if family == "llama":  # trained again, with the pairs of the dev problems too
-        assert {p["problem"] for p in pairs} & {p.id for p in get_task(config.task).problems("dev")}
+        assert {p.problem for p in pairs} & {p.id for p in get_task(config.task).problems("dev")}
         assert facts["retrained_with_dev"]
-    stage = Stage("04_evaluate", run).begin()
-    summary, judged = stages.evaluate_stage(stage)
+    stage = EvaluateStage(run).begin()
+    summary, responses = stage.run()
     stage.finish()
-    assert summary["test"]["problems"] == 4 and len(judged) == 7
+    assert summary["test"]["problems"] == 4 and len(responses) == 7
     assert summary["test"]["greedy_flexible"] >= summary["test"]["greedy"]
 
 
@@ -149,7 +136,7 @@ def test_architectures_go_through_the_loop(family, task, quantize, dtype, folder
 def test_greedy_sampling_is_generate(family, folders):
     """Padding, grouped heads, soft-capped attention and several stop tokens make no difference."""
     config = load_preset("gsm8k-qwen2.5-0.5b", settings("gsm8k", folders[family]))
-    task, tokenizer = get_task(config.task), tokens.load_tokenizer(config.model)
+    task, tokenizer = get_task(config.task), load.load_tokenizer(config.model)
     model = load.load_policy(config.model, threads=1)
     prompts = encode_prompts(task, tokenizer, task.problems("train")[:4])
     stops = stop_ids(config.model, tokenizer)
@@ -164,13 +151,15 @@ def test_greedy_sampling_is_generate(family, folders):
 
 def test_more_samples_than_rows_are_drawn_in_parts(folders):
     config = load_preset("gsm8k-qwen2.5-0.5b", settings("gsm8k", folders["llama"]))
-    task, tokenizer = get_task(config.task), tokens.load_tokenizer(config.model)
+    task, tokenizer = get_task(config.task), load.load_tokenizer(config.model)
     model = load.load_policy(config.model, threads=1)
     prompts = encode_prompts(task, tokenizer, task.problems("train")[:2])
     drawn = []
     for rows in (5, 64):
         found = {}
-        for batch in sampling.sample(model, prompts, n=12, temperature=1.0, seed=0, eos_id=[0], max_new_tokens=8, rows=rows):  # fmt: skip
+        for batch in sampling.sample(
+            model, prompts, n=12, temperature=1.0, seed=0, eos_id=[0], max_new_tokens=8, max_rows=rows
+        ):
             found |= {name: [c.token_ids for c in completions] for name, completions in batch.items()}
         drawn.append(found)
     assert drawn[0] == drawn[1]
@@ -198,15 +187,25 @@ def test_gradient_checkpointing_changes_nothing_but_memory(folders, tmp_path):
         more = {"train.gradient_checkpointing": checkpointing}
         config = load_preset("gsm8k-qwen2.5-0.5b", settings("gsm8k", folders["qwen2"], **more))
         model = load.load_policy(config.model, trainable=True, seed=0, threads=1)
-        pair = {"problem": "p", "prompt_ids": [5, 6, 7], "chosen_logp": None, "rejected_logp": None}
-        rows = [pair | {"chosen_ids": [8, 9, i], "rejected_ids": [10, i]} for i in range(20, 24)]
-        training.train(model, rows, tmp_path / checkpointing, loss="dpo+nll", config=config.train, seed=0, sampled_by_start=False, show=lambda line: None)  # fmt: skip
+        pair = Pair("p", "", "", "", (5, 6, 7), (), (), None, None)
+        pairs = [replace(pair, chosen_ids=(8, 9, i), rejected_ids=(10, i)) for i in range(20, 24)]
+        training.train(
+            model,
+            pairs,
+            tmp_path / checkpointing,
+            loss=dpo_nll,
+            weights={"beta": 0.1, "alpha": 1.0},
+            has_reference=True,
+            config=config.train,
+            seed=0,
+            sampled_by_start=False,
+            show=lambda line: None,
+        )
         losses.append([s["loss"] for s in training.read_steps(tmp_path / checkpointing / "steps.jsonl")])
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
 def test_exported_model_is_the_policy_up_to_bfloat16(folders, tmp_path):
-    from transformers import AutoModelForCausalLM
 
     config = load_preset("gsm8k-qwen2.5-0.5b", settings("gsm8k", folders["llama"], **{"model.quantize": "nf4"})).model
     policy = load.load_policy(config, trainable=True)
@@ -228,7 +227,6 @@ def test_exported_model_is_the_policy_up_to_bfloat16(folders, tmp_path):
 
 
 def test_the_driver_runs_real_records_end_to_end_and_says_how_to_load(folders, tmp_path):
-    from conftest import ROOT, remove_run
 
     remove_run("test-real")
     done = drive("gsm8k-qwen2.5-0.5b", "run=test-real", *settings("gsm8k", folders["qwen2"]))
@@ -246,7 +244,6 @@ def test_the_driver_runs_real_records_end_to_end_and_says_how_to_load(folders, t
 
 def test_dropout_in_the_base_is_off(folders, tmp_path):
     """It would make another function of the policy than the one that was sampled."""
-    import shutil
 
     shutil.copytree(folders["qwen2"], tmp_path / "model")
     facts = json.loads((tmp_path / "model" / "config.json").read_text())
@@ -272,7 +269,6 @@ def test_dropout_in_the_base_is_off(folders, tmp_path):
     ],
 )  # fmt: skip
 def test_a_model_that_cannot_be_used_is_refused_before_anything_runs(spoil, message, folders, tmp_path):
-    import shutil
 
     shutil.copytree(folders["llama"], tmp_path / "model")
     spoil(tmp_path / "model")
@@ -287,12 +283,14 @@ def change(folder, name, **facts):
 
 def test_prompts_run_in_parts_give_the_same_samples(folders, monkeypatch):
     config = load_preset("gsm8k-qwen2.5-0.5b", settings("gsm8k", folders["llama"]))
-    task, tokenizer = get_task(config.task), tokens.load_tokenizer(config.model)
+    task, tokenizer = get_task(config.task), load.load_tokenizer(config.model)
     model = load.load_policy(config.model, threads=1)
     prompts = encode_prompts(task, tokenizer, task.problems("train")[:6])
     drawn = []
     for at_once in (1 << 15, 300):
         monkeypatch.setattr(sampling, "PREFILL_TOKENS", at_once)
-        (batch,) = sampling.sample(model, prompts, n=2, temperature=1.0, seed=0, eos_id=[0], max_new_tokens=8, rows=64)
+        (batch,) = sampling.sample(
+            model, prompts, n=2, temperature=1.0, seed=0, eos_id=[0], max_new_tokens=8, max_rows=64
+        )
         drawn.append({name: [c.token_ids for c in completions] for name, completions in batch.items()})
     assert drawn[0] == drawn[1]

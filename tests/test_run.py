@@ -17,7 +17,7 @@ from irpo_utils.files import NOTEBOOKS, ConfigError, MissingArtefact, file_hash,
 from irpo_utils.run.config import dump
 from irpo_utils.run.driver import run_notebook
 from irpo_utils.run.presets import load_preset
-from irpo_utils.run.stages import STAGES, PairsStage, SampleStage
+from irpo_utils.run.stages import STAGES, EvaluateStage, PairsStage, SampleStage
 
 KILLS = int(os.environ.get("KILLS", "2"))
 
@@ -248,6 +248,32 @@ def test_keys_name_what_a_stage_depends_on_and_no_more(tmp_path):
     for override, stages in expected.items():
         changed = keys(override)
         assert {name for name in plain if changed[name] != plain[name]} == stages, override
+
+
+def test_a_further_test_set_is_one_parameter_and_concerns_evaluations_alone(tmp_path):
+    """Questions that are trained on, or that dev has, are left out of it."""
+    upstream = ROOT / "tests" / "upstream" / "gsm8k.jsonl"
+    lines = upstream.read_text().splitlines()
+    for name, part in (("train", lines[:14]), ("test", lines[14:17]), ("more", lines[12:20])):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(part))
+    files = [f"task.{split}={tmp_path / split}.jsonl" for split in ("train", "test")]
+    sizes = ["task.train_size=0", "task.dev_size=2", "task.test_size=0"]
+    small = ["task.name=gsm8k", *files, *sizes, "evaluation.samples=2", "sampling.max_new_tokens=4"]
+    plain, more = (
+        load_preset("micro", [*small, *extra]) for extra in ([], [f"evaluation.test={tmp_path / 'more.jsonl'}"])
+    )
+    for name, stage in STAGES.items():
+        if name not in ("01b_reward", "03b_extrapolate"):
+            changed = stage(tmp_path, config=plain).parameters() != stage(tmp_path, config=more).parameters()
+            assert changed == (name == "04_evaluate")
+    stage = EvaluateStage(tmp_path, iteration=0, config=more).begin()
+    summary, responses = stage.run()
+    stage.finish()
+    source = str(tmp_path / "more.jsonl")
+    assert [summary[split]["problems"] for split in ("dev", "test", source)] == [2, 3, 6]
+    assert len([r for r in responses if r["split"] == source]) == 6
+    (tmp_path / "more.jsonl").write_text("\n".join(lines[17:]))
+    assert stage.why_not_done() == [f"input problems {source}"]
 
 
 def test_killed_and_run_again_ends_with_the_same_metrics(micro_run):

@@ -1,4 +1,4 @@
-"""Programs in the sandbox: hostile ones get the right verdict and leave nothing behind, and without walls none is run."""
+"""Programs in the sandbox: hostile ones get the right verdict and leave nothing, and without walls none is run."""
 
 import os
 import shutil

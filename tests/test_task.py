@@ -1,4 +1,4 @@
-"""The embedded task: disjoint splits, gold that grades right, steps checked against the truth, answers in three classes."""
+"""The embedded task: disjoint splits, gold that grades right, steps checked, answers in three classes."""
 
 import copy
 import json

@@ -3,31 +3,41 @@
 ./run_all.sh --bench [quick|full]      writes outputs/bench/bench.json and prints the table
 IRPO_VLLM_PYTHON=vllm-env/bin/python ./run_all.sh --bench       with vLLM beside it (pyproject.toml: how to install it)
 
-Contenders take turns, so that a machine that slows down slows all of them; the figure is the median. Nothing of loading,
-tokenizing or importing is timed. Random weights do not change how much work there is for the others, but they do for this
-project's sampler: samples of random weights part at once, so the random shapes show what sharing prompts is worth, and
-the embedded model, which was trained, also what sharing beginnings is worth. Responses have a fixed length in the random
-shapes, so that every contender draws the same number of tokens.
+Contenders take turns, so that a machine that slows down slows all of them; the figure is the median. Nothing of
+loading, tokenizing or importing is timed.
+
+Random weights do not change how much work there is for the others, but they do for this project's sampler. Samples of
+random weights part at once, so the random shapes show what sharing prompts is worth. The embedded model was trained, so
+it also shows what sharing first tokens is worth. Responses have a fixed length in the random shapes, so that every
+contender draws the same number of tokens.
 
 Peak memory is that of one training in a process of its own, over what the process holds with model and pairs loaded.
 """
 
 from __future__ import annotations
 
+import copy
+import logging
 import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
+import transformers
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -36,13 +46,15 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from trl import DPOConfig, DPOTrainer
 
 from ..files import OUTPUTS, write_json
 from ..model import load as models
-from ..model import logprobs, sampling, tokens
+from ..model import logprobs, losses, sampling
 from ..model.prompts import encode_prompts
+from ..model.records import Pair
 from ..model.training import PreferenceTrainer
-from ..run.presets import load_preset
+from ..settings import ModelConfig, SamplingConfig, Settings, TaskConfig
 from ..tasks import get_task
 from .vllm import engine as vllm
 
@@ -83,33 +95,37 @@ SHAPES = {
 }
 TRAINED = 2  # problems of a random shape that are trained on
 WORDS = 4000
-ROWS = 256  # responses that this project runs at once
+MAX_ROWS = 256  # responses that this project runs at once
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer whose text is its ids, so that a contender that tokenizes gets the very tokens that the others get."""
-    from tokenizers import Tokenizer, pre_tokenizers
-    from tokenizers.models import WordLevel
-
+    """A tokenizer whose text is its ids: a contender that tokenizes gets the very tokens that the others get."""
     vocabulary = {"<pad>": 0, "<eos>": 1, "<unk>": 2, **{f"w{i}": i for i in range(3, WORDS)}}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.pre_tokenizer = WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
 
 
 def load(shape: Shape) -> tuple[LlamaForCausalLM, Any, dict[str, list[int]], int]:
     """Model, tokenizer, prompts, and the id that ends a response (-1: none does)."""
     if not shape.hidden:
-        config = load_preset("tiny", ["task.train_size=200"])
-        tokenizer = tokens.load_tokenizer(config.model)
+        config = Settings(task=TaskConfig(train_size=200))
+        tokenizer = models.load_tokenizer(config.model)
         task = get_task(config.task)
         prompts = encode_prompts(task, tokenizer, task.problems("train")[: shape.problems])
         return models.load_policy(config.model), tokenizer, prompts, tokenizer.eos_token_id
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=WORDS, hidden_size=shape.hidden, intermediate_size=3 * shape.hidden, num_hidden_layers=shape.layers,
-        num_attention_heads=shape.hidden // 64, max_position_embeddings=2048, tie_word_embeddings=True, eos_token_id=1, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=WORDS,
+        hidden_size=shape.hidden,
+        intermediate_size=3 * shape.hidden,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.hidden // 64,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
     rng = random.Random(0)
     prompts = {
         f"p{i}": [rng.randrange(3, WORDS) for _ in range(shape.prompt + rng.randint(-5, 5))]
@@ -131,23 +147,30 @@ def alternate(contenders: dict[str, Callable[[], float]], repeats: int) -> dict[
 
 
 def samplers(shape: Shape, stack: ExitStack) -> dict[str, Callable[[], float]]:
-    """What draws N responses to every prompt and returns tokens per second: this project, `generate`, vLLM where it is installed.
+    """What draws N responses to every prompt and returns tokens per second.
 
-    What `stack` holds is needed until they have run.
+    They are this project, `generate`, and vLLM where it is installed. What `stack` holds is needed until they have run.
     """
     model, tokenizer, prompts, eos = load(shape)
 
     def rate(draw: Callable[..., Any]) -> float:
-        started, tokens = time.perf_counter(), 0
-        stops = [eos] if eos >= 0 else []
-        for batch in draw(prompts, n=shape.n, temperature=1.0, seed=0, eos_id=stops, max_new_tokens=shape.response, rows=ROWS):  # fmt: skip
-            tokens += sum(len(c.token_ids) for completions in batch.values() for c in completions)
-        return tokens / (time.perf_counter() - started)
+        started, drawn = time.perf_counter(), 0
+        for batch in draw(
+            prompts,
+            n=shape.n,
+            temperature=1.0,
+            seed=0,
+            eos_id=[eos] if eos >= 0 else [],
+            max_new_tokens=shape.response,
+            max_rows=MAX_ROWS,
+        ):
+            drawn += sum(len(c.token_ids) for completions in batch.values() for c in completions)
+        return drawn / (time.perf_counter() - started)
 
     def generate(size: int) -> float:
         """One batch after the other: where nothing differs between batches, two of them have the rate of all."""
         set_seed(0)
-        started, tokens = time.perf_counter(), 0
+        started, drawn = time.perf_counter(), 0
         todo = sorted(prompts.values(), key=len)
         for i in range(0, len(todo) if eos >= 0 else min(len(todo), 2 * size), size):
             part = todo[i : i + size]
@@ -155,12 +178,18 @@ def samplers(shape: Shape, stack: ExitStack) -> dict[str, Callable[[], float]]:
             ids = torch.tensor([[0] * (width - len(p)) + p for p in part], device=model.device)
             mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in part], device=model.device)
             out = model.generate(
-                ids, attention_mask=mask, do_sample=True, top_k=0, num_return_sequences=shape.n,
-                max_new_tokens=shape.response, min_new_tokens=None if eos >= 0 else shape.response, pad_token_id=0,
-            )[:, width:]  # fmt: skip
+                ids,
+                attention_mask=mask,
+                do_sample=True,
+                top_k=0,
+                num_return_sequences=shape.n,
+                max_new_tokens=shape.response,
+                min_new_tokens=None if eos >= 0 else shape.response,
+                pad_token_id=0,
+            )[:, width:]
             ended = (out == eos).int().cumsum(-1) - (out == eos).int()
-            tokens += int((ended == 0).sum())
-        return tokens / (time.perf_counter() - started)
+            drawn += int((ended == 0).sum())
+        return drawn / (time.perf_counter() - started)
 
     sizes = [s for s in ((8, 16) if eos >= 0 else (1, 2)) if s <= shape.problems]  # the best ones of a longer search
     found = {
@@ -181,92 +210,125 @@ def start_vllm(
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     dtype = "float32" if model.dtype == torch.float32 else "bfloat16"
-    settings = [f"model.path={folder}", f"model.dtype={dtype}", f"sampling.max_rows={ROWS}", f"sampling.max_new_tokens={shape.response}"]  # fmt: skip
-    config = load_preset("tiny", [*settings, f"threads={torch.get_num_threads()}"])
+    config = Settings(
+        model=ModelConfig(path=folder, dtype=dtype),
+        sampling=SamplingConfig(max_rows=MAX_ROWS, max_new_tokens=shape.response),
+        threads=torch.get_num_threads(),
+    )
     return vllm.Engine(config, None, max(map(len, prompts.values())))
 
 
-def make_pairs(shape: Shape, prompts: dict[str, list[int]]) -> list[logprobs.Pair]:
+def make_pairs(shape: Shape, prompts: dict[str, list[int]]) -> list[Pair]:
     """K pairs per problem, as the cyclic walk makes them of four winners and six losers, of random tokens."""
     rng, pairs = random.Random(1), []
     words = WORDS if shape.hidden else 130
     for name, prompt in prompts.items():
         length = shape.response if shape.hidden else 45
         drawn = [
-            [rng.randrange(3, words) for _ in range(length + rng.randint(-length // 5, length // 5))] + [1]
+            (*(rng.randrange(3, words) for _ in range(length + rng.randint(-length // 5, length // 5))), 1)
             for _ in range(10)
         ]
-        for i in range(shape.k):
-            pairs.append(
-                {"problem": name, "prompt_ids": prompt, "chosen_ids": drawn[i % 4], "rejected_ids": drawn[4 + i % 6]}
+        pairs += [
+            Pair(
+                problem=name,
+                prompt=as_text(prompt),
+                chosen=as_text(drawn[i % 4]),
+                rejected=as_text(drawn[4 + i % 6]),
+                prompt_ids=tuple(prompt),
+                chosen_ids=drawn[i % 4],
+                rejected_ids=drawn[4 + i % 6],
+                chosen_logp=None,
+                rejected_logp=None,
             )
+            for i in range(shape.k)
+        ]
     return pairs
 
 
+def as_text(ids: Sequence[int]) -> str:
+    """What `word_tokenizer` reads as these ids, without the EOS: TRL adds that itself."""
+    return "".join(f" w{i}" for i in ids if i > 2)
+
+
+class TimedTrainer(DPOTrainer):
+    """Notes how long the reference pass takes that TRL makes while it is set up."""
+
+    seconds = 0.0
+
+    def _precompute_ref_logps(self, *args, **kwargs):
+        started = time.perf_counter()
+        found = super()._precompute_ref_logps(*args, **kwargs)
+        self.seconds += time.perf_counter() - started
+        return found
+
+
 def trainers(shape: Shape) -> dict[str, Callable[[], float]]:
-    """What trains on the pairs and returns pairs per second, reference pass included: this project, TRL in several set-ups.
+    """What trains on the pairs and returns pairs per second, reference pass included.
 
-    All take one optimizer step (AdamW) per K pairs, all weights trained, from the same start.
+    They are this project, and TRL in several set-ups. All take one optimizer step (AdamW) per K pairs, all
+    weights trained, from the same start.
     """
-    import copy
-
-    from datasets import Dataset
-    from trl import DPOConfig, DPOTrainer
-
-    class TimedTrainer(DPOTrainer):
-        """Notes how long the reference pass takes that TRL makes while it is set up."""
-
-        seconds = 0.0
-
-        def _precompute_ref_logps(self, *args, **kwargs):
-            started = time.perf_counter()
-            found = super()._precompute_ref_logps(*args, **kwargs)
-            self.seconds += time.perf_counter() - started
-            return found
-
     model, _, prompts, _ = load(shape)
     tokenizer = word_tokenizer()
     prompts = dict(list(prompts.items())[: TRAINED if shape.hidden else 32])
     if not shape.hidden:  # TRL tokenizes text: words stand for the embedded model's ids
         prompts = {name: [max(3, i) for i in ids] for name, ids in prompts.items()}
     pairs = make_pairs(shape, prompts)
-    text = lambda ids: "".join(f" w{i}" for i in ids if i > 2)  # noqa: E731 - TRL adds the EOS itself
-    data = Dataset.from_list(
-        [{side: text(p[f"{side}_ids"]) for side in ("prompt", "chosen", "rejected")} for p in pairs]
+    data = datasets.Dataset.from_list(
+        [{"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected} for pair in pairs]
     )
     common = {
-        "learning_rate": 1e-5, "num_train_epochs": 1, "save_strategy": "no", "logging_strategy": "no", "report_to": [],
-        "disable_tqdm": True, "use_cpu": not torch.cuda.is_available(), "bf16": False,
-    }  # fmt: skip
+        "learning_rate": 1e-5,
+        "num_train_epochs": 1,
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "use_cpu": not torch.cuda.is_available(),
+        "bf16": False,
+    }
 
     def ours() -> float:
         policy, started = copy.deepcopy(model), time.perf_counter()
-        rows = [dict(p) for p in pairs]
-        for row, (chosen, rejected) in zip(rows, logprobs.reference_logps(policy, rows, 2 * shape.k), strict=True):
-            row["reference_chosen"], row["reference_rejected"] = chosen, rejected
+        scored = [
+            replace(pair, reference_chosen=chosen, reference_rejected=rejected)
+            for pair, (chosen, rejected) in zip(
+                pairs, logprobs.reference_logps(policy, pairs, 2 * shape.k), strict=True
+            )
+        ]
         policy.train()
         arguments = TrainingArguments(
-            tempfile.mkdtemp(), per_device_train_batch_size=shape.k, train_sampling_strategy="sequential",
-            remove_unused_columns=False, dataloader_pin_memory=False, **common,
-        )  # fmt: skip
+            tempfile.mkdtemp(),
+            per_device_train_batch_size=shape.k,
+            train_sampling_strategy="sequential",
+            remove_unused_columns=False,
+            dataloader_pin_memory=False,
+            **common,
+        )
         PreferenceTrainer(
             policy,
             arguments,
-            train_dataset=rows,
+            train_dataset=scored,
             data_collator=logprobs.pair_batch,
-            loss="dpo+nll",
-            beta=0.1,
-            alpha=1.0,
+            loss=losses.dpo_nll,
+            weights={"beta": 0.1, "alpha": 1.0},
         ).train()
         return len(pairs) / (time.perf_counter() - started)
 
     def trl(size: int, precompute: bool) -> float:
         policy, reference = copy.deepcopy(model), None if precompute else copy.deepcopy(model)
         arguments = DPOConfig(
-            tempfile.mkdtemp(), loss_type=["sigmoid", "sft"], loss_weights=[1.0, 1.0], beta=0.1, max_length=None,
-            per_device_train_batch_size=size, gradient_accumulation_steps=shape.k // size, gradient_checkpointing=False,
-            precompute_ref_log_probs=precompute, **common,
-        )  # fmt: skip
+            tempfile.mkdtemp(),
+            loss_type=["sigmoid", "sft"],
+            loss_weights=[1.0, 1.0],
+            beta=0.1,
+            max_length=None,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=shape.k // size,
+            gradient_checkpointing=False,
+            precompute_ref_log_probs=precompute,
+            **common,
+        )
         trainer = TimedTrainer(policy, reference, arguments, train_dataset=data, processing_class=tokenizer)
         trainer.remove_callback(PrinterCallback)
         started = time.perf_counter()
@@ -282,7 +344,10 @@ def trainers(shape: Shape) -> dict[str, Callable[[], float]]:
 
 
 def peak(shape: Shape, name: str) -> int | None:
-    """The most bytes that training by the contender `name` takes over what model and pairs take; None if it cannot be told."""
+    """The most bytes that training by the contender `name` takes, over what model and pairs take.
+
+    None where it cannot be told.
+    """
     contenders = trainers(shape)
     small = Shape("small", 12, 8, n=4, k=shape.k, problems=2, hidden=64, layers=1)
     trainers(small)[name]()  # imports what it imports later
@@ -293,21 +358,19 @@ def peak(shape: Shape, name: str) -> int | None:
         return torch.cuda.max_memory_allocated() - before
     if not Path("/proc/self/clear_refs").exists():
         return None
-    held = lambda field: 1024 * int(Path("/proc/self/status").read_text().partition(f"{field}:")[2].split()[0])  # noqa: E731
     Path("/proc/self/clear_refs").write_text("5")  # sets the mark of the highest memory to what it is now
-    before = held("VmRSS")
+    before = held_bytes("VmRSS")
     contenders[name]()
-    return held("VmHWM") - before
+    return held_bytes("VmHWM") - before
+
+
+def held_bytes(field: str) -> int:
+    """Memory of this process as Linux tells it: held now (VmRSS), or the most since the mark was set (VmHWM)."""
+    return 1024 * int(Path("/proc/self/status").read_text().partition(f"{field}:")[2].split()[0])
 
 
 def quiet() -> None:
     """Keep the libraries from writing between the lines of the table."""
-    import logging
-    import warnings
-
-    import datasets
-    import transformers
-
     warnings.filterwarnings("ignore")
     for library in ("transformers", "trl"):
         logging.getLogger(library).setLevel(logging.ERROR)
@@ -328,27 +391,13 @@ def default_job() -> dict[str, float]:
 def main(size: str = "quick", repeats: int = 5) -> int:
     """Run the benchmark of that size (its GPU shapes where there is a GPU) and write its table."""
     quiet()
-    rows, size = [], "gpu" if torch.cuda.is_available() else size
+    table, size = [], "gpu" if torch.cuda.is_available() else size
     for shape in SHAPES[size]:
-        for kind, unit in (("sampling", "tokens/s"), ("training", "pairs/s")):
+        for kind in ("sampling", "training"):
             if kind == "training" and (shape.name.endswith("N = 30") or shape.hidden > 2000):
                 continue  # trained on already; and all weights of 7 B do not fit with their optimizer
-            with ExitStack() as stack:
-                contenders = samplers(shape, stack) if kind == "sampling" else trainers(shape)
-                found = {n: statistics.median(values) for n, values in alternate(contenders, repeats).items()}
-                del contenders
-            others = sorted((name for name in found if name != "ours"), key=found.get)
-            row = {"shape": shape.name, "kind": kind, "unit": unit, "medians": found, "ratio": found["ours"] / found[others[-1]]}  # fmt: skip
-            said = "; ".join(
-                f"{name} {found[name]:,.1f} ({found['ours'] / found[name]:.1f} times)" for name in others[::-1]
-            )
-            line = f"{shape.name}, {kind}: ours {found['ours']:,.1f} {unit}; {said}"
-            if kind == "training":
-                with ProcessPoolExecutor(1, get_context("spawn"), quiet, max_tasks_per_child=1) as pool:
-                    row["peak_bytes"] = {name: pool.submit(peak, shape, name).result() for name in ("ours", others[-1])}
-                if row["peak_bytes"]["ours"] is not None:
-                    line += "; peak memory {:,.0f} and {:,.0f} MiB".format(*(b / 2**20 for b in row["peak_bytes"].values()))  # fmt: skip
-            rows.append(row)
+            row, line = measured(shape, kind, repeats)
+            table.append(row)
             print(line, flush=True)
     facts = {
         "threads": torch.get_num_threads(),
@@ -356,13 +405,34 @@ def main(size: str = "quick", repeats: int = 5) -> int:
         "repeats": repeats,
         "torch": torch.__version__,
         "size": size,
-        "rows": rows,
+        "rows": table,
         "default_job_seconds": default_job(),
     }
     if facts["default_job_seconds"]:
-        said = ", ".join(f"{stage} {value:.0f} s" for stage, value in facts["default_job_seconds"].items())
-        print(f"the last default run, by kind of stage: {said}")
+        parts = ", ".join(f"{stage} {value:.0f} s" for stage, value in facts["default_job_seconds"].items())
+        print(f"the last default run, by kind of stage: {parts}")
     target = OUTPUTS / "bench" / "bench.json"
     write_json(target, facts)
     print(f"-> {target.relative_to(OUTPUTS.parent)}")
     return 0
+
+
+def measured(shape: Shape, kind: str, repeats: int) -> tuple[dict[str, Any], str]:
+    """A row of the table: every contender's median for "sampling" or "training"; and the line that says it."""
+    unit = {"sampling": "tokens/s", "training": "pairs/s"}[kind]
+    with ExitStack() as stack:
+        contenders = samplers(shape, stack) if kind == "sampling" else trainers(shape)
+        found = {name: statistics.median(values) for name, values in alternate(contenders, repeats).items()}
+        del contenders
+    ours = found["ours"]
+    others = sorted((name for name in found if name != "ours"), key=found.get, reverse=True)
+    row = {"shape": shape.name, "kind": kind, "unit": unit, "medians": found, "ratio": ours / found[others[0]]}
+    rates = "; ".join(f"{name} {found[name]:,.1f} ({ours / found[name]:.1f} times)" for name in others)
+    line = f"{shape.name}, {kind}: ours {ours:,.1f} {unit}; {rates}"
+    if kind == "training":
+        with ProcessPoolExecutor(1, get_context("spawn"), quiet, max_tasks_per_child=1) as pool:
+            peaks = {name: pool.submit(peak, shape, name).result() for name in ("ours", others[0])}
+        row["peak_bytes"] = peaks
+        if peaks["ours"] is not None:
+            line += "; peak memory {:,.0f} and {:,.0f} MiB".format(*(value / 2**20 for value in peaks.values()))
+    return row, line

@@ -2,38 +2,58 @@
 
     th = th_1 + a (th_1 - th_0)
 
-th_0 is what th_1 was trained from (the paper: the SFT model), or any model before it: M_3 beyond M_2, or beyond the base.
-Two LoRA adapters on one base give one adapter on it, and exactly: with D_i = s_i B_i A_i the change that adapter i makes,
-(1 + a) D_1 - a D_0 is the product of the stacked [(1 + a) s_1 B_1, -a s_0 B_0] and [A_1; A_0], of rank r_1 + r_0. Base
-weights are neither read nor changed, so they may be in 4 bits. Which a is best is for dev data to say; that search is left
-out here.
+th_0 is what th_1 was trained from (the paper: the SFT model), or any model before it: M_3 beyond M_2, or beyond the
+base. Two LoRA adapters on one base give one adapter on it, and exactly: with D_i = s_i B_i A_i the change that adapter
+i makes, (1 + a) D_1 - a D_0 is the product of the stacked [(1 + a) s_1 B_1, -a s_0 B_0] and [A_1; A_0], of rank
+r_1 + r_0. Base weights are neither read nor changed, so they may be in 4 bits. Which a is best is for dev data to say; that search
+is left out here.
 """
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..files import ConfigError, MissingArtefact
 from ..model import load
-from ..run.config import Config, apply, check, settle
+from ..settings import ModelConfig
 
 Weights = dict[str, torch.Tensor]
 
 
-def extrapolate(config_model, th_1: Path, th_0: Path | None, a: float, target: Path) -> None:
+def extrapolated(
+    config: ModelConfig, policies: tuple[Path, Path | None], a: float, target: Path
+) -> dict[str, float | int]:
+    """The part of a round that trains nothing: write th_1 + a (th_1 - th_0) to `target`, in place of what was there.
+
+    Args:
+        policies: th_1 and th_0, as for `extrapolate`.
+
+    Returns:
+        The facts that a training leaves: `a`, no token trained on, and no step.
+    """
+    shutil.rmtree(target, ignore_errors=True)  # a killed stage may have left one
+    extrapolate(config, *policies, a, target)
+    return {"a": a, "trained_tokens": 0, "best_step": 0}
+
+
+def extrapolate(config: ModelConfig, th_1: Path, th_0: Path | None, a: float, target: Path) -> None:
     """Write th_1 + a (th_1 - th_0) to the folder `target`, in the form of th_1: an adapter, or a whole model.
 
     Args:
-        config_model: a `ModelConfig`. Used for whole models only: the base where th_0 is None, and the dtype of the result.
-        th_1, th_0: folders of policies, both adapters (of any ranks) on one base or both whole models; None is the base.
+        config: used for whole models only: the base where th_0 is None, and the dtype of the result.
+        th_1, th_0: folders of policies, both adapters (of any ranks) on one base, or both whole models. A th_0 of None
+            is the base.
         a: how far beyond th_1, as a share of the way from th_0; 0 gives th_1, -1 th_0.
 
     Raises:
@@ -44,7 +64,8 @@ def extrapolate(config_model, th_1: Path, th_0: Path | None, a: float, target: P
             raise MissingArtefact(f"{folder} holds no policy (neither adapter_config.json nor config.json)")
     if th_0 is not None and load.is_adapter(th_1) != load.is_adapter(th_0):
         raise ConfigError(
-            f"extrapolate: {th_1} and {th_0} are an adapter and a whole model; take two of one kind (see ./run_all.sh export)"
+            f"extrapolate: {th_1} and {th_0} are an adapter and a whole model; "
+            "take two of one kind (see ./run_all.sh export)"
         )
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
@@ -53,7 +74,7 @@ def extrapolate(config_model, th_1: Path, th_0: Path | None, a: float, target: P
             if load.is_adapter(th_1):
                 _adapters(th_1, th_0, a, fresh)
             else:
-                _whole_models(config_model, th_1, th_0, a, fresh)
+                _whole_models(config, th_1, th_0, a, fresh)
         except ConfigError:
             raise
         except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
@@ -67,23 +88,23 @@ def extrapolate(config_model, th_1: Path, th_0: Path | None, a: float, target: P
         fresh.rename(target)
 
 
-def _whole_models(config_model, th_1: Path, th_0: Path | None, a: float, target: Path) -> None:
-    model, before = load.load_policy(config_model, th_1), load.load_policy(config_model, th_0)
+def _whole_models(config: ModelConfig, th_1: Path, th_0: Path | None, a: float, target: Path) -> None:
+    model, before = load.load_policy(config, th_1), load.load_policy(config, th_0)
     earlier = dict(before.named_parameters())
     later = dict(model.named_parameters())
-    _same(th_1, {n: p.shape for n, p in later.items()}, th_0, {n: p.shape for n, p in earlier.items()})
+    _check_same(th_1, {n: p.shape for n, p in later.items()}, th_0, {n: p.shape for n, p in earlier.items()})
     with torch.no_grad():
         for name, p in later.items():
             p.copy_(p.float() + a * (p.float() - earlier[name].float()))  # rounded once, to the model's dtype
     model.save_pretrained(target)
 
 
-def _same(th_1: Path, later: dict[str, Any], th_0: Path | None, earlier: dict[str, Any]) -> None:
+def _check_same(th_1: Path, later: dict[str, Any], th_0: Path | None, earlier: dict[str, Any]) -> None:
     """Raise a ConfigError that names the first weight that one of two models has and the other has not."""
     for name in sorted(later.keys() | earlier.keys()):
         if later.get(name) != earlier.get(name):
-            said = [tuple(w[name]) if name in w else "none" for w in (later, earlier)]
-            raise ConfigError(f"extrapolate: {name} is {said[0]} in {th_1} but {said[1]} in {th_0 or 'the base'}")
+            shapes = [tuple(w[name]) if name in w else "none" for w in (later, earlier)]
+            raise ConfigError(f"extrapolate: {name} is {shapes[0]} in {th_1} but {shapes[1]} in {th_0 or 'the base'}")
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], Weights, float]:
@@ -98,6 +119,11 @@ def _read(folder: Path) -> tuple[dict[str, Any], Weights, float]:
     return facts, weights, facts["lora_alpha"] / (math.sqrt(facts["r"]) if facts.get("use_rslora") else facts["r"])
 
 
+def _outer_shapes(weights: Weights) -> dict[str, Any]:
+    """The shapes of an adapter's weights without their ranks, which may differ."""
+    return {name: (w.shape[1:] if ".lora_A." in name else w.shape[:1]) for name, w in weights.items()}
+
+
 def _adapters(th_1: Path, th_0: Path | None, a: float, target: Path) -> None:
     """The adapter (1 + a) D_1 - a D_0, of rank r_1 + r_0; where th_0 is the base, D_0 is 0."""
     facts, later, s_1 = _read(th_1)
@@ -107,9 +133,10 @@ def _adapters(th_1: Path, th_0: Path | None, a: float, target: Path) -> None:
         bases = [f["base_model_name_or_path"] for f in (facts, other)]
         if bases[0] != bases[1]:
             raise ConfigError(f"extrapolate: {th_1} is on the base {bases[0]}, {th_0} on {bases[1]}")
-        outer = lambda w: {n: (t.shape[1:] if ".lora_A." in n else t.shape[:1]) for n, t in w.items()}  # noqa: E731
-        _same(th_1, outer(later), th_0, outer(earlier))  # ranks may differ
+        _check_same(th_1, _outer_shapes(later), th_0, _outer_shapes(earlier))
         parts.append((-a * s_0, earlier))
+    # peft's add_weighted_adapter("cat") gives the same numbers, but only inside a loaded base, whose gigabytes are not
+    # needed here. It is not shorter either: there a weight that one adapter lacks counts as zero, so the checks stay.
     weights = {}
     for name in later:
         if ".lora_A." in name:
@@ -137,10 +164,29 @@ def main(arguments: list[str]) -> int:
         raise ConfigError(f"extrapolate: a: {error}") from None
     if not math.isfinite(a):
         raise ConfigError(f"extrapolate: a: expected a finite number, got {a}")
-    config = check(settle(apply(Config(), settings.items(), from_text=True)))
+    config = _model_config({name.removeprefix("model."): text for name, text in settings.items()})
     th_1, th_0, target = (Path(name).expanduser() for name in names)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"extrapolate: {target} is not empty; name a new folder")
-    extrapolate(config.model, th_1, None if names[1] == "base" else th_0, a, target)
+    extrapolate(config, th_1, None if names[1] == "base" else th_0, a, target)
     print(f"{target}: {names[0]} + {a:g} ({names[0]} - {names[1]})")
     return 0
+
+
+def _model_config(texts: dict[str, str]) -> ModelConfig:
+    """The `model` section that values of the command line make, "auto" resolved. Raises ConfigError."""
+    for name in texts.keys() - ModelConfig.model_fields.keys():
+        near = difflib.get_close_matches(name, ModelConfig.model_fields, 1)
+        raise ConfigError(
+            f"no parameter is called 'model.{name}'" + (f"; did you mean 'model.{near[0]}'?" if near else "")
+        )
+    try:
+        config = ModelConfig.model_validate(texts, strict=False)  # numbers come as text
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        if wrong["type"] == "value_error":  # two parameters do not go together: the message is our own
+            raise ConfigError(str(wrong["ctx"]["error"])) from None
+        raise ConfigError(f"model.{wrong['loc'][0]}: {wrong['msg']}, got {wrong['input']!r}") from None
+    cuda = torch.cuda.is_available()
+    found = {"dtype": "bfloat16" if cuda else "float32", "quantize": "nf4" if cuda else "none"}
+    return config.but(**{name: value for name, value in found.items() if getattr(config, name) == "auto"})

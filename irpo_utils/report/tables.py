@@ -57,7 +57,7 @@ def metrics_table(run: str, rows: list[dict[str, Any]], config: Config) -> pd.Da
             **{k: row[split].get(k) for k in names},
         }
         for row in rows
-        for split in ("dev", "test")
+        for split in ("dev", "test", *config.evaluation.test)
     ]
     return pd.DataFrame(flat)
 

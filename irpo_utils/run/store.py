@@ -199,9 +199,8 @@ class Stage:
             other = resolve(Path(simulator).expanduser())
             if other.is_dir():
                 found["simulator"] = file_hash(other, MODEL_FILES, sampled_above=64 << 20)
-        for source in (*self.config.task.train, *self.config.task.dev, *self.config.task.test):
-            if is_file(source) and local_path(source).is_file():
-                found[f"problems {source}"] = file_hash(local_path(source))
+        task = self.config.task
+        found |= hashes_of((*task.train, *task.dev, *task.test))
         if (file := source_of(self.config.task.name)) is not None:
             found["task"] = file_hash(file)
         return found
@@ -313,6 +312,11 @@ class Stage:
         shutil.rmtree(self.partial, ignore_errors=True)
         self._lock.release(force=True)
         return manifest
+
+
+def hashes_of(sources: Iterable[str]) -> dict[str, str]:
+    """Hashes of the files of problems among `sources`; hub data sets are known by their names alone."""
+    return {f"problems {s}": file_hash(local_path(s)) for s in sources if is_file(s) and local_path(s).is_file()}
 
 
 def difference(part: str, name: str, old: dict[str, Any], new: dict[str, Any]) -> str:

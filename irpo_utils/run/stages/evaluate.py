@@ -11,7 +11,8 @@ from ...methods.parts import SAMPLERS
 from ...metrics import step_summary, summarize
 from ...tasks import get_task
 from ...tasks.base import Problem, Task
-from ..store import Stage
+from ...tasks.records import alike
+from ..store import Stage, hashes_of
 from .sample import engine_version
 
 SPLITS = ("dev", "test")
@@ -42,10 +43,22 @@ class EvaluateStage(Stage):
     def versions(self) -> dict[str, str | None]:
         return super().versions() | engine_version(self, SAMPLERS[self.config.sampling.engine])
 
+    def foreign_inputs(self) -> dict[str, str]:
+        return super().foreign_inputs() | hashes_of(self.config.evaluation.test)
+
+    def further_problems(self, task: Task) -> dict[str, list[Problem]]:
+        """The problems of further test sets, by the set's name, without questions that were trained on or chosen by."""
+        seen = {alike(p.question) for split in ("train", "dev") for p in task.problems(split)}
+        found = {}
+        for source in self.config.evaluation.test:
+            problems = get_task(self.config.task.but(test=(source,), test_size=0)).problems("test")
+            found[source] = [p for p in problems if alike(p.question) not in seen]
+        return found
+
     def run(self) -> tuple[Record, list[Record]]:
         """Returns the summary of each split, and a record for each problem."""
         config, task = self.config, get_task(self.config.task)
-        splits = {split: task.problems(split) for split in SPLITS}
+        splits = {split: task.problems(split) for split in SPLITS} | self.further_problems(task)
         summary, responses = {}, []
         everything = [p for problems in splits.values() for p in problems]
         with SAMPLERS[config.sampling.engine].load()(config, self.input("policy"), task, everything) as sampler:

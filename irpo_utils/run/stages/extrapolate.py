@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +28,10 @@ class ExtrapolateStage(Stage):
 
     def run(self) -> dict[str, Any]:
         """Returns the facts in training.json."""
-        a, made = self.config.train.extrapolation, self.partial / "adapter"
-        shutil.rmtree(made, ignore_errors=True)
+        made, policies = self.partial / "adapter", (self.input("policy"), self.input("before"))
         extrapolated = parts.part("loss", self.choices.loss).load()
-        extrapolated(self.config.model, self.input("policy"), self.input("before"), a, made)
-        line = load_object(parts.LOAD_LINE)(self.config.model, Path(relative(self.path("adapter"))))
-        facts = {"a": a, "trained_tokens": 0, "best_step": 0, "load": line}
+        facts = extrapolated(self.config.model, policies, self.config.train.extrapolation, made)
+        facts["load"] = load_object(parts.LOAD_LINE)(self.config.model, Path(relative(self.path("adapter"))))
         write_json(self.path("training.json"), facts)
         made.rename(self.path("adapter"))
         return facts

@@ -6,10 +6,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ...files import write_json
+from ...files import write_json, write_jsonl
 from ...methods import parts
 from ...methods.rewards import Job
-from ...model.records import Prompt, Record, Sample
+from ...model.records import Prompt, Sample
 from ...tasks import get_task
 from ..store import Stage
 from .sample import engine_version, training_problems
@@ -64,7 +64,8 @@ class RewardStage(Stage):
                 folder=self.partial,
             )
         )
-        Record.write(self.path("rewarded.jsonl"), found)
+        rows = (sample.as_row() | {"answer_reward": sample.answer_reward} for sample in found)
+        write_jsonl(self.path("rewarded.jsonl"), rows)
         write_json(self.path("reward.json"), facts)
         for name in self.part.files:  # copied, so that a killed stage has it still
             source, fresh = self.partial / name, self.path(f"{name}.tmp")

@@ -4,11 +4,14 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig
 
-from irpo_utils.extras.expo import extrapolate
+from irpo_utils.extras import expo
+from irpo_utils.extras.expo import extrapolate, extrapolated, main
 from irpo_utils.files import ConfigError, MissingArtefact
-from irpo_utils.model import load, tokens
-from irpo_utils.run.driver import main
+from irpo_utils.model import load
+from irpo_utils.settings import ModelConfig
 
 IDS = torch.tensor([[1, 5, 9, 13, 22, 7, 40, 3]])
 
@@ -51,8 +54,15 @@ def by_hand(config, th_1, th_0, a):
 @pytest.mark.parametrize("a", [0.3, -0.4, 1.7])
 @pytest.mark.parametrize(
     ("th_1", "th_0", "rank"),
-    [("four", "six", 10), ("six", "four", 10), ("four", "five", 8), ("four", None, 4), ("whole", "other", 0), ("whole", None, 0)],
-)  # fmt: skip
+    [
+        ("four", "six", 10),
+        ("six", "four", 10),
+        ("four", "five", 8),
+        ("four", None, 4),
+        ("whole", "other", 0),
+        ("whole", None, 0),
+    ],
+)
 def test_logits_are_those_of_the_weights_merged_by_hand(config, policies, tmp_path, th_1, th_0, rank, a):
     th_1, th_0 = policies[th_1], policies.get(th_0)
     extrapolate(config.model, th_1, th_0, a, tmp_path / "new")
@@ -61,7 +71,7 @@ def test_logits_are_those_of_the_weights_merged_by_hand(config, policies, tmp_pa
     assert (wanted - logits(load.load_policy(config.model, th_1))).abs().max() > 0.1
     if rank:
         facts = json.loads((tmp_path / "new" / "adapter_config.json").read_text())
-        assert (facts["r"], facts["base_model_name_or_path"]) == (rank, str(tokens.SEED_MODEL))
+        assert (facts["r"], facts["base_model_name_or_path"]) == (rank, str(load.SEED_MODEL))
     assert not list(tmp_path.glob("*.part"))
 
 
@@ -95,29 +105,78 @@ def test_what_does_not_fit_together_is_named(config, policies, tmp_path):
 
     refused("an adapter and a whole model", policies["four"], policies["whole"])
     refused("holds no policy", policies["four"], tmp_path, MissingArtefact)
-    refused("on the base .*seed_model, .*on my/other", policies["four"], changed("elsewhere", base_model_name_or_path="my/other"))  # fmt: skip
+    elsewhere = changed("elsewhere", base_model_name_or_path="my/other")
+    refused("on the base .*seed_model, .*on my/other", policies["four"], elsewhere)
     refused("not a plain LoRA adapter", changed("dora", use_dora=True), None)
-    from safetensors.torch import load_file, save_file
-
     fewer = changed("fewer")
     weights = load_file(fewer / "adapter_model.safetensors")
-    save_file({n: w for n, w in weights.items() if "layers.0.mlp.up_proj" not in n}, fewer / "adapter_model.safetensors")  # fmt: skip
+    kept = {n: w for n, w in weights.items() if "layers.0.mlp.up_proj" not in n}
+    save_file(kept, fewer / "adapter_model.safetensors")
     refused(r"layers.0.mlp.up_proj.lora_A.weight is \(128,\) in .*four but none", policies["four"], fewer)
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
     small = LlamaConfig(vocab_size=50, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
     AutoModelForCausalLM.from_config(small).save_pretrained(tmp_path / "small")
     refused("lm_head.weight is .50, 64. in .*small but none in the base", tmp_path / "small", None)
 
 
+def test_the_part_of_a_round_replaces_what_a_killed_one_left(config, policies, tmp_path):
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "adapter_model.safetensors").write_text("cut off")
+    facts = extrapolated(config.model, (policies["four"], policies["six"]), 0.3, tmp_path / "new")
+    assert facts == {"a": 0.3, "trained_tokens": 0, "best_step": 0}
+    again = extrapolated(config.model, (policies["four"], policies["six"]), 0.3, tmp_path / "again")
+    assert again == facts
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "new" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+
+
 def test_the_command(policies, tmp_path, capsys):
     four, target = str(policies["four"]), str(tmp_path / "new")
-    assert main(["extrapolate", four, "base", target, "a=0.5"]) == 0
+    assert main([four, "base", target, "a=0.5"]) == 0
     assert load.is_adapter(tmp_path / "new")
-    assert main(["extrapolate", four, "base", target]) == 2  # not empty
+    assert capsys.readouterr().out == f"{target}: {four} + 0.5 ({four} - base)\n"
+
+    def refused(match, *arguments, error=ConfigError):
+        with pytest.raises(error, match=match):
+            main(list(arguments))
+
+    refused("is not empty", four, "base", target)
+    refused("used as extrapolate TH1", four, "base")
+    refused("used as extrapolate TH1", four, "base", f"{target}2", "train.lr=1")
+    refused("extrapolate: a: could not convert string to float: 'x'", four, "base", f"{target}2", "a=x")
+    refused("expected a finite number, got inf", four, "base", f"{target}2", "a=inf")
+    refused("holds no policy", four, "nowhere", f"{target}2", error=MissingArtefact)
+
+
+def test_the_command_s_settings_of_the_model(monkeypatch):
+    read = expo._model_config
+    assert read({}) == ModelConfig()
+    given = read({"path": "some/model", "tuning": "full", "trust_remote_code": "true", "lora_r": "8"})
+    assert given == ModelConfig(path="some/model", tuning="full", trust_remote_code=True, lora_r=8)
+    for cuda, dtype, quantize in ((True, "bfloat16", "nf4"), (False, "float32", "none")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
+        found = read({"dtype": "auto", "quantize": "auto"})
+        assert (found.dtype, found.quantize) == (dtype, quantize)
+
+    def refused(match, **texts):
+        with pytest.raises(ConfigError, match=match):
+            read(texts)
+
+    refused("no parameter is called 'model.pth'; did you mean 'model.path'[?]", pth="x")
+    refused("model.dtype: Input should be 'float32', 'bfloat16' or 'auto', got 'half'", dtype="half")
+    refused("model.lora_r: .* integer.*, got 'x'", lora_r="x")
+    refused("4-bit weights cannot be trained; set model.tuning=lora", quantize="nf4", tuning="full")
+
+
+def test_the_command_line_reaches_it(policies, tmp_path, capsys):
+    from irpo_utils.__main__ import main as command_line
+
+    four, target = str(policies["four"]), str(tmp_path / "new")
+    assert command_line(["extrapolate", four, "base", target, "a=0.5"]) == 0
+    assert load.is_adapter(tmp_path / "new")
+    assert command_line(["extrapolate", four, "base", target]) == 2  # not empty
     assert "is not empty" in capsys.readouterr().err
-    assert main(["extrapolate", four, "base"]) == 2
+    assert command_line(["extrapolate", four, "base"]) == 2
     assert "used as extrapolate TH1" in capsys.readouterr().err
-    assert main(["extrapolate", four, "base", f"{target}2", "a=x"]) == 2
-    assert main(["extrapolate", four, "nowhere", f"{target}2"]) == 2
+    assert command_line(["extrapolate", four, "base", f"{target}2", "a=x"]) == 2
+    assert command_line(["extrapolate", four, "nowhere", f"{target}2"]) == 2
     assert "holds no policy" in capsys.readouterr().err
