@@ -126,9 +126,7 @@ TRAINERS = {
     "trl": Trainer("irpo_utils.extras.trl_trainer:train", losses=("dpo", "dpo+nll"), packages=("trl",)),
 }
 # What the training stage does with them; by name, so that a stage is known without loading torch.
-TRAINING = Part("irpo_utils.methods.trainer:train_policy")
-TRAINING_JOB = "irpo_utils.methods.trainer:Training"
-LOAD_LINE = "irpo_utils.model.load:load_line"
+TRAINING = Part("irpo_utils.methods.trainer:Training")
 
 
 def part(kind: str, name: str) -> Any:

@@ -284,19 +284,6 @@ def save(model: PreTrainedModel, folder: Path) -> None:
         path.write_text(json.dumps(facts, indent=1, sort_keys=True))
 
 
-def load_line(config: ModelConfig, policy: Path) -> str:
-    """One line of Python that loads M_t elsewhere."""
-    if config.tuning == "full":
-        return f'AutoModelForCausalLM.from_pretrained("{policy}")'
-    base = '"irpo_utils/assets/seed_model"' if config.path == "seed" else f'"{config.path}", dtype="{config.dtype}"'
-    if config.trust_remote_code:
-        base += ", trust_remote_code=True"
-    if config.quantize == "nf4":  # the adapter was trained on these weights, not on the ones that they are made from
-        base += ', quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", '
-        base += f'bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype="{config.dtype}")'
-    return f'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base}), "{policy}")'
-
-
 def export(config: ModelConfig, policy: Path, target: Path) -> None:
     """Write M_t as one whole model in bfloat16, with its tokenizer, for engines that take no adapter.
 

@@ -42,7 +42,7 @@ from ..files import (
     write_json,
     write_text,
 )
-from ..settings import Section
+from ..settings import ModelConfig, Section
 from ..tasks import TASKS
 from ..tasks.base import Problem, Task
 from ..tasks.records import is_file
@@ -353,6 +353,19 @@ def difference(part: str, name: str, old: dict[str, Any], new: dict[str, Any]) -
         return f"{name} {old.get(name, 'none')} -> {new.get(name, 'none')}"
     what = {"inputs": "input", "code": "code"}[part]
     return f"{what} {name}" + ("" if name in old and name in new else " is new" if name in new else " is gone")
+
+
+def load_line(config: ModelConfig, policy: Path) -> str:
+    """One line of Python that loads M_t elsewhere."""
+    if config.tuning == "full":
+        return f'AutoModelForCausalLM.from_pretrained("{policy}")'
+    base = '"irpo_utils/assets/seed_model"' if config.path == "seed" else f'"{config.path}", dtype="{config.dtype}"'
+    if config.trust_remote_code:
+        base += ", trust_remote_code=True"
+    if config.quantize == "nf4":  # the adapter was trained on these weights, not on the ones that they are made from
+        base += ', quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", '
+        base += f'bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype="{config.dtype}")'
+    return f'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base}), "{policy}")'
 
 
 # The code that a module runs.

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ...files import load_object, relative, write_json
+from ...files import relative, write_json
 from ...methods import parts
-from ..store import Stage
+from ..store import Stage, load_line
 
 
 class ExtrapolateStage(Stage):
@@ -31,7 +31,7 @@ class ExtrapolateStage(Stage):
         made, policies = self.partial / "adapter", (self.input("policy"), self.input("before"))
         extrapolated = parts.part("loss", self.choices.loss).load()
         facts = extrapolated(self.config.model, policies, self.config.train.extrapolation, made)
-        facts["load"] = load_object(parts.LOAD_LINE)(self.config.model, Path(relative(self.path("adapter"))))
+        facts["load"] = load_line(self.config.model, Path(relative(self.path("adapter"))))
         write_json(self.path("training.json"), facts)
         made.rename(self.path("adapter"))
         return facts

@@ -9,11 +9,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ...files import load_object, relative, write_json
+from ...files import relative, write_json
 from ...methods import parts
 from ...model.records import Pair
 from ...tasks import get_task
-from ..store import Stage
+from ..store import Stage, load_line
 
 
 class TrainStage(Stage):
@@ -59,9 +59,9 @@ class TrainStage(Stage):
 
     def run(self, show: Callable[[str], None] = print) -> dict[str, Any]:
         """Returns the facts in training.json."""
-        # What names the model that gives the reference's log-probabilities; the rate and the like have no part in it.
+        # What names the model that scores the pairs before the first step; the rate and the like have no part in it.
         named = self._key | {"parameters": self.section("model") | {"threads": self.config.threads}}
-        job = load_object(parts.TRAINING_JOB)(
+        training = parts.TRAINING.load()(
             config=self.config,
             choices=self.choices,
             start=self.input("policy"),
@@ -72,10 +72,10 @@ class TrainStage(Stage):
             order_seed=self.random_seed(2),
             sampled_by_start=self.choices.samples and (self.choices.start == "M_t" or self.iteration == 1),
             folder=self.partial,
-            kept_reference=(self.path("reference.json"), named),
+            kept_scores=(self.path("reference.json"), named),
         )
-        facts = parts.TRAINING.load()(job, show)
-        facts["load"] = load_object(parts.LOAD_LINE)(self.config.model, Path(relative(self.path("adapter"))))
+        facts = training.run(show)
+        facts["load"] = load_line(self.config.model, Path(relative(self.path("adapter"))))
         shutil.copyfile(self.partial / "steps.jsonl", self.path("steps.jsonl"))
         write_json(self.path("training.json"), facts)
         fresh = self.path("adapter.tmp")
