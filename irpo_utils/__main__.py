@@ -77,7 +77,7 @@ def command(arguments: list[str]) -> int:
     if arguments[:1] and arguments[0] in COMMANDS:
         return load_object(COMMANDS[arguments[0]])(arguments[1:])
     options = parser().parse_args(arguments)
-    words, alone = options.words, options.help or options.list or options.bench or options.publish
+    words, alone = options.words, options.help or options.list or options.bench or options.publish is not None
     if alone and (words or options.estimate):
         raise ConfigError(f"no option is used as {' '.join(arguments)!r}; see ./run_all.sh --help")
     if options.help:
@@ -87,7 +87,7 @@ def command(arguments: list[str]) -> int:
     elif options.bench:
         os.environ.update(TRANSFORMERS_VERBOSITY="error", TOKENIZERS_PARALLELISM="false", TQDM_DISABLE="1")
         return load_object("irpo_utils.extras.bench:main")(options.bench)
-    elif options.publish:
+    elif options.publish is not None:
         load_object("irpo_utils.report.publish:publish")(run_folder(options.publish))
     elif options.method_seed:
         run, method, seed, parent = options.method_seed
@@ -123,6 +123,11 @@ def main(arguments: list[str]) -> int:
         plain = isinstance(error, OSError) and not isinstance(error, MissingArtefact) and error.strerror
         print(f"error: {error.strerror}: {error.filename}" if plain else f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError | MissingArtefact | Busy) else 1
+    except Exception as error:  # a case that nobody thought of
+        if debug:
+            traceback.print_exc()
+        print(f"error: {type(error).__name__}: {error} (--debug shows where)", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

@@ -61,6 +61,10 @@ class TaskConfig(Section):
             raise ValueError(
                 "task.train and task.test: the jsonl task needs the file of each, as in task.train=problems.jsonl"
             )
+        if self.name == "word_problems" and (self.train or self.dev or self.test):
+            raise ValueError(
+                "task.train, task.dev, task.test: word problems are generated; set task.name=jsonl for a file"
+            )
         if self.name == "word_problems" and min(self.train_size, self.dev_size, self.test_size) < 1:
             raise ValueError("task: train_size, dev_size and test_size at least 1, since word problems are drawn")
         return self
@@ -188,8 +192,8 @@ class Settings(Section):
     judge: JudgeConfig = JudgeConfig()
     train: TrainConfig = TrainConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
-    seeds: Count = 1
-    iterations: Count = 3
+    seeds: Annotated[int, Field(ge=1, le=10_000)] = 1
+    iterations: Annotated[int, Field(ge=1, le=10_000)] = 3
     threads: Count = 2  # CPU threads of a stage; part of what makes a rerun bit-identical
 
     @model_validator(mode="after")

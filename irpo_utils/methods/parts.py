@@ -143,7 +143,9 @@ def part(kind: str, name: str) -> Any:
             f"no {kind} is called {name!r}; there is: {', '.join(table)}, or your own as in my_parts.py:hardest"
         )
     function = row(name).load()
-    facts = {f.name: getattr(function, f.name) for f in fields(row) if hasattr(function, f.name)}
+    if not callable(function):
+        raise ConfigError(f"{name} is no function")
+    facts = {f.name: getattr(function, f.name) for f in fields(row) if f.name != "where" and hasattr(function, f.name)}
     if row is Loss:
         facts.setdefault("parameters", weights_of(name, function))
     return row(name, **facts)

@@ -140,7 +140,12 @@ def select(
     for name in samples or [p.problem for p in prompts.values() if p.gold]:
         prompt, drawn = prompts[name], samples.get(name, [])
         usable, gold = _usable(drawn, prompt, config.max_tokens, audit)
-        made = choose(usable, gold, config, random.Random(f"{seed}/{name}"))
+        try:
+            made = [(winner, loser) for winner, loser in choose(usable, gold, config, random.Random(f"{seed}/{name}"))]
+        except Exception as error:  # a selection of the user's may do anything
+            raise ValueError(
+                f"{selection} fails on problem {name}: {type(error).__name__}: {error}; it gives a list of (chosen, rejected)"
+            ) from error
         if row.pairs and any(loser is None for _, loser in made):
             raise ValueError(f"{selection} gave a response without a rejected one; set its attribute pairs = False")
         audit["problems_with_pairs"] += bool(made)

@@ -158,6 +158,8 @@ def message(error: Any) -> str:
     if kind == "string_too_short":
         return f"{name}: expected text that is not empty{hint(name)}"
     if kind in ("greater_than_equal", "greater_than", "less_than_equal"):
+        if kind == "less_than_equal" and limits["le"] != 1:
+            return f"{name}: at most {limits['le']}, got {given}"
         low = f"at least {limits['ge']}" if "ge" in limits else f"above {limits['gt']:g}" if "gt" in limits else ""
         section, _, leaf = name.partition(".")
         share = leaf and any(getattr(m, "le", None) == 1 for m in sections()[section].model_fields[leaf].metadata)

@@ -174,13 +174,16 @@ def check_gold(config: Config, problems: dict[str, list[Problem]]) -> list[str]:
 
 def configure(preset: str, settings: list[str]) -> tuple[Config, Path, int]:
     """The configuration, the run's folder and the number of jobs that a command line asks for. Raises ConfigError."""
-    own = {"run": preset, "jobs": "1"}
+    own, given = {"run": preset, "jobs": "1"}, set()
     for text in settings:
         key, equals, value = text.partition("=")
         if equals and key in own:
+            if key in given:
+                raise ConfigError(f"{key} is given twice; keep one")
+            given.add(key)
             own[key] = value
-    if not own["jobs"].isdecimal() or int(own["jobs"]) < 1:
-        raise ConfigError(f"jobs: expected a number of at least 1, got {own['jobs']!r}")
+    if not own["jobs"].isdecimal() or len(own["jobs"]) > 4 or int(own["jobs"]) < 1:
+        raise ConfigError(f"jobs: expected a number of at least 1, got {own['jobs'][:20]!r}")
     config = load_preset(preset, [text for text in settings if "=" not in text or text.partition("=")[0] not in own])
     return config, run_folder(own["run"]), int(own["jobs"])
 

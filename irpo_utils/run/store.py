@@ -59,7 +59,8 @@ BOOKKEEPING = ("files", "settings", "methods.parts", "methods.recipes", "run.con
 
 def run_folder(name: str) -> Path:
     """outputs/NAME; refuses what is not a plain name, and the folder of published runs."""
-    if not name or name[0] in ".-" or "/" in name or "\0" in name or name == "reference" or len(name.encode()) > 100:
+    plain = name.isprintable() and name == name.strip() and not any("\ud800" <= c <= "\udfff" for c in name)
+    if not name or not plain or name[0] in ".-" or "/" in name or name == "reference" or len(name.encode()) > 100:
         raise ConfigError(f"run: a plain folder name under outputs/, got {name!r}")
     return OUTPUTS / name
 
@@ -85,8 +86,10 @@ class Stage:
     def __init__(
         self, run: str | Path, method: str = "irpo", seed: int = 0, iteration: int = 1, config: Config | None = None
     ):
+        if not str(run).strip():
+            raise ConfigError("run: the folder of a run, got none")
         for key, value in (("seed", seed), ("iteration", iteration)):
-            if not isinstance(value, int) or value < 0:
+            if type(value) is not int or value < 0:
                 raise ConfigError(f"{key}: expected a whole number from 0 on, got {value!r}")
         self.run_folder, self.method, self.seed, self.iteration = resolve(run), method, seed, iteration
         whole = config or open_run(self.run_folder)
@@ -246,7 +249,7 @@ class Stage:
         """Everything the stage's result depends on. Raises MissingArtefact if an input is not there."""
         return {
             "stage": self.name,
-            "parameters": self.parameters(),
+            "parameters": self.parameters() | {"uses": sorted(self.uses())},
             "inputs": self.inputs(),
             "code": self.code(),
             "versions": self.versions(),
@@ -261,9 +264,10 @@ class Stage:
     def manifest(self) -> dict[str, Any] | None:
         try:
             manifest = json.loads(self.manifest_path().read_text())
-            whole = set(manifest["outputs"]) == set(self.writes()) and isinstance(manifest["key"], dict)
+            whole = all(isinstance(manifest[part], dict) for part in ("key", "outputs"))
+            whole = whole and set(manifest["outputs"]) == set(self.writes())
             return manifest if whole else None
-        except (OSError, ValueError, KeyError, TypeError):  # none, or damaged: not done
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):  # none, or damaged: not done
             return None
 
     def is_done(self) -> bool:
@@ -318,7 +322,6 @@ class Stage:
         self.manifest_path().unlink(missing_ok=True)
         for name in self.writes():  # what an undone stage left is nobody's input
             shutil.rmtree(self.path(name)) if self.path(name).is_dir() else self.path(name).unlink(missing_ok=True)
-        self.partial = self.folder / f".{self.name}.partial"
         mark = self.partial / "key.json"
         if not mark.exists() or mark.read_text() != json.dumps(self._key, indent=1) + "\n":
             shutil.rmtree(self.partial, ignore_errors=True)
@@ -327,8 +330,24 @@ class Stage:
             os.environ["OMP_NUM_THREADS"] = str(self.config.threads)
         return self
 
+    def check_begun(self) -> None:
+        """Raise a ConfigError for a stage whose folder is not taken."""
+        if not hasattr(self, "_key"):
+            raise ConfigError(f"{self.name}: run the cell with begin() first")
+
+    @property
+    def partial(self) -> Path:
+        """The folder to work in, which a stage that was killed finds as it left it."""
+        self.check_begun()
+        return self.folder / f".{self.name}.partial"
+
     def finish(self, **facts: Any) -> dict[str, Any]:
-        """Write the manifest: from now on the stage is done."""
+        """Write the manifest: from now on the stage is done. Raises ConfigError unless it has begun and run."""
+        self.check_begun()
+        if missing := [name for name in self.writes() if not self.path(name).exists()]:
+            raise ConfigError(
+                f"{self.name}: {', '.join(missing)} is not there yet; run the cell with stage.run() first"
+            )
         outputs = {name: file_hash(self.path(name)) for name in self.writes()}
         manifest = {
             "key": self._key,

@@ -58,6 +58,7 @@ class EvaluateStage(Stage):
 
     def run(self) -> tuple[Record, list[Record]]:
         """Returns the summary of each split, and a record for each problem."""
+        self.check_begun()
         config, task = self.config, get_task(self.config.task)
         splits = {split: task.problems(split) for split in SPLITS} | self.further_problems(task)
         summary, responses = {}, []

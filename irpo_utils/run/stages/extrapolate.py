@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -33,5 +34,6 @@ class ExtrapolateStage(Stage):
         facts = extrapolated(self.config.model, policies, self.config.train.extrapolation, made)
         facts["load"] = load_line(self.config.model, Path(relative(self.path("adapter"))))
         write_json(self.path("training.json"), facts)
+        shutil.rmtree(self.path("adapter"), ignore_errors=True)
         made.rename(self.path("adapter"))
         return facts

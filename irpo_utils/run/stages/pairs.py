@@ -41,6 +41,7 @@ class PairsStage(Stage):
 
     def run(self) -> tuple[list[Pair], dict[str, Any]]:
         """Returns the pairs and the audit."""
+        self.check_begun()
         prompts = {p.problem: p for p in Prompt.read(self.input("prompts"), "01_sample.ipynb")}
         samples: dict[str, list[Sample]] = {}
         for sample in Sample.read(self.input("samples"), self.reads()["samples"][1]) if self.choices.samples else []:

@@ -81,6 +81,7 @@ class TrainStage(Stage):
         fresh = self.path("adapter.tmp")
         shutil.rmtree(fresh, ignore_errors=True)
         shutil.copytree(self.partial / "kept", fresh)
+        shutil.rmtree(self.path("adapter"), ignore_errors=True)
         fresh.rename(self.path("adapter"))
         return facts
 
