@@ -1,6 +1,5 @@
 """Process feedback: where steps end, what simulation labels them, and a reward model that reads what it should."""
 
-import csv
 import hashlib
 import json
 from dataclasses import replace
@@ -23,7 +22,6 @@ from irpo_utils.methods.rewards import Job
 from irpo_utils.model import load, logprobs, sampling
 from irpo_utils.model.prompts import encode_response
 from irpo_utils.model.records import Sample
-from irpo_utils.run.driver import run_notebook
 from irpo_utils.tasks.word_problems import Event, Story, make_problem, story_of
 
 
@@ -482,13 +480,3 @@ def test_against_n_joins_them():
     one, four = metrics.against_n([record], [1, 4])
     assert one["best_of_n"] == one["pass"] == 0.25
     assert (four["majority"], four["weighted"], four["best_of_n"], four["pass"]) == (0, 1, 1, 1)
-
-
-def test_the_notebook(tmp_path):
-    sizes = {"problems": 10, "samples": 4, "continuations": 2, "warm_steps": 2, "reward_steps": 3, "test_problems": 4}
-    parameters = {"run": str(tmp_path / "run"), **sizes, "candidates": 4}
-    run_notebook(files.NOTEBOOKS / "07_process_feedback.ipynb", tmp_path / "07.ipynb", parameters, 1)
-    rows = list(csv.DictReader((tmp_path / "run" / "label_quality.csv").read_text().splitlines()))
-    wanted = [("a number", "1", "0"), ("a number", "2", "0"), ("a number", "2", "1"), ("odd or even", "1", "0")]
-    assert [(r["answer"], r["k"], r["delta"]) for r in rows[2:6]] == wanted
-    assert not (tmp_path / "run" / "scratch").exists()

@@ -1,7 +1,6 @@
 """The whole loop through the driver and its notebooks on the micro preset."""
 
 import csv
-import json
 import os
 import random
 import shutil
@@ -302,34 +301,6 @@ def test_killed_and_run_again_ends_with_the_same_metrics(micro_run):
     remove_run("test-kill")
 
 
-def test_notebooks_are_committed_without_output_and_short():
-    for path in sorted(NOTEBOOKS.glob("*.ipynb")):
-        for cell in json.loads(path.read_text())["cells"]:
-            if cell["cell_type"] == "code":
-                assert not cell["outputs"] and cell["execution_count"] is None, path.name
-                assert len("".join(cell["source"]).splitlines()) <= 30, path.name
-
-
-def test_the_tuning_notebook_ranks_its_points(micro_run, tmp_path):
-    run, _ = micro_run
-    parameters = {"run": str(run), "methods": ["irpo", "sft_gold"], "learning_rates": [1e-3, 2e-3], "betas": [0.1]}
-    run_notebook(NOTEBOOKS / "30_tune.ipynb", tmp_path / "30.ipynb", parameters, 1)
-    rows = list(csv.DictReader((run / "tune.csv").read_text().splitlines()))
-    assert [(r["method"], float(r["lr"])) for r in rows] == [
-        (m, lr) for m in ("irpo", "sft_gold") for lr in (1e-3, 2e-3)
-    ]
-
-
-def test_the_nll_notebook_watches_three_losses(micro_run, tmp_path):
-    run, _ = micro_run
-    parameters = {"run": str(run), "lr": 5e-3, "watched": 16}
-    run_notebook(NOTEBOOKS / "11_why_the_nll.ipynb", tmp_path / "11.ipynb", parameters, 1)
-    rows = list(csv.DictReader((run / "nll.csv").read_text().splitlines()))
-    assert [(r["loss"], r["step"]) for r in rows] == [
-        (x, s) for x in ("dpo", "dpo+nll", "nll") for s in ("0", "3", "6")
-    ]
-
-
 def test_publish_copies_small_files_without_this_machine_s_paths(micro_run):
     run, _ = micro_run
     done = drive("--publish", run.name)
@@ -342,10 +313,3 @@ def test_publish_copies_small_files_without_this_machine_s_paths(micro_run):
         assert not any(f"{ROOT}/" in p.read_text() for p in target.rglob("*.ipynb"))
     finally:
         remove_run(f"reference/{run.name}")
-
-
-def test_the_seed_notebook_makes_a_model(tmp_path):
-    target = tmp_path / "model"
-    parameters = {"target": str(target), "steps": 3, "stories": 80, "threads": 1}
-    run_notebook(NOTEBOOKS / "00_seed_model.ipynb", tmp_path / "00.ipynb", parameters, 1)
-    assert {"model.safetensors", "tokenizer.json", "facts.json"} <= {p.name for p in target.iterdir()}

@@ -1,0 +1,204 @@
+"""Every notebook runs to its end: here with small parameters, or where the last test says.
+
+A notebook spends most of such a run on imports, in a kernel of its own. So two run at a time.
+"""
+
+import csv
+import json
+import re
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from small_models import build
+
+from irpo_utils.files import NOTEBOOKS
+from irpo_utils.run.driver import run_notebook
+
+UPSTREAM = ROOT / "tests" / "upstream"
+
+
+def quickstart(folder: Path) -> dict:
+    return {"rounds": 1, "train_size": 16, "test_size": 6}
+
+
+def seed_model(folder: Path) -> dict:
+    return {"target": str(folder / "model"), "steps": 3, "stories": 80, "tried": 20, "threads": 1}
+
+
+def process_feedback(folder: Path) -> dict:
+    labelled = {"problems": 10, "samples": 4, "continuations": 2, "warm_steps": 2}
+    return {"run": str(folder / "run"), **labelled, "reward_steps": 3, "test_problems": 4, "candidates": 4}
+
+
+def why_the_nll(folder: Path) -> dict:
+    return {"run": str(folder), "lr": 5e-3, "watched": 16}
+
+
+def memorising(folder: Path) -> dict:
+    lines = (UPSTREAM / "arc.jsonl").read_text().splitlines()
+    (folder / "train.jsonl").write_text("\n".join(lines[:16]))
+    (folder / "test.jsonl").write_text("\n".join(lines[16:]))
+    sources = {name: str(folder / f"{name}.jsonl") for name in ("train", "test")}
+    return sources | {"dev_size": 2, "folder": str(folder / "model"), "steps": 4, "threads": 1}
+
+
+def tune(folder: Path) -> dict:
+    return {"run": str(folder), "methods": ["irpo", "sft_gold"], "learning_rates": [1e-3, 2e-3], "betas": [0.1]}
+
+
+def speed(folder: Path) -> dict:
+    facts = json.loads((ROOT / "outputs" / "reference" / "bench.json").read_text())
+    rows = [row for row in facts["rows"] if row["shape"] in ("embedded", "gsm8k")]
+    (folder / "bench.json").write_text(json.dumps(facts | {"threads": 1, "rows": rows}))
+    profiled = {"problems": 1, "n": 4, "response": 16}
+    return {"bench_file": str(folder / "bench.json"), "together": [1], "profiled": profiled}
+
+
+# Test -> the notebook that it looks at, and its parameters.
+SMALL = {
+    "test_quickstart": ("quickstart", quickstart),
+    "test_quickstart_takes_a_model_and_problems_of_ones_own": ("quickstart", quickstart),
+    "test_the_seed_notebook_makes_a_model": ("00_seed_model", seed_model),
+    "test_the_process_notebook_writes_its_tables": ("07_process_feedback", process_feedback),
+    "test_the_nll_notebook_watches_three_losses": ("11_why_the_nll", why_the_nll),
+    "test_the_memorising_notebook_makes_a_model": ("23_memorising", memorising),
+    "test_the_tuning_notebook_ranks_its_points": ("30_tune", tune),
+    "test_the_speed_notebook_counts_what_was_measured": ("31_speed", speed),
+}
+ON_THE_MICRO_RUN = ("11_why_the_nll", "30_tune")
+
+
+def execute(source: Path, target: Path, parameters: dict) -> str:
+    """What an executed notebook has printed."""
+    run_notebook(source, target, parameters, 1)
+    outputs = [out for cell in json.loads(target.read_text())["cells"] for out in cell.get("outputs", [])]
+    return "".join("".join(out["text"]) for out in outputs if out.get("name") == "stdout")
+
+
+@pytest.fixture(scope="module")
+def running(request, tmp_path_factory):
+    """Test -> (the folder of its notebook, what this prints in the end), for the tests that were asked for."""
+    found: dict[str, tuple[Path, Future]] = {}
+    with ThreadPoolExecutor(2) as pool:
+        for test in [item.name for item in request.session.items if item.name in SMALL]:
+            name, parameters = SMALL[test]
+            place = tmp_path_factory.mktemp(name)
+            folder = request.getfixturevalue("micro_run")[0] if name in ON_THE_MICRO_RUN else place
+            source = NOTEBOOKS / f"{name}.ipynb"
+            if test.endswith("of_ones_own"):
+                source = with_own_problems(source, place)
+            found[test] = folder, pool.submit(execute, source, place / "executed.ipynb", parameters(folder))
+        yield found
+        pool.shutdown(cancel_futures=True)
+
+
+@pytest.fixture
+def executed(request, running):
+    """The folder that a test's notebook has written to, and what it has printed."""
+    folder, printed = running[request.node.name]
+    return folder, printed.result()
+
+
+def with_own_problems(source: Path, folder: Path) -> Path:
+    """The quickstart with another model and other problems, in the one cell that is meant for it."""
+    problems = []
+    for line in (UPSTREAM / "gsm8k.jsonl").read_text().splitlines()[:8]:
+        row = json.loads(line)
+        solution, _, answer = row["answer"].rpartition("\n#### ")
+        problems.append({"question": row["question"], "answer": answer, "solution": solution})
+    model = build("qwen2", folder / "model", [row["question"] for row in problems], vocabulary=400)
+    notebook = json.loads(source.read_text())
+    (cell,) = [c for c in notebook["cells"] if "".join(c["source"]).startswith("model_path = ")]
+    cell["source"] = [f"model_path = {str(model)!r}\n", f"problems = {problems!r}"]
+    changed = folder / "own.ipynb"
+    changed.write_text(json.dumps(notebook))
+    return changed
+
+
+def read_rows(path: Path) -> list[dict]:
+    return list(csv.DictReader(path.read_text().splitlines()))
+
+
+def test_notebooks_are_committed_without_output_and_short():
+    for path in sorted(NOTEBOOKS.glob("*.ipynb")):
+        for cell in json.loads(path.read_text())["cells"]:
+            if cell["cell_type"] == "code":
+                assert not cell["outputs"] and cell["execution_count"] is None, path.name
+                assert len("".join(cell["source"]).splitlines()) <= 30, path.name
+
+
+def test_a_notebook_is_titled_by_its_number():
+    for path in NOTEBOOKS.glob("*.ipynb"):
+        title = json.loads(path.read_text())["cells"][0]["source"][0]
+        number = path.stem.partition("_")[0]
+        assert title.startswith(f"# {number.capitalize()} · "), path.name
+
+
+def test_notebooks_name_others_that_there_are():
+    names = {path.stem for path in NOTEBOOKS.glob("*.ipynb")}
+    for path in NOTEBOOKS.glob("*.ipynb"):
+        text = "".join("".join(cell["source"]) for cell in json.loads(path.read_text())["cells"])
+        assert set(re.findall(r"\b\d\db?_[a-z_]+", text)) <= names, path.name
+
+
+def test_quickstart(executed):
+    _, printed = executed
+    assert re.search(r"M_0: [\d.]+% of its samples are right; \d+ pairs; M_1: ", printed)
+
+
+def test_quickstart_takes_a_model_and_problems_of_ones_own(executed):
+    _, printed = executed
+    assert "6 problems to learn from" in printed
+    assert re.search(r"M_0: 0.0% of its samples are right; [1-9]\d* pairs; M_1: ", printed)  # gold against its own
+
+
+def test_the_seed_notebook_makes_a_model(executed):
+    folder, _ = executed
+    assert {"model.safetensors", "tokenizer.json", "facts.json"} <= {p.name for p in (folder / "model").iterdir()}
+
+
+def test_the_process_notebook_writes_its_tables(executed):
+    folder, _ = executed
+    rows = read_rows(folder / "run" / "label_quality.csv")
+    wanted = [("a number", "1", "0"), ("a number", "2", "0"), ("a number", "2", "1"), ("odd or even", "1", "0")]
+    assert [(r["answer"], r["k"], r["delta"]) for r in rows[2:6]] == wanted
+    assert not (folder / "run" / "scratch").exists()
+
+
+def test_the_nll_notebook_watches_three_losses(executed):
+    folder, _ = executed
+    rows = read_rows(folder / "nll.csv")
+    assert [(r["loss"], r["step"]) for r in rows] == [
+        (x, s) for x in ("dpo", "dpo+nll", "nll") for s in ("0", "3", "6")
+    ]
+
+
+def test_the_memorising_notebook_makes_a_model(executed):
+    folder, printed = executed
+    assert {"model.safetensors", "tokenizer.json", "config.json"} <= {p.name for p in (folder / "model").iterdir()}
+    assert "{'train': 14, 'dev': 2, 'test': 4}" in printed
+
+
+def test_the_tuning_notebook_ranks_its_points(executed):
+    folder, _ = executed
+    rows = read_rows(folder / "tune.csv")
+    assert [(r["method"], float(r["lr"])) for r in rows] == [
+        (m, lr) for m in ("irpo", "sft_gold") for lr in (1e-3, 2e-3)
+    ]
+
+
+def test_the_speed_notebook_counts_what_was_measured(executed):
+    _, printed = executed
+    assert "1 threads" in printed and "s of operations in all" in printed
+
+
+def test_every_notebook_is_executed_by_a_test(micro_run):
+    run, _ = micro_run
+    here = {name for name, _ in SMALL.values()}
+    in_the_micro_run = {"01_sample", "02_pairs", "03_train", "04_evaluate", "05_report", "06_methods"}
+    in_test_family = {"01b_reward", "03b_extrapolate"}
+    assert {path.stem for path in NOTEBOOKS.glob("*.ipynb")} == here | in_the_micro_run | in_test_family
+    assert in_the_micro_run == {path.stem for path in run.rglob("*.ipynb")}
+    assert set(SMALL) <= set(globals())  # each has its test
