@@ -1,0 +1,87 @@
+"""Which code a stage runs: the modules that it imports, directly or not, and a hash of what each of them means."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+from functools import cache
+from pathlib import Path
+
+from ..files import PACKAGE
+
+# Modules that keep results, or name what makes them: what they choose stands in the key as parameters.
+BOOKKEEPING = (
+    "files",
+    "settings",
+    "methods.parts",
+    "methods.recipes",
+    "run.code",
+    "run.config",
+    "run.presets",
+    "run.store",
+)
+
+
+def meaning(source: str) -> str:
+    """The source's syntax tree without comments, layout and docstrings: what changes when the program does."""
+    tree = ast.parse("\n".join("" if line.lstrip().startswith(("%", "!")) else line for line in source.splitlines()))
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if (
+            isinstance(body, list)
+            and body
+            and isinstance(body[0], ast.Expr)
+            and isinstance(body[0].value, ast.Constant)
+        ):
+            body[0] = ast.Pass()
+    return ast.dump(tree)
+
+
+def imports(source: str, module: str) -> set[str]:
+    """Names of this package's modules that the source of `module` imports, anywhere in it."""
+    found, here = set(), ["irpo_utils", *module.split(".")[:-1]]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom):
+            base = here[: len(here) - node.level + 1] if node.level else []
+            full = [*base, *(node.module or "").split(".")] if node.module else base
+            if full[:1] == ["irpo_utils"]:
+                found |= {".".join([*full[1:], *extra]) for extra in ([], *([alias.name] for alias in node.names))}
+        elif isinstance(node, ast.Import):
+            found |= {a.name.removeprefix("irpo_utils.") for a in node.names if a.name.startswith("irpo_utils.")}
+    return found
+
+
+def module_file(name: str) -> Path | None:
+    for path in (PACKAGE / f"{name.replace('.', '/')}.py", PACKAGE / name.replace(".", "/") / "__init__.py"):
+        if name and path.is_file():
+            return path
+    return None
+
+
+@cache
+def closure(roots: tuple[str, ...]) -> tuple[str, ...]:
+    """The modules that `roots` import, directly or not, and the roots themselves, without those of bookkeeping."""
+    seen, todo = set(), [*roots]
+    while todo:
+        name = todo.pop()
+        path = module_file(name)
+        if name in seen or path is None or name.startswith(BOOKKEEPING):
+            continue
+        seen.add(name)
+        module = name + ".__init__" if path.name == "__init__.py" else name
+        todo += sorted(imports(path.read_text(), module))
+    return tuple(sorted(seen))
+
+
+@cache
+def module_hash(name: str) -> str:
+    return hashlib.sha256(meaning(module_file(name).read_text()).encode()).hexdigest()
+
+
+@cache
+def notebook_hash(path: Path) -> str:
+    """Hash of a notebook's code cells. The parameters cell is replaced by the run's own, which are in the key already."""
+    cells = [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
+    source = "\n".join("".join(c["source"]) for c in cells if "parameters" not in c.get("metadata", {}).get("tags", []))
+    return hashlib.sha256(meaning(source).encode()).hexdigest()
