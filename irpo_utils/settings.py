@@ -31,6 +31,12 @@ class Section(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, validate_default=True)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(
+            f"{name}: a run's parameters are fixed; give another on the command line, as in "
+            "./run_all.sh tiny run=mine train.lr=1e-3, or edit the run's config.yaml and begin the stage again"
+        )
+
     def but(self, **changes: Any) -> Self:
         return type(self).model_validate(self.values() | changes)
 

@@ -241,11 +241,14 @@ class Stage:
         made_with = ((self.manifest() or {}).get("key") or {}).get("versions") or {}
         return {name: load_object(engine.version)() or made_with.get(name)}
 
+    def _parameters(self) -> dict[str, Any]:
+        return self.parameters() | {"uses": sorted(self.uses())}
+
     def key(self) -> dict[str, Any]:
         """Everything the stage's result depends on. Raises MissingArtefact if an input is not there."""
         return {
             "stage": self.name,
-            "parameters": self.parameters() | {"uses": sorted(self.uses())},
+            "parameters": self._parameters(),
             "inputs": self.inputs(),
             "code": self.code(),
             "versions": self.versions(),
@@ -343,6 +346,10 @@ class Stage:
         if missing := [name for name in self.writes() if not self.path(name).exists()]:
             raise ConfigError(
                 f"{self.name}: {', '.join(missing)} is not there yet; run the cell with stage.run() first"
+            )
+        if self._parameters() != self._key["parameters"]:
+            raise ConfigError(
+                f"{self.name}: parameters have changed since begin(); run that cell and stage.run() again"
             )
         outputs = {name: file_hash(self.path(name)) for name in self.writes()}
         manifest = {

@@ -59,6 +59,7 @@ class TrainStage(Stage):
 
     def run(self, show: Callable[[str], None] = print) -> dict[str, Any]:
         """Returns the facts in training.json."""
+        self.check_begun()
         # What names the model that scores the pairs before the first step; the rate and the like have no part in it.
         named = self._key | {"parameters": self.section("model") | {"threads": self.config.threads}}
         training = parts.TRAINING.load()(
