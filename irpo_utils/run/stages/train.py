@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from importlib.metadata import version
@@ -85,8 +84,3 @@ class TrainStage(Stage):
         shutil.rmtree(self.path("adapter"), ignore_errors=True)
         fresh.rename(self.path("adapter"))
         return facts
-
-
-def read_steps(path: Path) -> list[dict[str, float]]:
-    """What training recorded, a row a step."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
