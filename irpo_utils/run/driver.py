@@ -8,9 +8,10 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
-from ..files import NOTEBOOKS, ConfigError, load_object, locked, relative, resolve, write_text
+from ..files import NOTEBOOKS, ConfigError, load_object, locked, relative, resolve, source_of, write_text
 from ..methods.parts import SAMPLERS
 from ..tasks import check_task, get_task
 from ..tasks.base import Problem
@@ -26,8 +27,11 @@ QUIET = {
 }
 
 
-def run_notebook(source: Path, target: Path, parameters: dict, threads: int) -> None:
+def run_notebook(source: Path, target: Path, parameters: dict, threads: int, uses: Iterable[str] = ()) -> None:
     """Execute a notebook with papermill; the executed copy is there also when it fails.
+
+    Args:
+        uses: modules that it will load by name, besides those that it imports.
 
     Raises:
         ConfigError: a parameter that the notebook does not have (papermill itself would only log it).
@@ -52,6 +56,7 @@ def run_notebook(source: Path, target: Path, parameters: dict, threads: int) -> 
             parameters=parameters,
             progress_bar=False,
             cwd=str(NOTEBOOKS.parent),
+            kernel_manager_class=load_object("irpo_utils.run.kernels:manager")(source, uses),
             extra_arguments=["--IPKernelApp.log_level=ERROR"],
         )
     except PapermillExecutionError as error:
@@ -72,7 +77,8 @@ def execute(stage: Stage) -> None:
     executed(stage).unlink(missing_ok=True)
     parameters = {"run": relative(stage.run_folder), "method": stage.method}
     parameters |= {"seed": stage.seed, "iteration": stage.iteration}
-    run_notebook(NOTEBOOKS / f"{stage.name}.ipynb", executed(stage), parameters, stage.config.threads)
+    modules = [where.rpartition(":")[0] for where in stage.uses() if source_of(where) is None]
+    run_notebook(NOTEBOOKS / f"{stage.name}.ipynb", executed(stage), parameters, stage.config.threads, modules)
 
 
 def reasons(stage: Stage, found: list[str]) -> str:
