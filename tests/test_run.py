@@ -12,11 +12,21 @@ import psutil
 import pytest
 from conftest import ROOT, drive, remove_run
 
-from irpo_utils.files import NOTEBOOKS, ConfigError, MissingArtefact, file_hash, locked, read_jsonl, resolve, write_text
+from irpo_utils.files import (
+    NOTEBOOKS,
+    ConfigError,
+    MissingArtefact,
+    file_hash,
+    locked,
+    read_jsonl,
+    resolve,
+    write_json,
+    write_text,
+)
 from irpo_utils.run.config import dump
-from irpo_utils.run.driver import run_notebook
+from irpo_utils.run.driver import run_notebook, why
 from irpo_utils.run.presets import load_preset
-from irpo_utils.run.stages import STAGES, EvaluateStage, PairsStage, SampleStage
+from irpo_utils.run.stages import STAGES, EvaluateStage, PairsStage, SampleStage, plan
 
 KILLS = int(os.environ.get("KILLS", "2"))
 
@@ -85,7 +95,7 @@ def test_second_run_does_nothing_and_a_changed_parameter_reruns_what_depends_on_
     [("math", {"tasks/math.py", "answers/latex.py", "answers/verify.py"}), ("gsm8k", {"tasks/gsm8k.py"})],
 )
 def test_the_key_of_a_stage_holds_what_it_runs_and_no_more(tmp_path, task, graders):
-    """Tasks and engines are named by strings, which imports do not tell: a mended grader must rerun what it graded."""
+    """Tasks and engines are named by strings, which imports do not tell: a changed grader must rerun what it graded."""
     config = load_preset("micro", [f"task.name={task}"])
     code = {name: set(stage(tmp_path, config=config).code()) for name, stage in STAGES.items() if name != "01b_reward"}
     wanted = {*graders, "answers/numbers.py", "tasks/records.py", "model/sampling.py", "notebooks/01_sample.ipynb"}
@@ -94,6 +104,45 @@ def test_the_key_of_a_stage_holds_what_it_runs_and_no_more(tmp_path, task, grade
     assert not others & (code["01_sample"] | code["04_evaluate"])
     assert "model/losses.py" in code["03_train"] and "methods/select.py" not in code["03_train"]
     assert "methods/select.py" in code["02_pairs"] and not any(n.startswith("tasks/") for n in code["02_pairs"])
+
+
+def test_a_stage_without_problems_or_model_has_none_in_its_key(tmp_path):
+    problems = str(ROOT / "tests" / "upstream" / "gsm8k.jsonl")
+    config = load_preset("micro", ["task.name=math", f"task.train={problems}"])
+    both = {"base", f"problems {problems}"}
+    for name, stage in STAGES.items():
+        method, t = {"01b_reward": ("sipf", 2), "03b_extrapolate": ("expo", 2)}.get(name, ("irpo", 1))
+        made = stage(tmp_path, method, iteration=t, config=config)
+        assert set(made.configured_files()) == {"02_pairs": set(), "03b_extrapolate": {"base"}}.get(name, both), name
+        assert ("torch" in made.versions()) == (name != "02_pairs")
+        graded = name not in ("02_pairs", "03b_extrapolate")
+        assert ("sympy" in made.versions()) == ("tasks/math.py" in made.code()) == graded
+
+
+def done(stage):
+    """A stage that has left empty files."""
+    for name in stage.writes():
+        write_text(stage.path(name), "")
+    outputs = {name: file_hash(stage.path(name)) for name in stage.writes()}
+    write_json(stage.manifest_path(), {"key": stage.key(), "outputs": outputs})
+
+
+def test_why_tells_what_was_interrupted_and_what_stands_behind_it(tmp_path, capsys):
+    config = load_preset("micro", ["iterations=1"])
+    _, sampled, paired, trained, _ = plan(config, tmp_path, "irpo", 0)
+    done(sampled)
+    done(paired)
+    done(trained)
+    paired.begin()
+    write_text(paired.path("pairs.jsonl"), "")  # as one that was killed while it wrote
+    why(tmp_path, config)
+    assert [line.partition(": ")[2] for line in capsys.readouterr().out.splitlines()] == [
+        "it has not run yet",
+        "done",
+        "it was begun and has not finished",
+        "done, but 02_pairs before it is not",
+        "it has not run yet",
+    ]
 
 
 RUN_NOTEBOOKS = """

@@ -229,14 +229,23 @@ def estimate(preset: str, settings: list[str]) -> None:
 
 def why(run: Path, config: Config) -> None:
     """Say of every stage of a run whether it is done, and if not why."""
-    seen = set()
+    seen, awaited = set(), {}  # a file -> the stage to run that it comes from, directly or through others
     for method, seed in method_seeds(config):
         for stage in plan(config, run, method, seed):
             if stage.manifest_path() in seen:
                 continue
             seen.add(stage.manifest_path())
             found = stage.why_not_done()
-            print(f"{relative(executed(stage)).removesuffix('.ipynb')}: {'; '.join(found) if found else 'done'}")
+            before = next((awaited[path] for path, _ in stage.reads().values() if path in awaited), None)
+            if first := (stage if found else before):
+                awaited |= {stage.path(name): first for name in stage.writes()}
+            done = f"done, but {nearby(before, stage)} before it is not" if before else "done"
+            print(f"{relative(executed(stage)).removesuffix('.ipynb')}: {'; '.join(found) or done}")
+
+
+def nearby(stage: Stage, other: Stage) -> str:
+    """A stage as it is called beside another one of its method and seed."""
+    return stage.name if stage.iteration == other.iteration else f"{stage.name} of iteration {stage.iteration}"
 
 
 def run_side_by_side(run: Path, work: list[tuple[str, int]], jobs: int, lock: int) -> None:

@@ -39,6 +39,7 @@ from ..files import (
     write_json,
     write_text,
 )
+from ..methods.parts import SAMPLERS, Engine
 from ..settings import ModelConfig, Section
 from ..tasks import TASKS
 from ..tasks.base import Problem, Task
@@ -77,7 +78,9 @@ class Stage:
     """
 
     name: ClassVar[str]
-    sees_problems: ClassVar[bool] = True  # whether it loads the task and the model, or works on its inputs alone
+    reads_problems: ClassVar[bool] = True  # whether it loads the task
+    loads_model: ClassVar[bool] = True
+    draws: ClassVar[bool] = False  # whether it draws responses, which one of several engines does
 
     def __init__(
         self, run: str | Path, method: str = "irpo", seed: int = 0, iteration: int = 1, config: Config | None = None
@@ -115,6 +118,11 @@ class Stage:
     def run(self) -> Any:
         """Do it: read the inputs, write the outputs."""
         raise NotImplementedError
+
+    @property
+    def sampler(self) -> Engine:
+        """The engine that it draws responses with."""
+        return SAMPLERS[self.config.sampling.engine]
 
     # Where things are.
 
@@ -191,55 +199,52 @@ class Stage:
         """Input name -> hash. Raises MissingArtefact if one is not there."""
         found = {name: file_hash(self.input(name)) for name in self.reads()}
         found |= {where: file_hash(file) for where in self.uses() if (file := source_of(where))}
-        return found | self.foreign_inputs() if self.sees_problems else found
+        return found | self.configured_files()
 
-    def foreign_inputs(self) -> dict[str, str]:
-        """Hashes of the files that the configuration names: the base model, a simulator, problems, a task of the user's."""
-        found = {}
-        seed = self.config.model.path == "seed"
-        base = PACKAGE / "assets" / "seed_model" if seed else resolve(Path(self.config.model.path).expanduser())
-        if base.is_dir():
-            found["base"] = file_hash(base, MODEL_FILES, sampled_above=64 << 20)
-        if simulator := self.parameters().get("process.simulator"):
-            other = resolve(Path(simulator).expanduser())
-            if other.is_dir():
-                found["simulator"] = file_hash(other, MODEL_FILES, sampled_above=64 << 20)
-        task = self.config.task
-        found |= hashes_of((*task.train, *task.dev, *task.test))
-        if (file := source_of(self.config.task.name)) is not None:
-            found["task"] = file_hash(file)
+    def configured_files(self) -> dict[str, str]:
+        """Hashes of the files that the configuration names: the base model, problems, a task of the user's."""
+        found, task = {}, self.config.task
+        if self.loads_model:
+            path = self.config.model.path
+            found |= model_files("base", PACKAGE / "assets" / "seed_model" if path == "seed" else Path(path))
+        if self.reads_problems:
+            found |= problem_files((*task.train, *task.dev, *task.test))
+            if (file := source_of(task.name)) is not None:
+                found["task"] = file_hash(file)
         return found
 
+    def named_code(self) -> list[str]:
+        """All that it loads by name: "module:name", or "file.py:name" of the user's."""
+        task = self.config.task.name
+        return [*self.uses(), *([TASKS.get(task, task)] if self.reads_problems else [])]
+
     def code(self) -> dict[str, str]:
-        """Module -> hash of what this stage runs: its file, what it loads by name, the task, and all that these import."""
-        task = TASKS.get(self.config.task.name, "") if self.sees_problems else ""
-        roots = {type(self).__module__, *(where.rpartition(":")[0] for where in (*self.uses(), task) if where)}
-        for file in self.own_files():  # of these the package's modules that they import count, and the file is an input
-            roots |= imports(file.read_text(), "") if file.is_file() else set()
-        modules = closure(tuple(sorted(r.removeprefix("irpo_utils.") for r in roots if not r.endswith(".py"))))
+        """Module -> hash of what this stage runs: its file, what it loads by name, and all that these import."""
+        roots = {type(self).__module__}
+        for where in self.named_code():
+            file = source_of(where)
+            if file is None:
+                roots.add(where.rpartition(":")[0])
+            elif file.is_file():  # it is an input; the package's modules that it imports count here
+                roots |= imports(file.read_text(), "")
+        modules = closure(tuple(sorted(root.removeprefix("irpo_utils.") for root in roots)))
         found = {module_file(name).relative_to(PACKAGE).as_posix(): module_hash(name) for name in modules}
         return {f"notebooks/{self.name}.ipynb": notebook_hash(NOTEBOOKS / f"{self.name}.ipynb"), **found}
 
-    def own_files(self) -> list[Path]:
-        """Python files of the user's that it runs."""
-        named = (*self.uses(), self.config.task.name if self.sees_problems else "")
-        return [file for where in named if (file := source_of(where)) is not None]
-
     def versions(self) -> dict[str, str | None]:
-        if not self.sees_problems:
-            return {}
-        latex = "answers/verify.py" in self.code()
-        return {name: version(name) for name in (*VERSIONS, *(MATH_VERSIONS if latex else ()))}
+        """Package -> version, of what computes and grades.
 
-    def engine_version(self, engine: Any, name: str) -> dict[str, str | None]:
-        """The version of an engine in an environment of its own.
-
-        Without it at hand, a stage is compared with the version that it was made with; to sample, it must be there.
+        An engine in an environment of its own may be out of reach where nothing is drawn. The stage is then compared
+        with the version that it was made with.
         """
-        if not engine.version:
-            return {}
-        made_with = ((self.manifest() or {}).get("key") or {}).get("versions") or {}
-        return {name: load_object(engine.version)() or made_with.get(name)}
+        latex = self.reads_problems and "answers/verify.py" in self.code()
+        names = (*(VERSIONS if self.loads_model else ()), *(MATH_VERSIONS if latex else ()))
+        found = {name: version(name) for name in names}
+        if self.draws and self.sampler.version:
+            name = self.config.sampling.engine
+            made_with = ((self.manifest() or {}).get("key") or {}).get("versions") or {}
+            found[name] = load_object(self.sampler.version)() or made_with.get(name)
+        return found
 
     def _parameters(self) -> dict[str, Any]:
         return self.parameters() | {"uses": sorted(self.uses())}
@@ -277,11 +282,10 @@ class Stage:
         """What keeps the stage from being done, a line each; nothing if it is done."""
         manifest = self.manifest()
         if manifest is None:
-            return (
-                ["its manifest is damaged, or of another version"]
-                if self.manifest_path().exists()
-                else ["it has not run yet"]
-            )
+            if self.manifest_path().exists():
+                return ["its manifest is damaged, or of another version"]
+            begun = (self.partial_folder() / "key.json").exists()
+            return ["it was begun and has not finished" if begun else "it has not run yet"]
         missing = [f"input {name} is missing" for name, (path, _) in self.reads().items() if not path.exists()]
         if missing:
             return missing
@@ -334,11 +338,25 @@ class Stage:
         if not hasattr(self, "_key"):
             raise ConfigError(f"{self.name}: run the cell with begin() first")
 
+    def partial_folder(self) -> Path:
+        return self.folder / f".{self.name}.partial"
+
     @property
     def partial(self) -> Path:
         """The folder to work in, which a stage that was killed finds as it left it."""
         self.check_begun()
-        return self.folder / f".{self.name}.partial"
+        return self.partial_folder()
+
+    def keep(self, name: str, made: Path) -> None:
+        """Copy a file or folder that was made in `partial` to the output `name`, which is there whole or not at all.
+
+        Copied and not moved, so that a stage that is killed now has it still.
+        """
+        fresh, target = self.path(f"{name}.tmp"), self.path(name)
+        for old in (fresh, target):
+            shutil.rmtree(old, ignore_errors=True)
+        shutil.copytree(made, fresh) if made.is_dir() else shutil.copyfile(made, fresh)
+        fresh.rename(target)
 
     def finish(self, **facts: Any) -> dict[str, Any]:
         """Write the manifest: from now on the stage is done. Raises ConfigError unless it has begun and run."""
@@ -364,8 +382,14 @@ class Stage:
         return manifest
 
 
-def hashes_of(sources: Iterable[str]) -> dict[str, str]:
-    """Hashes of the files of problems among `sources`; hub data sets are known by their names alone."""
+def model_files(name: str, path: Path) -> dict[str, str]:
+    """The hash of a local model's files, as the input `name`; a model of the hub is known by its name alone."""
+    folder = resolve(path.expanduser())
+    return {name: file_hash(folder, MODEL_FILES, sampled_above=64 << 20)} if folder.is_dir() else {}
+
+
+def problem_files(sources: Iterable[str]) -> dict[str, str]:
+    """The hashes of the files among `sources`, as inputs; data sets of the hub are known by their names alone."""
     return {f"problems {s}": file_hash(local_path(s)) for s in sources if is_file(s) and local_path(s).is_file()}
 
 
@@ -377,8 +401,9 @@ def difference(part: str, name: str, old: dict[str, Any], new: dict[str, Any]) -
     return f"{what} {name}" + ("" if name in old and name in new else " is new" if name in new else " is gone")
 
 
-def load_line(config: ModelConfig, policy: Path) -> str:
-    """One line of Python that loads M_t elsewhere."""
+def load_line(config: ModelConfig, folder: Path) -> str:
+    """One line of Python that loads the policy in `folder` elsewhere."""
+    policy = relative(folder)
     if config.tuning == "full":
         return f'AutoModelForCausalLM.from_pretrained("{policy}")'
     base = '"irpo_utils/assets/seed_model"' if config.path == "seed" else f'"{config.path}", dtype="{config.dtype}"'

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from ...files import write_json, write_jsonl
-from ...methods.parts import SAMPLERS
 from ...metrics import step_summary, summarize
 from ...tasks import get_task
 from ...tasks.base import Problem, Task
 from ...tasks.records import alike
-from ..store import Stage, hashes_of
+from ..store import Stage, problem_files
 
 SPLITS = ("dev", "test")
 Record = dict[str, Any]
@@ -20,6 +19,7 @@ Record = dict[str, Any]
 
 class EvaluateStage(Stage):
     name = "04_evaluate"
+    draws = True
 
     def reads(self) -> dict[str, tuple[Path, str]]:
         return {"policy": self.trained(self.iteration)} if self.iteration else {}
@@ -37,15 +37,10 @@ class EvaluateStage(Stage):
         )
 
     def uses(self) -> list[str]:
-        return [SAMPLERS[self.config.sampling.engine].where]
+        return [self.sampler.where]
 
-    def versions(self) -> dict[str, str | None]:
-        return super().versions() | self.engine_version(
-            SAMPLERS[self.config.sampling.engine], self.config.sampling.engine
-        )
-
-    def foreign_inputs(self) -> dict[str, str]:
-        return super().foreign_inputs() | hashes_of(self.config.evaluation.test)
+    def configured_files(self) -> dict[str, str]:
+        return super().configured_files() | problem_files(self.config.evaluation.test)
 
     def further_problems(self, task: Task) -> dict[str, list[Problem]]:
         """The problems of further test sets, by the set's name, without questions that were trained on or chosen by."""
@@ -63,7 +58,7 @@ class EvaluateStage(Stage):
         splits = {split: task.problems(split) for split in SPLITS} | self.further_problems(task)
         summary, responses = {}, []
         everything = [p for problems in splits.values() for p in problems]
-        with SAMPLERS[config.sampling.engine].load()(config, self.input("policy"), task, everything) as sampler:
+        with self.sampler.load()(config, self.input("policy"), task, everything) as sampler:
             for split, problems in splits.items():
                 rows = self._responses(sampler, split, problems)
                 summary[split] = summarize(rows) | task_facts(task, problems, rows)

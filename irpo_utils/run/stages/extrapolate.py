@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
-from ...files import relative, write_json
+from ...files import write_json
 from ...methods import parts
 from ..store import Stage, load_line
 
 
 class ExtrapolateStage(Stage):
     name = "03b_extrapolate"
+    reads_problems = False
 
     def reads(self) -> dict[str, tuple[Path, str]]:
         before = {"before": self.trained(self.iteration - 2)} if self.iteration > 2 else {}
@@ -32,8 +32,7 @@ class ExtrapolateStage(Stage):
         made, policies = self.partial / "adapter", (self.input("policy"), self.input("before"))
         extrapolated = parts.part("loss", self.choices.loss).load()
         facts = extrapolated(self.config.model, policies, self.config.train.extrapolation, made)
-        facts["load"] = load_line(self.config.model, Path(relative(self.path("adapter"))))
+        facts["load"] = load_line(self.config.model, self.path("adapter"))
         write_json(self.path("training.json"), facts)
-        shutil.rmtree(self.path("adapter"), ignore_errors=True)
-        made.rename(self.path("adapter"))
+        self.keep("adapter", made)
         return facts

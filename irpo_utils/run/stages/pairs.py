@@ -15,7 +15,7 @@ from ..store import Stage
 
 class PairsStage(Stage):
     name = "02_pairs"
-    sees_problems = False  # prompts and samples say all that it needs of them
+    reads_problems = loads_model = False  # prompts and samples say all that it needs of them
 
     def reads(self) -> dict[str, tuple[Path, str]]:
         drawn = self.samples_folder()

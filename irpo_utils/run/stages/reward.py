@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,12 @@ from ...methods import parts
 from ...methods.rewards import Job
 from ...model.records import Prompt, Sample
 from ...tasks import get_task
-from ..store import Stage
+from ..store import Stage, model_files
 
 
 class RewardStage(Stage):
     name = "01b_reward"
+    draws = True
 
     @property
     def part(self) -> parts.Reward:
@@ -42,12 +42,11 @@ class RewardStage(Stage):
         return chosen
 
     def uses(self) -> list[str]:
-        return [self.part.where, parts.SAMPLERS[self.config.sampling.engine].where]
+        return [self.part.where, self.sampler.where]
 
-    def versions(self) -> dict[str, str | None]:
-        return super().versions() | self.engine_version(
-            parts.SAMPLERS[self.config.sampling.engine], self.config.sampling.engine
-        )
+    def configured_files(self) -> dict[str, str]:
+        simulator = self.parameters().get("process.simulator")
+        return super().configured_files() | (model_files("simulator", Path(simulator)) if simulator else {})
 
     def run(self) -> tuple[list[Sample], dict[str, Any]]:
         """Returns the samples with their rewards, and the facts in reward.json."""
@@ -68,11 +67,8 @@ class RewardStage(Stage):
         rows = (sample.as_row() | {"answer_reward": sample.answer_reward} for sample in found)
         write_jsonl(self.path("rewarded.jsonl"), rows)
         write_json(self.path("reward.json"), facts)
-        for name in self.part.files:  # copied, so that a killed stage has it still
-            source, fresh = self.partial / name, self.path(f"{name}.tmp")
-            shutil.rmtree(fresh, ignore_errors=True)
-            shutil.copytree(source, fresh) if source.is_dir() else shutil.copyfile(source, fresh)
-            fresh.rename(self.path(name))
+        for name in self.part.files:
+            self.keep(name, self.partial / name)
         return found, facts
 
 

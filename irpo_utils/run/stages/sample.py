@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ...methods.parts import SAMPLERS
+from ...methods.parts import SAMPLERS, Engine
 from ...model.records import Prompt, Record, Sample
 from ...tasks import get_task
 from ...tasks.base import Problem
@@ -16,6 +16,7 @@ from ..store import Stage
 
 class SampleStage(Stage):
     name = "01_sample"
+    draws = True
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -36,19 +37,17 @@ class SampleStage(Stage):
         return chosen
 
     def uses(self) -> list[str]:
-        return [self.engine().where]
+        return [self.sampler.where]
 
-    def engine(self):
-        return SAMPLERS[self.config.sampling.engine if self.choices.samples else "transformers"]
-
-    def versions(self) -> dict[str, str | None]:
-        return super().versions() | self.engine_version(self.engine(), self.config.sampling.engine)
+    @property
+    def sampler(self) -> Engine:
+        return super().sampler if self.choices.samples else SAMPLERS["transformers"]  # which writes prompts
 
     def run(self) -> list[Sample]:
         """Draws a chunk of problems at a time, so that a kill loses one chunk. Returns the samples."""
         config, task = self.config, get_task(self.config.task)
         problems = self.training_problems(task)
-        with self.engine().load()(config, self.input("policy"), task, problems) as sampler:
+        with self.sampler.load()(config, self.input("policy"), task, problems) as sampler:
             prompts = sampler.prompts(problems)
             Record.write(self.path("prompts.jsonl"), prompts.values())
             if not self.choices.samples:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ...files import relative, write_json
+from ...files import write_json
 from ...methods import parts
 from ...model.records import Pair
 from ...tasks import get_task
@@ -75,12 +74,8 @@ class TrainStage(Stage):
             kept_scores=(self.path("reference.json"), named),
         )
         facts = training.run(show)
-        facts["load"] = load_line(self.config.model, Path(relative(self.path("adapter"))))
-        shutil.copyfile(self.partial / "steps.jsonl", self.path("steps.jsonl"))
+        facts["load"] = load_line(self.config.model, self.path("adapter"))
         write_json(self.path("training.json"), facts)
-        fresh = self.path("adapter.tmp")
-        shutil.rmtree(fresh, ignore_errors=True)
-        shutil.copytree(self.partial / "kept", fresh)
-        shutil.rmtree(self.path("adapter"), ignore_errors=True)
-        fresh.rename(self.path("adapter"))
+        self.keep("steps.jsonl", self.partial / "steps.jsonl")
+        self.keep("adapter", self.partial / "kept")
         return facts
