@@ -30,7 +30,6 @@ from ..files import (
     MissingArtefact,
     file_hash,
     load_object,
-    local_path,
     lock_at,
     relative,
     resolve,
@@ -128,7 +127,7 @@ class Stage:
 
     def samples_folder(self) -> Path:
         """Where this round's samples are: those of M_0 are shared by all methods."""
-        return self.m0_folder() if self.iteration == 1 and self.choices.samples else self.folder
+        return self.m0_folder() if self.iteration == 1 and self.choices.draws else self.folder
 
     def policy(self, iteration: int) -> Path | None:
         """The folder of M_t, None for M_0 (the base itself)."""
@@ -197,11 +196,11 @@ class Stage:
         """Hashes of the files that the configuration names: the base model, a simulator, problems, a task of the user's."""
         found = {}
         seed = self.config.model.path == "seed"
-        base = PACKAGE / "assets" / "seed_model" if seed else resolve(Path(self.config.model.path).expanduser())
+        base = PACKAGE / "assets" / "seed_model" if seed else resolve(self.config.model.path)
         if base.is_dir():
             found["base"] = file_hash(base, MODEL_FILES, sampled_above=64 << 20)
         if simulator := self.parameters().get("process.simulator"):
-            other = resolve(Path(simulator).expanduser())
+            other = resolve(simulator)
             if other.is_dir():
                 found["simulator"] = file_hash(other, MODEL_FILES, sampled_above=64 << 20)
         task = self.config.task
@@ -366,7 +365,7 @@ class Stage:
 
 def hashes_of(sources: Iterable[str]) -> dict[str, str]:
     """Hashes of the files of problems among `sources`; hub data sets are known by their names alone."""
-    return {f"problems {s}": file_hash(local_path(s)) for s in sources if is_file(s) and local_path(s).is_file()}
+    return {f"problems {s}": file_hash(resolve(s)) for s in sources if is_file(s) and resolve(s).is_file()}
 
 
 def difference(part: str, name: str, old: dict[str, Any], new: dict[str, Any]) -> str:

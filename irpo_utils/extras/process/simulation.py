@@ -47,7 +47,7 @@ def simulator(job: Job, tokenizer: PreTrainedTokenizerBase) -> tuple[Job, PreTra
     name = job.config.process.simulator
     if not name:
         return job, tokenizer
-    folder = resolve(Path(name).expanduser())
+    folder = resolve(name)
     if is_adapter(folder):
         return replace(job, policy=folder), tokenizer
     config = job.config.but(model=job.config.model.but(path=name, tuning="lora"))

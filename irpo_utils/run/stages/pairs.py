@@ -20,9 +20,9 @@ class PairsStage(Stage):
     def reads(self) -> dict[str, tuple[Path, str]]:
         drawn = self.samples_folder()
         found = {"prompts": (drawn / "prompts.jsonl", "01_sample.ipynb")}
-        if self.choices.scored:
+        if self.choices.has_reward_stage:
             found["samples"] = (self.folder / "rewarded.jsonl", "01b_reward.ipynb")
-        elif self.choices.samples:
+        elif self.choices.draws:
             found["samples"] = (drawn / "samples.jsonl", "01_sample.ipynb")
         t = self.iteration
         if self.choices.accumulate and t > 1 and self.recipe.round(t - 1).accumulate:
@@ -44,7 +44,7 @@ class PairsStage(Stage):
         self.check_begun()
         prompts = {p.problem: p for p in Prompt.read(self.input("prompts"), "01_sample.ipynb")}
         samples: dict[str, list[Sample]] = {}
-        for sample in Sample.read(self.input("samples"), self.reads()["samples"][1]) if self.choices.samples else []:
+        for sample in Sample.read(self.input("samples"), self.reads()["samples"][1]) if self.choices.draws else []:
             samples.setdefault(sample.problem, []).append(sample)
         pairs, audit = select(self.choices.selection, samples, prompts, self.config.pairs, self.random_seed(1))
         if samples:

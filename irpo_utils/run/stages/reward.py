@@ -33,12 +33,9 @@ class RewardStage(Stage):
         chosen = self.task_parameters(unused="dev test") | self.common_parameters() | self.section("model")
         chosen |= self.section("sampling") | {"sampling.temperature": self.config.temperature(self.iteration)}
         chosen |= {"reward": self.choices.reward, "train.retrain_with_dev": self.config.train.retrain_with_dev}
-        if self.part.section:
-            chosen |= self.section(self.part.section)
-        if self.part.train:
-            chosen |= self.section("train", only=self.part.train)
-        if self.choices.reward == "process":  # which solutions its reward model sees
-            chosen |= self.section("pairs", only=["max_tokens"])
+        for name in self.part.settings:
+            section, _, leaf = name.partition(".")
+            chosen |= self.section(section, only=[leaf] if leaf else ())
         return chosen
 
     def uses(self) -> list[str]:

@@ -22,16 +22,16 @@ class SampleStage(Stage):
         self.folder = self.samples_folder()
 
     def reads(self) -> dict[str, tuple[Path, str]]:
-        return self.sampled_policy() if self.choices.samples else {}
+        return self.sampled_policy() if self.choices.draws else {}
 
     def writes(self) -> tuple[str, ...]:
-        return ("prompts.jsonl", "samples.jsonl") if self.choices.samples else ("prompts.jsonl",)
+        return ("prompts.jsonl", "samples.jsonl") if self.choices.draws else ("prompts.jsonl",)
 
     def parameters(self) -> dict[str, Any]:
         chosen = self.task_parameters(unused="dev test") | self.common_parameters() | self.base_parameters()
         if self.config.train.retrain_with_dev:
             chosen["train.retrain_with_dev"] = True
-        if self.choices.samples:
+        if self.choices.draws:
             chosen |= self.section("sampling") | {"sampling.temperature": self.config.temperature(self.iteration)}
         return chosen
 
@@ -39,7 +39,7 @@ class SampleStage(Stage):
         return [self.engine().where]
 
     def engine(self):
-        return SAMPLERS[self.config.sampling.engine if self.choices.samples else "transformers"]
+        return SAMPLERS[self.config.sampling.engine if self.choices.draws else "transformers"]
 
     def versions(self) -> dict[str, str | None]:
         return super().versions() | self.engine_version(self.engine(), self.config.sampling.engine)
@@ -51,7 +51,7 @@ class SampleStage(Stage):
         with self.engine().load()(config, self.input("policy"), task, problems) as sampler:
             prompts = sampler.prompts(problems)
             Record.write(self.path("prompts.jsonl"), prompts.values())
-            if not self.choices.samples:
+            if not self.choices.draws:
                 return []
             self._draw(sampler, problems, prompts)
         found = [s for path in sorted(self.partial.glob("chunk_*.jsonl")) for s in Sample.read(path, self.name)]
