@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from irpo_utils.extras import trl_trainer
-from irpo_utils.files import ConfigError
+from irpo_utils.files import ConfigError, read_jsonl
 from irpo_utils.model import load, losses, training
 from irpo_utils.model.logprobs import reference_logps
 from irpo_utils.model.records import Pair
@@ -75,7 +75,7 @@ def train(engine, pairs, folder, loss="dpo+nll", settings=None, **more):
     options = {"seed": 0, "sampled_by_start": True, "has_reference": True, "show": lambda line: None} | more
     model = load.load_policy(ModelConfig(**options.pop("model", {})), trainable=True, seed=0, threads=1)
     facts = ENGINES[engine](model, pairs, folder, loss=function, weights=weights, config=config, **options)
-    return facts, list(training.read_steps(folder / "steps.jsonl")), model
+    return facts, read_jsonl(folder / "steps.jsonl"), model
 
 
 def assert_same(own, trl):

@@ -13,7 +13,7 @@ import json
 import math
 import random
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -287,7 +287,9 @@ def check_sampled(pairs: list[Pair], start_logps: Logps, tolerance: float, exact
     return worst
 
 
-def kept_reference_logps(model: PreTrainedModel, pairs: list[Pair], rows: int, keep: tuple[Path, Any] | None) -> Logps:
+def kept_reference_logps(
+    model: PreTrainedModel, pairs: list[Pair], max_rows: int, keep: tuple[Path, Any] | None
+) -> Logps:
     """`reference_logps`, kept in a file, so that training that goes on after a kill does not score the pairs anew.
 
     Args:
@@ -295,15 +297,15 @@ def kept_reference_logps(model: PreTrainedModel, pairs: list[Pair], rows: int, k
             else written.
     """
     if keep is None:
-        return reference_logps(model, pairs, rows)
+        return reference_logps(model, pairs, max_rows)
     file, named = keep
-    about = [named, rows, [[p.problem, p.prompt_ids, p.chosen_ids, p.rejected_ids] for p in pairs]]
+    about = [named, max_rows, [[p.problem, p.prompt_ids, p.chosen_ids, p.rejected_ids] for p in pairs]]
     key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # none, or damaged: scored anew
         found = json.loads(file.read_text())
         if found["key"] == key:
             return [tuple(pair) for pair in found["logps"]]
-    logps = reference_logps(model, pairs, rows)
+    logps = reference_logps(model, pairs, max_rows)
     write_json(file, {"key": key, "logps": logps})
     return logps
 
@@ -415,7 +417,3 @@ def train(
         "sampler_gap": gap,
         "trained_tokens": trained,
     }
-
-
-def read_steps(path: Path) -> Iterator[dict[str, float]]:
-    return (json.loads(line) for line in path.read_text().splitlines())

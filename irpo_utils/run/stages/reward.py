@@ -48,7 +48,8 @@ class RewardStage(Stage):
 
     def run(self) -> tuple[list[Sample], dict[str, Any]]:
         """Returns the samples with their rewards, and the facts in reward.json."""
-        task, samples = get_task(self.config.task), samples_by_problem(self)
+        task = get_task(self.config.task)
+        samples = Sample.by_problem(Sample.read(self.input("samples"), "01_sample.ipynb"))
         found, facts = self.part.load()(
             Job(
                 config=self.config,
@@ -71,11 +72,3 @@ class RewardStage(Stage):
             shutil.copytree(source, fresh) if source.is_dir() else shutil.copyfile(source, fresh)
             fresh.rename(self.path(name))
         return found, facts
-
-
-def samples_by_problem(stage: Stage) -> dict[str, list[Sample]]:
-    """Problem id -> its samples, from a stage's input "samples"."""
-    samples: dict[str, list[Sample]] = {}
-    for sample in Sample.read(stage.input("samples"), stage.reads()["samples"][1]):
-        samples.setdefault(sample.problem, []).append(sample)
-    return samples
