@@ -12,7 +12,7 @@ from irpo_utils.files import read_jsonl
 from irpo_utils.methods.parts import LOSSES
 from irpo_utils.methods.sampler import Sampler
 from irpo_utils.methods.select import cyclic_pairs
-from irpo_utils.model import load, logprobs, losses, sampling, training
+from irpo_utils.model import load, logprobs, losses, sampling, schedule, training
 from irpo_utils.model.prompts import encode_prompts, stop_ids
 from irpo_utils.model.records import Pair
 from irpo_utils.run.config import dump
@@ -272,9 +272,9 @@ def test_a_folder_without_a_policy_is_named(config, tmp_path):
 
 def test_order_is_whole_shuffled_passes_cut_to_the_budget():
     problems, config = ["p"] * 10, TrainConfig(batch=4, micro_batch=4, max_steps=5, max_epochs=9)
-    order = training.training_order(problems, config, seed=0)
+    order = schedule.training_order(problems, config, seed=0)
     assert len(order) == 20 and sorted(order[:10]) == sorted(order[10:]) == list(range(10))
-    assert len(training.training_order(problems, config.but(max_steps=99, max_epochs=1), seed=0)) == 8
+    assert len(schedule.training_order(problems, config.but(max_steps=99, max_epochs=1), seed=0)) == 8
 
 
 def test_retraining_with_dev_takes_the_selected_steps_and_survives_a_kill(config, pairs, tmp_path, monkeypatch):

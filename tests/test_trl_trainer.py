@@ -10,7 +10,7 @@ import torch
 
 from irpo_utils.extras import trl_trainer
 from irpo_utils.files import ConfigError, read_jsonl
-from irpo_utils.model import load, losses, training
+from irpo_utils.model import load, losses, schedule, training
 from irpo_utils.model.logprobs import reference_logps
 from irpo_utils.model.records import Pair
 from irpo_utils.settings import ModelConfig, TrainConfig
@@ -149,7 +149,7 @@ def test_the_ids_are_those_that_were_sampled(pairs, tmp_path, tokenizer, monkeyp
 
 def test_the_arguments_are_those_of_the_other_engine(tmp_path):
     """TRL's defaults would cut responses, compute in 16 bits, save memory and log."""
-    plain = training.trainer_arguments(tmp_path, TrainConfig(), 7, 3, save_strategy="no")
+    plain = schedule.trainer_arguments(tmp_path, TrainConfig(), 7, 3, save_strategy="no")
     trl = trl_trainer.trl_arguments(plain, losses.dpo_nll, {"beta": 0.3, "alpha": 0.7})
     for field in fields(plain):
         assert getattr(trl, field.name) == getattr(plain, field.name), field.name
