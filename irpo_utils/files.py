@@ -15,17 +15,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import yaml
 from filelock import FileLock, Timeout
 
 PACKAGE = Path(__file__).parent
 ROOT = PACKAGE.parent
 NOTEBOOKS = ROOT / "notebooks"
 OUTPUTS = ROOT / "outputs"
-
-
-def local_path(source: str) -> Path:
-    """A file that a parameter names; relative paths are relative to the project, wherever the process was started."""
-    return ROOT / Path(source).expanduser()
 
 
 class ConfigError(ValueError):
@@ -40,9 +36,9 @@ class Busy(RuntimeError):
     """Another process is at work in the same folder."""
 
 
-def resolve(folder: str | Path) -> Path:
-    """A folder given relative to the project, wherever the notebook's kernel was started."""
-    return ROOT / folder
+def resolve(path: str | Path) -> Path:
+    """A file or folder that a parameter names; relative to the project, wherever the process was started."""
+    return ROOT / Path(path).expanduser()
 
 
 def relative(path: Path) -> str:
@@ -86,6 +82,30 @@ def read_jsonl(path: Path, made_by: str = "the stage before", fields: Iterable[s
             raise MissingArtefact(f"{path}, line {number} is damaged or cut off; delete it and run {made_by} again")
         rows.append(row)
     return rows
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML that refuses a key given twice, where plain YAML lets the last one win."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise ConfigError(f"{key!r} is given twice (line {node.start_mark.line + 1} and below); keep one")
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path) -> Any:
+    """What a YAML file holds; {} for an empty one. Raises ConfigError."""
+    try:
+        found = yaml.load(path.read_text(), _Loader)
+    except FileNotFoundError:
+        raise ConfigError(f"{path} is missing") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not YAML: {error}") from None
+    except (OSError, ConfigError) as error:
+        raise ConfigError(f"{path}: {error}") from None
+    return {} if found is None else found
 
 
 def file_hash(path: Path, suffixes: tuple[str, ...] = (), sampled_above: int | None = None) -> str:
@@ -154,7 +174,7 @@ def _own_module(path: Path, digest: str) -> ModuleType:
 def source_of(where: str) -> Path | None:
     """The Python file of an object of the user's, "file.py:name"; None for "module:name"."""
     file, _, name = where.rpartition(":")
-    return local_path(file) if file.endswith(".py") and name else None
+    return resolve(file) if file.endswith(".py") and name else None
 
 
 def load_object(where: str) -> Any:

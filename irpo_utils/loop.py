@@ -30,7 +30,6 @@ from .methods.sampler import Sampler
 from .methods.select import select
 from .model.load import new_adapter
 from .model.losses import dpo_nll
-from .model.prompts import ending_tokens
 from .model.records import Sample
 from .model.training import train
 from .settings import Settings
@@ -71,7 +70,7 @@ def irpo(
     if getattr(model, "peft_config", None):
         raise ValueError("the model has an adapter already; load it anew to start from M_0 again")
     policy = new_adapter(model, settings.model, seed)
-    sampler = sampler_of(policy, tokenizer, task, settings)
+    sampler = Sampler.of(policy, tokenizer, task, settings)
     problems, test = task.problems("train"), task.problems("test")
     prompts = sampler.prompts(problems)
     for t in range(1, settings.iterations + 1):
@@ -95,17 +94,9 @@ def irpo(
         yield Result(t, sum(graded) / len(graded), len(pairs), accuracy, audit | facts)
 
 
-def sampler_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, settings: Settings) -> Sampler:
-    """What asks `model` the problems of `task`, and grades its responses."""
-    stops = ending_tokens(tokenizer, model.generation_config)
-    return Sampler.in_memory(model, tokenizer, task, stops, settings)
-
-
 def draw(sampler: Sampler, problems: list[Problem], settings: Settings, t: int, seed: int) -> dict[str, list[Sample]]:
     """Problem id -> N graded samples of M_{t-1}."""
-    samples: dict[str, list[Sample]] = {p.id: [] for p in problems}
     options = {"n": settings.sampling.n, "temperature": settings.temperature(t), "seed": 1000 * seed + t}
-    for batch in sampler.samples(problems, label=f"sampling M_{t - 1}", **options):
-        for sample in batch:
-            samples[sample.problem].append(sample)
-    return samples
+    batches = sampler.samples(problems, label=f"sampling M_{t - 1}", **options)
+    found = Sample.by_problem(sample for batch in batches for sample in batch)
+    return {p.id: found[p.id] for p in problems}

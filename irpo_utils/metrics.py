@@ -1,10 +1,11 @@
-"""Accuracy of a model: greedy, majority vote, pass@k, with intervals and tests; and which of its steps are wrong."""
+"""Accuracy of a model: greedy, majority vote, pass@k, with intervals and tests; and which of its steps are wrong. And what samples share."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise, takewhile
 from typing import Any
 
 import numpy as np
@@ -235,3 +236,13 @@ def step_summary(checked: list[list[tuple[str, str]]], rewards: list[float | Non
             for kind, c in sorted(counts.items())
         },
     }
+
+
+def distinct_prefixes(responses: list[list[int]]) -> int:
+    """How many rows the sampler needs for responses to one prompt: their distinct proper prefixes, [] among them."""
+    ordered = sorted(responses)
+    count = len(ordered[0]) if ordered else 0
+    for one, other in pairwise(ordered):
+        same = len(list(takewhile(lambda tokens: tokens[0] == tokens[1], zip(one, other, strict=False))))
+        count += max(0, len(other) - 1 - min(same, len(one) - 1))
+    return count

@@ -1,13 +1,17 @@
 """Every parameter of a run, with its type, its range and its default: one section a class. Frozen, and checked when it is made.
 
-`run/config.py` reads them from presets and from the command line, and says in plain words what is wrong with one.
+`run/config.py` reads them from presets and from the command line. What is wrong with one is said in plain words
+(`first_error`), here and for the recipes of `methods/`.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+import difflib
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM has room for
 EXECUTIONS = ("isolated", "i-accept-the-risk")  # how sampled programs are run, see extras/code/sandbox.py
@@ -220,3 +224,73 @@ class Settings(Section):
     def temperature(self, iteration: int) -> float:
         """The sampling temperature of iteration 1, 2, ...; the last one of the list goes on."""
         return self.sampling.temperature[min(iteration, len(self.sampling.temperature)) - 1]
+
+
+def section_of(field: FieldInfo) -> type[Section] | None:
+    """The section that a field holds, or a list of; None for a single parameter."""
+    kind = field.annotation
+    kind = get_args(kind)[0] if get_origin(kind) is tuple else kind
+    return kind if isinstance(kind, type) and issubclass(kind, Section) else None
+
+
+def field_of(model: type[Section], name: str) -> FieldInfo | None:
+    """The field of a parameter, as of "train.lr"; None where there is none."""
+    first, _, rest = name.partition(".")
+    field = model.model_fields.get(first)
+    if field is None or not rest:
+        return field
+    section = section_of(field)
+    return section and field_of(section, rest)
+
+
+def names_of(model: type[Section]) -> list[str]:
+    """Every parameter, as "train.lr"."""
+    names = []
+    for name, field in model.model_fields.items():
+        section = section_of(field)
+        names += [f"{name}.{leaf}" for leaf in names_of(section)] if section else [name]
+    return names
+
+
+def unknown(name: str, known: Iterable[str]) -> str:
+    """That there is no such parameter, and which one may be meant."""
+    near = difflib.get_close_matches(name, list(known), 1)
+    return f"no parameter is called {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+
+
+def first_error(error: ValidationError, model: type[Section]) -> str:
+    """The first thing that is wrong with the values of a `model`: the parameter, what it takes, and what it was given."""
+    errors = error.errors()
+    # A name that is mistyped is also missing; what it is mistyped as says more.
+    first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
+    name = ".".join(part for part in first["loc"] if isinstance(part, str))
+    kind, given, limits = first["type"], first["input"], first.get("ctx") or {}
+    if kind == "value_error":
+        return str(limits["error"])
+    if kind == "extra_forbidden":
+        return unknown(name, names_of(model))
+    if kind == "missing":
+        return f"{name} is missing"
+    if kind == "float_type" and isinstance(given, str):
+        return f"{name}: expected a number, got the text {given!r}; YAML reads 1e-5 as text, write 1.0e-5"
+    if kind == "too_short":
+        return f"{name}: expected at least one value"
+    field = field_of(model, name)
+    hint = f" ({field.description})" if field and field.description else ""
+    if kind == "string_too_short":
+        return f"{name}: expected text that is not empty{hint}"
+    if kind in ("greater_than_equal", "greater_than", "less_than_equal"):
+        if kind == "less_than_equal" and limits["le"] != 1:
+            return f"{name}: at most {limits['le']}, got {given}"
+        low = f"at least {limits['ge']}" if "ge" in limits else f"above {limits['gt']:g}" if "gt" in limits else ""
+        share = any(getattr(limit, "le", None) == 1 for limit in field.metadata)
+        return f"{name}: {'between 0 and 1' if share else low}, got {given}{hint}"
+    what = {
+        "literal_error": f"one of {limits.get('expected', '').replace(chr(39), '').replace(' or ', ', ')}",
+        "finite_number": "expected a finite number",
+    }
+    types = {"int": "int", "float": "float", "bool": "bool", "string": "text", "tuple": "a list"}
+    types["model"] = "parameters as `key: value`"
+    if wanted := types.get(kind.partition("_")[0]):
+        what.setdefault(kind, f"expected {wanted}")
+    return f"{name}: {what.get(kind, first['msg'])}, got {given!r}{hint}".removeprefix(": ")

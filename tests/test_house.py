@@ -9,6 +9,9 @@ import sys
 import pytest
 from conftest import ROOT
 
+from irpo_utils.run.presets import load_preset
+from irpo_utils.run.stages import STAGES
+
 PACKAGE = ROOT / "irpo_utils"
 # Each may import from those before it. extras and run stand beside one another.
 LEVELS = {"files": 0, "metrics": 0, "settings": 0, "answers": 1, "tasks": 2, "model": 3, "methods": 4, "loop": 5, "extras": 5, "run": 5, "report": 6, "__main__": 7}  # fmt: skip
@@ -172,3 +175,28 @@ def test_changed_code_reruns_what_runs_it_and_comments_change_nothing(without_ex
     assert not_done(copy) == {"02_pairs": "code methods/select.py", **behind}
     sampling.write_text(sampling.read_text() + "\nMORE = 1\n")
     assert set(not_done(copy)) == {"01_sample", "02_pairs", "03_train", "04_evaluate"}
+
+
+@pytest.mark.parametrize(
+    ("stage", "method", "with_", "without"),
+    [
+        ("01_sample", "sipf", "sampling", "schedule training losses"),
+        (
+            "01b_reward",
+            "sipf",
+            "sampling schedule logprobs",
+            "training losses",
+        ),  # its reward model has a loss of its own
+        ("01b_reward", "star", "sampling", "schedule training losses"),
+        ("01b_reward", "self_rewarding", "sampling logprobs", "schedule training losses"),
+        ("02_pairs", "sipf", "records", "load sampling schedule training losses"),
+        ("03_train", "sipf", "sampling schedule training losses", ""),
+        ("03b_extrapolate", "expo", "load", "sampling schedule training losses"),
+        ("04_evaluate", "sipf", "sampling", "schedule training losses"),
+    ],
+)
+def test_a_key_holds_the_code_of_the_model_that_a_stage_runs_and_no_other(tmp_path, stage, method, with_, without):
+    config = load_preset("tiny", [f"methods={method}"])
+    code = STAGES[stage](tmp_path, method, 0, 2, config).code()
+    assert all(f"model/{name}.py" in code for name in with_.split())
+    assert not [name for name in without.split() if f"model/{name}.py" in code]

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from irpo_utils.extras import judge
 from irpo_utils.methods.rewards import Job
 from irpo_utils.methods.sampler import Draw, Sampler, opened
-from irpo_utils.model.prompts import encode_prompts
+from irpo_utils.model.prompts import encode_prompts, stop_ids
 from irpo_utils.model.records import Sample
 from irpo_utils.model.sampling import Completion
 from irpo_utils.tasks.base import Problem
@@ -30,10 +30,9 @@ def sample(problem, response, reward):
 
 def job(kind, config, problems, samples, seed, **more):
     """A job as the reward stage makes it; the judge's random numbers are those of `seed`."""
-    by_problem = {}
-    for s in samples:
-        by_problem.setdefault(s.problem, []).append(s)
-    return kind(config, None, None, problems, {}, by_problem, 1.0, seed - judge.SEED, Path("unused"), **more)
+    return kind(
+        config, None, None, problems, {}, Sample.by_problem(samples), 1.0, seed - judge.SEED, Path("unused"), **more
+    )
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ class Scripted(Job):
     tokenizer: Any = None
 
     def sampler(self, config=None, task=None, problems=None):
-        return nullcontext(Sampler.of(config, self.tokenizer, task, self.draw))
+        return nullcontext(Sampler(self.draw, self.tokenizer, task, stop_ids(config.model, self.tokenizer), config))
 
 
 @pytest.mark.parametrize(

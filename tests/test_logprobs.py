@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, BloomConfig, Gemma2Config, LlamaC
 from irpo_utils.model import logprobs
 from irpo_utils.model.losses import dpo, dpo_nll, nll, orpo
 from irpo_utils.model.records import Pair
-from irpo_utils.model.training import batch_losses, kept_reference_logps, training_order
+from irpo_utils.model.schedule import training_order
+from irpo_utils.model.training import batch_losses, kept_reference_logps
 from irpo_utils.settings import TrainConfig
 
 KINDS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "gemma2": Gemma2Config}

@@ -3,7 +3,7 @@
 import pytest
 
 from irpo_utils.files import ConfigError, write_text
-from irpo_utils.methods.recipes import RecipeError, catalogue, read
+from irpo_utils.methods.recipes import catalogue, read
 from irpo_utils.run.config import dump
 from irpo_utils.run.presets import load_preset
 from irpo_utils.run.stages import STAGES, plan
@@ -78,7 +78,7 @@ def test_every_round_draws_and_trains_as_much(family):
         stages = plan(config, run, method, 0)
         rounds = [config.recipe(method).round(t) for t in range(1, config.rounds(method) + 1)]
         drawn = [s for s in stages if s.name == "01_sample" and "samples.jsonl" in s.writes()]
-        assert len(drawn) == sum(r.samples for r in rounds)
+        assert len(drawn) == sum(r.draws for r in rounds)
         steps = [config.for_round(method, t).train.max_steps for t in range(1, len(rounds) + 1)]
         assert sum(steps) == config.iterations * config.train.max_steps or method == "expo"
 
@@ -100,23 +100,24 @@ GOOD = "m:\n  label: M\n  rounds: [{reward: answer, selection: pairs, loss: dpo,
     ("old", "new", "message"),
     [
         ("loss: dpo", "loss: dppo", "m: no loss is called 'dppo'; there is: dpo"),
-        ("selection: pairs, ", "", "a round has reward, selection, loss, start, reference"),
-        ("  label: M\n", "", "expected label, source, rounds and repeat"),
+        ("selection: pairs, ", "", "m: rounds.selection is missing"),
+        ("selection: pairs, ", "selektion: pairs, ", "'rounds.selektion'; did you mean 'rounds.selection'"),
+        ("  label: M\n", "", "m: label is missing"),
         ("}]", ", inherits: n}]", "inherits: no method is called 'n'"),
         ("}]", "}]\n  repeat: 2", "repeat: 0 to 1"),
-        ("}]", ", accumulate: 1}]", "accumulate: true or false"),
+        ("}]", ", accumulate: 1}]", "m: rounds.accumulate: expected bool, got 1"),
         ("[{", "{", "not YAML"),
         ("selection: pairs, loss: dpo", "selection: gold, loss: dpo", "the loss 'dpo' needs pairs"),
         ("reward: answer", "reward: judge", "the reward 'judge' is a number"),
         ("reward: answer", "reward: none", "the selection 'pairs' needs a reward"),
-        ("label: M", "label: [M]", "label: expected text"),
+        ("label: M", "label: [M]", r"label: expected text, got \['M'\]"),
         ("label: M", "label: M\n  label: N", "'label' is given twice"),
-        ("}]", ", inherits: [m]}]", "inherits: the name of a method"),
+        ("}]", ", inherits: [m]}]", r"rounds.inherits: expected text, got \['m'\] \(the name of a method\)"),
         ("reference: moving", "reference: none", "needs a reference: moving or M_0"),
-        ("reference: moving", "reference: M_1", "no reference is called 'M_1'; there is: moving, M_0, none"),
+        ("reference: moving", "reference: M_1", "rounds.reference: one of moving, M_0, none, got 'M_1'"),
         ("selection: pairs", "selection: nowhere.py:mine", "nowhere.py:mine: .* is missing"),
         ("m:", "train:", "'train' is no name for a method"),
-        ("}]", "}]\n  repeat: true", "repeat: 0 to 1"),
+        ("}]", "}]\n  repeat: true", "repeat: expected int, got True"),
         (
             "loss: dpo, start: M_t, reference: moving",
             "loss: extrapolate, start: M_t, reference: none",
@@ -134,7 +135,7 @@ def test_bad_entry(tmp_path, old, new, message):
     (tmp_path / "methods.yaml").write_text(GOOD)
     assert list(read(tmp_path / "methods.yaml")) == ["m"]
     (tmp_path / "methods.yaml").write_text(GOOD.replace(old, new))
-    with pytest.raises(RecipeError, match=message):
+    with pytest.raises(ConfigError, match=message):
         read(tmp_path / "methods.yaml")
 
 
@@ -159,5 +160,5 @@ def test_a_stage_that_the_round_does_not_have_touches_nothing(family):
         with pytest.raises(ConfigError, match=message):
             STAGES[name](run, method, 0, t).begin()
     assert adapter.exists()
-    with pytest.raises(RecipeError, match="SFT on gold makes 1 round, there is no round 2"):
+    with pytest.raises(ConfigError, match="SFT on gold makes 1 round, there is no round 2"):
         STAGES["03_train"](run, "sft_gold", 0, 2)

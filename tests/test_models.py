@@ -8,10 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from irpo_utils.files import read_jsonl
 from irpo_utils.methods.parts import LOSSES
 from irpo_utils.methods.sampler import Sampler
 from irpo_utils.methods.select import cyclic_pairs
-from irpo_utils.model import load, logprobs, losses, sampling, training
+from irpo_utils.model import load, logprobs, losses, sampling, schedule, training
 from irpo_utils.model.prompts import encode_prompts, stop_ids
 from irpo_utils.model.records import Pair
 from irpo_utils.run.config import dump
@@ -25,8 +26,7 @@ def test_seed_model_has_its_recorded_hash_and_accuracy(tokenizer, seed_model, co
     facts = json.loads((load.SEED_MODEL / "facts.json").read_text())
     assert hashlib.sha256((load.SEED_MODEL / "model.safetensors").read_bytes()).hexdigest() == facts["sha256"]
     task = get_task(config.task.but(test_size=facts["test_problems"]))
-    stops = stop_ids(config.model, tokenizer)
-    accuracy = Sampler.in_memory(seed_model, tokenizer, task, stops, config).greedy_accuracy(task.problems("test"))
+    accuracy = Sampler.of(seed_model, tokenizer, task, config).greedy_accuracy(task.problems("test"))
     assert accuracy == pytest.approx(facts["test_greedy"], abs=0.011)  # another CPU may round a close call otherwise
     assert 0.35 <= accuracy <= 0.65
 
@@ -83,7 +83,7 @@ def test_training_starts_at_ln2_learns_and_is_repeatable(config, pairs, tmp_path
         assert facts["dpo_at_start"] == pytest.approx(training.LN2, abs=1e-5)
         finals.append((tmp_path / name / "best" / "adapter_model.safetensors").read_bytes())
     assert finals[0] == finals[1]
-    steps = list(training.read_steps(tmp_path / "first" / "steps.jsonl"))
+    steps = read_jsonl(tmp_path / "first" / "steps.jsonl")
     assert steps[-1]["margin"] > steps[0]["margin"]
 
 
@@ -118,7 +118,7 @@ def test_a_training_that_was_stopped_at_its_step_is_not_trained_on(config, pairs
     for _ in range(2):
         facts.append(run(fresh(config, threads=1), pairs, tmp_path, config, stop_after=4))
     assert facts[0] == facts[1] and facts[0]["best_step"] == 4
-    assert len(list(training.read_steps(tmp_path / "steps.jsonl"))) == 4
+    assert len(read_jsonl(tmp_path / "steps.jsonl")) == 4
 
 
 def test_accumulated_micro_batches_are_the_whole_batch(config, pairs, tmp_path):
@@ -126,7 +126,7 @@ def test_accumulated_micro_batches_are_the_whole_batch(config, pairs, tmp_path):
     for micro in (8, 2):
         cut = config.but(train=config.train.but(micro_batch=micro, max_steps=3))
         run(fresh(config), pairs, tmp_path / str(micro), cut)
-        losses.append([s["loss"] for s in training.read_steps(tmp_path / str(micro) / "steps.jsonl")])
+        losses.append([s["loss"] for s in read_jsonl(tmp_path / str(micro) / "steps.jsonl")])
     assert losses[0] == pytest.approx(losses[1], abs=2e-4)
 
 
@@ -144,7 +144,7 @@ def test_a_loss_without_a_reference_scores_none_unless_it_verifies_who_sampled(c
     config = config.but(train=config.train.but(max_steps=8))
     facts = run(fresh(config, threads=1), pairs, tmp_path / "orpo", config, loss="orpo", sampled_by_start=False)
     assert not scored and facts["dpo_at_start"] is None and facts["sampler_gap"] is None
-    steps = list(training.read_steps(tmp_path / "orpo" / "steps.jsonl"))
+    steps = read_jsonl(tmp_path / "orpo" / "steps.jsonl")
     assert "dpo" not in steps[0] and steps[-1]["odds"] < steps[0]["odds"] and steps[-1]["margin"] > steps[0]["margin"]
     assert steps[0]["loss"] == pytest.approx(steps[0]["nll"] + 0.1 * steps[0]["odds"], abs=1e-6)
     facts = run(fresh(config), pairs, tmp_path / "checked", config, loss="orpo")
@@ -172,7 +172,7 @@ def test_a_reference_of_another_model_comes_with_the_pairs_and_is_used_as_it_is(
     ]
     facts = run(fresh(config), referred, tmp_path / "given", config, reference_is_start=False)
     assert facts["dpo_at_start"] is None and facts["sampler_gap"] < 1e-3  # who sampled is verified all the same
-    first = next(training.read_steps(tmp_path / "given" / "steps.jsonl"))
+    first = read_jsonl(tmp_path / "given" / "steps.jsonl")[0]
     assert first["margin"] == pytest.approx(2 * config.train.beta, abs=1e-4)
     assert first["dpo"] == pytest.approx(math.log1p(math.exp(-2 * config.train.beta)), abs=1e-4)
     drawn_elsewhere = [replace(p, chosen_logp=p.chosen_logp - 1) for p in referred]
@@ -194,7 +194,7 @@ def test_a_loss_of_one_s_own_trains_with_its_own_weights(config, pairs, tmp_path
     run_settings = dict(config=config.train, seed=0, sampled_by_start=True, show=lambda text: None)
     model = fresh(config, threads=1)
     facts = training.train(model, pairs, tmp_path, loss=ipo, weights={"tau": 0.5}, has_reference=True, **run_settings)
-    steps = list(training.read_steps(tmp_path / "steps.jsonl"))
+    steps = read_jsonl(tmp_path / "steps.jsonl")
     assert facts["dpo_at_start"] is None and steps[0]["loss"] == pytest.approx(1.0, abs=1e-3)
     assert steps[-1]["margin"] > steps[0]["margin"]
 
@@ -233,7 +233,7 @@ def test_nf4_with_lora_samples_and_trains_on_a_cpu(config, tokenizer, task, tmp_
     policy = load.load_policy(nf4.model, trainable=True)
     facts = run(policy, pairs, tmp_path, nf4)
     assert facts["dpo_at_start"] == pytest.approx(training.LN2, abs=1e-3)
-    steps = list(training.read_steps(tmp_path / "steps.jsonl"))
+    steps = read_jsonl(tmp_path / "steps.jsonl")
     assert steps[-1]["margin"] > steps[0]["margin"] == pytest.approx(0, abs=1e-3)
     rows = logprobs.collate([(p.prompt_ids, p.chosen_ids) for p in pairs[:8]])
     with torch.no_grad():
@@ -272,9 +272,9 @@ def test_a_folder_without_a_policy_is_named(config, tmp_path):
 
 def test_order_is_whole_shuffled_passes_cut_to_the_budget():
     problems, config = ["p"] * 10, TrainConfig(batch=4, micro_batch=4, max_steps=5, max_epochs=9)
-    order = training.training_order(problems, config, seed=0)
+    order = schedule.training_order(problems, config, seed=0)
     assert len(order) == 20 and sorted(order[:10]) == sorted(order[10:]) == list(range(10))
-    assert len(training.training_order(problems, config.but(max_steps=99, max_epochs=1), seed=0)) == 8
+    assert len(schedule.training_order(problems, config.but(max_steps=99, max_epochs=1), seed=0)) == 8
 
 
 def test_retraining_with_dev_takes_the_selected_steps_and_survives_a_kill(config, pairs, tmp_path, monkeypatch):

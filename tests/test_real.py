@@ -201,7 +201,7 @@ def test_gradient_checkpointing_changes_nothing_but_memory(folders, tmp_path):
             sampled_by_start=False,
             show=lambda line: None,
         )
-        losses.append([s["loss"] for s in training.read_steps(tmp_path / checkpointing / "steps.jsonl")])
+        losses.append([s["loss"] for s in read_jsonl(tmp_path / checkpointing / "steps.jsonl")])
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 

@@ -18,6 +18,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from irpo_utils import metrics
 from irpo_utils.model import sampling, shared_prompt
 from irpo_utils.model.logprobs import collate, response_logps
 from irpo_utils.model.prompts import encode_prompts
@@ -108,7 +109,7 @@ def test_fewer_problems_when_their_samples_need_more_rows_than_there_are(network
 
 @given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=5), min_size=1, max_size=8))
 def test_prefixes_are_counted_once(responses):
-    assert sampling.distinct_prefixes(responses) == len({tuple(ids[:i]) for ids in responses for i in range(len(ids))})
+    assert metrics.distinct_prefixes(responses) == len({tuple(ids[:i]) for ids in responses for i in range(len(ids))})
 
 
 def test_a_window_that_attention_is_not_told_is_found_out():

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from irpo_utils.extras import trl_trainer
-from irpo_utils.files import ConfigError
-from irpo_utils.model import load, losses, training
+from irpo_utils.files import ConfigError, read_jsonl
+from irpo_utils.model import load, losses, schedule, training
 from irpo_utils.model.logprobs import reference_logps
 from irpo_utils.model.records import Pair
 from irpo_utils.settings import ModelConfig, TrainConfig
@@ -75,7 +75,7 @@ def train(engine, pairs, folder, loss="dpo+nll", settings=None, **more):
     options = {"seed": 0, "sampled_by_start": True, "has_reference": True, "show": lambda line: None} | more
     model = load.load_policy(ModelConfig(**options.pop("model", {})), trainable=True, seed=0, threads=1)
     facts = ENGINES[engine](model, pairs, folder, loss=function, weights=weights, config=config, **options)
-    return facts, list(training.read_steps(folder / "steps.jsonl")), model
+    return facts, read_jsonl(folder / "steps.jsonl"), model
 
 
 def assert_same(own, trl):
@@ -149,7 +149,7 @@ def test_the_ids_are_those_that_were_sampled(pairs, tmp_path, tokenizer, monkeyp
 
 def test_the_arguments_are_those_of_the_other_engine(tmp_path):
     """TRL's defaults would cut responses, compute in 16 bits, save memory and log."""
-    plain = training.trainer_arguments(tmp_path, TrainConfig(), 7, 3, save_strategy="no")
+    plain = schedule.trainer_arguments(tmp_path, TrainConfig(), 7, 3, save_strategy="no")
     trl = trl_trainer.trl_arguments(plain, losses.dpo_nll, {"beta": 0.3, "alpha": 0.7})
     for field in fields(plain):
         assert getattr(trl, field.name) == getattr(plain, field.name), field.name

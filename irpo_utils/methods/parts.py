@@ -40,8 +40,7 @@ class Reward(Part):
     """(job) -> (samples, facts), for a `rewards.Job`. `answer` has no function: the answer's verdict is in the samples."""
 
     number: bool = True  # not just right or wrong
-    section: str = ""  # its part of the configuration
-    train: tuple[str, ...] = ()  # parameters of the `train` section that it looks at
+    settings: tuple[str, ...] = ()  # that it looks at: whole sections ("judge"), or parameters ("train.micro_batch")
     files: tuple[str, ...] = ()  # what it leaves beside the samples
 
 
@@ -53,6 +52,8 @@ class Selection(Part):
     samples: bool = True  # whether it looks at samples, or at gold solutions alone
     gold: bool = False  # whether it is nothing without gold solutions
     rewards: bool = True  # whether it looks at what samples are worth
+    numbers: bool = True  # whether rewards may be any numbers, or just right and wrong
+    hint: str = ""  # what to change where it makes nothing
 
 
 @dataclass(frozen=True)
@@ -61,36 +62,44 @@ class Loss(Part):
 
     pairs: bool = True
     reference: bool = True  # whether the reference's log-probabilities are needed
+    trains: bool = True  # or makes M_t of earlier models, and has no selection
     parameters: tuple[str, ...] = ()  # of the `train` section
 
 
-REWARD_TRAINING = ("micro_batch", "warmup", "max_grad_norm", "optimizer", "gradient_checkpointing")
+# The last: which solutions its reward model sees.
+PROCESS = ("process", "train.micro_batch", "train.warmup", "train.max_grad_norm", "train.optimizer", "train.gradient_checkpointing", "pairs.max_tokens")  # fmt: skip
 REWARDS = {
     "none": Reward("", number=False),
     "answer": Reward("", number=False),
     "rationalized": Reward("irpo_utils.methods.rationalize:rationalized", number=False),
-    "process": Reward("irpo_utils.extras.process.labels:process", section="process", train=REWARD_TRAINING, files=("labels.jsonl", "reward_model")),
-    "judge": Reward("irpo_utils.extras.judge:judged", section="judge", train=("micro_batch",)),
+    "process": Reward("irpo_utils.extras.process.labels:process", settings=PROCESS, files=("labels.jsonl", "reward_model")),
+    "judge": Reward("irpo_utils.extras.judge:judged", settings=("judge", "train.micro_batch")),
 }  # fmt: skip
 SELECTIONS = {
     "none": Selection("", pairs=False, samples=False, rewards=False),
-    "pairs": Selection("irpo_utils.methods.select:pairs_of"),
-    "chosen": Selection("irpo_utils.methods.select:chosen_of", pairs=False),
-    "gold": Selection("irpo_utils.methods.select:gold_of", pairs=False, samples=False, gold=True, rewards=False),
-    "correct": Selection("irpo_utils.methods.select:correct_of", pairs=False),
-    "distinct": Selection("irpo_utils.methods.select:distinct_of", pairs=False),
-    "capped": Selection("irpo_utils.methods.select:capped_of", pairs=False),
-    "pseudo": Selection("irpo_utils.methods.select:pseudo_of", pairs=False),
-    "gold_against_own": Selection("irpo_utils.methods.select:gold_against_own_of", gold=True, rewards=False),
-    "best_against_worst": Selection("irpo_utils.methods.select:best_against_worst_of"),
-    "margin": Selection("irpo_utils.methods.select:margin_of"),
+    "pairs": Selection("irpo_utils.methods.select:pairs_of", numbers=False),
+    "chosen": Selection("irpo_utils.methods.select:chosen_of", pairs=False, numbers=False),
+    "gold": Selection(
+        "irpo_utils.methods.select:gold_of", pairs=False, samples=False, gold=True, rewards=False, numbers=False
+    ),
+    "correct": Selection("irpo_utils.methods.select:correct_of", pairs=False, numbers=False),
+    "distinct": Selection("irpo_utils.methods.select:distinct_of", pairs=False, numbers=False),
+    "capped": Selection("irpo_utils.methods.select:capped_of", pairs=False, numbers=False),
+    "pseudo": Selection("irpo_utils.methods.select:pseudo_of", pairs=False, numbers=False),
+    "gold_against_own": Selection(
+        "irpo_utils.methods.select:gold_against_own_of", gold=True, rewards=False, numbers=False
+    ),
+    "best_against_worst": Selection(
+        "irpo_utils.methods.select:best_against_worst_of", hint="where all rewards of a problem are one"
+    ),
+    "margin": Selection("irpo_utils.methods.select:margin_of", hint="lower pairs.eta"),
 }
 LOSSES = {
     "dpo+nll": Loss("irpo_utils.model.losses:dpo_nll", parameters=("beta", "alpha")),
     "dpo": Loss("irpo_utils.model.losses:dpo", parameters=("beta",)),
     "nll": Loss("irpo_utils.model.losses:nll", pairs=False, reference=False),
     "orpo": Loss("irpo_utils.model.losses:orpo", reference=False, parameters=("odds_weight",)),
-    "extrapolate": Loss("irpo_utils.extras.expo:extrapolated", pairs=False, reference=False, parameters=("extrapolation",)),
+    "extrapolate": Loss("irpo_utils.extras.expo:extrapolated", pairs=False, reference=False, trains=False, parameters=("extrapolation",)),
 }  # fmt: skip
 KINDS: dict[str, tuple[dict[str, Any], type[Part]]] = {
     "reward": (REWARDS, Reward),

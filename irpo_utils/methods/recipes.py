@@ -6,75 +6,79 @@ names parts of the table (`parts.py`) or functions of your own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Collection, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, Self
 
-import yaml
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
-from ..files import ConfigError, local_path
+from ..files import ConfigError, read_yaml, resolve
+from ..settings import Section, Settings, Size, first_error
 from . import parts
 
-
-class RecipeError(ConfigError):
-    """An entry of a file of recipes is not well-formed; the message names it and says what to change."""
-
-
 FILE = Path(__file__).with_suffix(".yaml")
-STARTS = ("M_t", "M_0")
-REFERENCES = ("moving", "M_0", "none")
 # Names that mean something else where methods are named.
-RESERVED = ("all", "m0", "run", "jobs", "task", "model", "sampling", "pairs", "process", "judge", "train", "evaluation",
-            "methods", "recipes", "seeds", "iterations", "threads", "method_settings")  # fmt: skip
+RESERVED = ("all", "m0", "run", "jobs", *Settings.model_fields, "methods", "recipes", "method_settings")
 
 
-class KeyTwice(ValueError):
-    """A key is given twice in one mapping."""
-
-
-class Loader(yaml.SafeLoader):
-    """YAML that refuses a key given twice, where plain YAML lets the last one win."""
-
-    def construct_mapping(self, node, deep=False):
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise KeyTwice(f"{key!r} is given twice (line {node.start_mark.line + 1} and below); keep one")
-        return super().construct_mapping(node, deep)
-
-
-@dataclass(frozen=True)
-class Round:
+class Round(Section):
     """The choices of one round, M_{t-1} to M_t."""
 
     reward: str
     selection: str
     loss: str
-    start: str  # what training starts from: "M_t", the model that was sampled, or "M_0"
-    reference: str  # what the loss is held against: "moving" (the model that was sampled), "M_0", or "none"
+    start: Literal["M_t", "M_0"]  # what training starts from: "M_t" is the model that was sampled
+    reference: Literal["moving", "M_0", "none"]  # what the loss is held against: "moving" is the model that was sampled
     accumulate: bool = False  # train on the pairs of earlier rounds as well
-    inherits: str = ""  # the method whose hyper-parameters it takes
+    inherits: str = Field("", description="the name of a method")  # whose hyper-parameters it takes
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        reward, selection, loss = (self.part(kind) for kind in parts.KINDS)
+        if loss.pairs and not selection.pairs:
+            raise ValueError(
+                f"the loss {self.loss!r} needs pairs, which the selection {self.selection!r} does not make"
+            )
+        if loss.reference and self.reference == "none":
+            raise ValueError(f"the loss {self.loss!r} needs a reference: moving or M_0")
+        if self.reference != "none" and not loss.reference:
+            raise ValueError(f"the loss {self.loss!r} has no reference (reference: none)")
+        if reward.number and not selection.numbers:
+            taking = [name for name, row in parts.SELECTIONS.items() if row.rewards and row.numbers]
+            raise ValueError(f"the reward {self.reward!r} is a number; select by {' or '.join(taking)}")
+        if self.reward == "none" and selection.rewards:
+            raise ValueError(f"the selection {self.selection!r} needs a reward")
+        if loss.trains == (self.selection == "none"):
+            raise ValueError("extrapolation, and nothing else, has no selection (selection: none)")
+        if self.has_reward_stage and not selection.samples:
+            raise ValueError(
+                f"the reward {self.reward!r} needs samples, which the selection {self.selection!r} does not take"
+            )
+        return self
+
+    def part(self, kind: str) -> Any:
+        """The row of its reward, selection or loss."""
+        return parts.part(kind, getattr(self, kind))
 
     @property
-    def samples(self) -> bool:
+    def draws(self) -> bool:
         """Whether the model is sampled: gold solutions alone need no samples, extrapolation nothing at all."""
-        return parts.part("selection", self.selection).samples
+        return self.part("selection").samples
 
     @property
     def needs_gold(self) -> bool:
-        return parts.part("selection", self.selection).gold
+        return self.part("selection").gold
 
     @property
-    def scored(self) -> bool:
-        """Whether samples get a reward beyond their answer's, in a stage of its own."""
-        return self.reward not in ("none", "answer")
+    def has_reward_stage(self) -> bool:
+        """Whether samples get a reward beyond their answer's."""
+        return bool(self.part("reward").where)
 
     @property
     def trains(self) -> bool:
         """Whether there are pairs, and training on them; extrapolation has neither."""
-        return self.selection != "none"
+        return self.part("loss").trains
 
     @property
     def reference_is_start(self) -> bool:
@@ -86,23 +90,30 @@ class Round:
         """The stage notebooks of such a round, in order."""
         if not self.trains:
             return ["03b_extrapolate", "04_evaluate"]
-        return ["01_sample", *(["01b_reward"] if self.scored else []), "02_pairs", "03_train", "04_evaluate"]
+        return ["01_sample", *(["01b_reward"] if self.has_reward_stage else []), "02_pairs", "03_train", "04_evaluate"]
 
 
-@dataclass(frozen=True)
-class Method:
+class Method(Section):
     """One point in the space of self-training methods."""
 
-    label: str
-    source: str
-    rounds: tuple[Round, ...]
-    repeat: int = 1  # how many of the last rounds go on; 0: none does
+    label: str = Field(min_length=1)
+    source: Annotated[str, BeforeValidator(str)] = ""  # a number alone is text as well
+    rounds: tuple[Round, ...] = Field(min_length=1, strict=False)  # a list in YAML
+    repeat: Size = 1  # how many of the last rounds go on; 0: none does
+
+    @model_validator(mode="after")
+    def _goes_on(self) -> Self:
+        if self.repeat > len(self.rounds):
+            raise ValueError(f"repeat: 0 to {len(self.rounds)}, the number of its last rounds that go on")
+        if not self.rounds[0].trains:
+            raise ValueError("the first round cannot extrapolate: there is no model before M_0")
+        return self
 
     def round(self, t: int) -> Round:
-        """The choices of round t = 1, 2, ... Raises RecipeError for a round that is not made."""
+        """The choices of round t = 1, 2, ... Raises ConfigError for a round that is not made."""
         last = len(self.rounds)
         if t > last and not self.repeat:
-            raise RecipeError(f"{self.label} makes {last} round{'s' * (last > 1)}, there is no round {t}")
+            raise ConfigError(f"{self.label} makes {last} round{'s' * (last > 1)}, there is no round {t}")
         return self.rounds[t - 1 if t <= last else last - self.repeat + (t - last - 1) % self.repeat]
 
     def count(self, iterations: int) -> int:
@@ -118,14 +129,14 @@ def catalogue(files: Sequence[str] = ()) -> dict[str, Method]:
     """The methods by name: those of this package, then those in `files` of your own.
 
     Raises:
-        RecipeError: an entry is not well-formed, or a name is taken.
+        ConfigError: an entry is not well-formed, or a name is taken.
     """
     found = dict(_shipped())
     for file in files:
-        path = local_path(file)
+        path = resolve(file)
         for name, method in read(path, found).items():
             if name in found:
-                raise RecipeError(f"{path}: a method is called {name!r} already; choose another name")
+                raise ConfigError(f"{path}: a method is called {name!r} already; choose another name")
             found[name] = method
     return found
 
@@ -135,70 +146,23 @@ def _shipped() -> dict[str, Method]:
     return read(FILE)
 
 
-def read(path: Path, known: Sequence[str] | dict[str, Any] = ()) -> dict[str, Method]:
-    """The methods of a file, by name; they may inherit from one another and from those `known`. Raises RecipeError."""
-    try:
-        raw = yaml.load(path.read_text(), Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: not YAML: {error}") from None
-    except FileNotFoundError:
-        raise RecipeError(f"{path} is missing") from None
-    except (OSError, KeyTwice) as error:
-        raise RecipeError(f"{path}: {error}") from None
-    if not isinstance(raw, dict):
-        raise RecipeError(f"{path}: expected methods by name")
-    methods = {str(name): _method(f"{path}, {name}", entry) for name, entry in raw.items()}
-    for name, method in methods.items():
-        if not name.isidentifier() or name in RESERVED:
-            raise RecipeError(
+def read(path: Path, known: Collection[str] = ()) -> dict[str, Method]:
+    """The methods of a file, by name; they may inherit from one another and from those `known`. Raises ConfigError."""
+    raw = read_yaml(path)
+    if not isinstance(raw, dict) or not raw:
+        raise ConfigError(f"{path}: expected methods by name")
+    methods: dict[str, Method] = {}
+    for name, entry in raw.items():
+        if not str(name).isidentifier() or name in RESERVED:
+            raise ConfigError(
                 f"{path}: {name!r} is no name for a method; letters, digits and _ only, and no {', '.join(RESERVED)}"
             )
+        try:
+            methods[str(name)] = Method.model_validate(entry)
+        except ValidationError as error:
+            raise ConfigError(f"{path}, {name}: {first_error(error, Method)}") from None
+    for name, method in methods.items():
         for choices in method.rounds:
             if choices.inherits and choices.inherits not in {*methods, *known}:
-                raise RecipeError(f"{path}, {name}: inherits: no method is called {choices.inherits!r}")
+                raise ConfigError(f"{path}, {name}: inherits: no method is called {choices.inherits!r}")
     return methods
-
-
-def _method(where: str, entry: Any) -> Method:
-    if not isinstance(entry, dict) or not {"label", "rounds"} <= set(entry) <= {"label", "source", "rounds", "repeat"}:
-        raise RecipeError(f"{where}: expected label, source, rounds and repeat")
-    rounds, repeat = entry["rounds"], entry.get("repeat", 1)
-    if not isinstance(rounds, list) or not rounds:
-        raise RecipeError(f"{where}: rounds: expected a list with at least one round")
-    if not isinstance(entry["label"], str) or not entry["label"]:
-        raise RecipeError(f"{where}: label: expected text, got {entry['label']!r}")
-    if not isinstance(repeat, int) or isinstance(repeat, bool) or not 0 <= repeat <= len(rounds):
-        raise RecipeError(f"{where}: repeat: 0 to {len(rounds)}, the number of its last rounds that go on")
-    made = tuple(_round(where, choices) for choices in rounds)
-    if not made[0].trains:
-        raise RecipeError(f"{where}: the first round cannot extrapolate: there is no model before M_0")
-    return Method(entry["label"], str(entry.get("source", "")), made, repeat)
-
-
-def _round(where: str, entry: Any) -> Round:
-    needed = [f.name for f in fields(Round)][:5]
-    if not isinstance(entry, dict) or not set(needed) <= set(entry) <= {f.name for f in fields(Round)}:
-        raise RecipeError(f"{where}: a round has {', '.join(needed)}, and may have accumulate and inherits")
-    for name, known in (("start", STARTS), ("reference", REFERENCES)):
-        if entry[name] not in known:
-            raise RecipeError(f"{where}: no {name} is called {entry[name]!r}; there is: {', '.join(known)}")
-    try:
-        reward, selection, loss = (parts.part(kind, str(entry[kind])) for kind in parts.KINDS)
-    except ConfigError as error:
-        raise RecipeError(f"{where}: {error}") from None
-    made = Round(**entry)
-    if not isinstance(made.inherits, str):
-        raise RecipeError(f"{where}: inherits: the name of a method, got {made.inherits!r}")
-    if not isinstance(made.accumulate, bool):
-        raise RecipeError(f"{where}: accumulate: true or false, got {made.accumulate!r}")
-    for broken, message in (
-        (loss.pairs and not selection.pairs, f"the loss {made.loss!r} needs pairs, which the selection {made.selection!r} does not make"),
-        (loss.reference != (made.reference != "none"), f"the loss {made.loss!r} {'needs a reference: moving or M_0' if loss.reference else 'has no reference (reference: none)'}"),
-        (reward.number and made.selection in parts.SELECTIONS and made.selection not in ("margin", "best_against_worst"), f"the reward {made.reward!r} is a number; select by margin or best_against_worst"),
-        (made.reward == "none" and selection.rewards, f"the selection {made.selection!r} needs a reward"),
-        ((made.loss == "extrapolate") != (made.selection == "none"), "extrapolation, and nothing else, has no selection (selection: none)"),
-        (made.scored and not selection.samples, f"the reward {made.reward!r} needs samples, which the selection {made.selection!r} does not take"),
-    ):  # fmt: skip
-        if broken:
-            raise RecipeError(f"{where}: {message}")
-    return made

@@ -9,12 +9,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..model.load import load_policy, load_tokenizer
-from ..model.prompts import encode_prompts, encode_response, stop_ids
+from ..model.prompts import encode_prompts, encode_response, ending_tokens, stop_ids
 from ..model.records import Prompt, Sample
 from ..model.sampling import Completion, sample
 from ..settings import Settings
@@ -46,24 +45,16 @@ class Sampler:
     """A policy that can be asked problems of a task. `draw` is `sampling.sample` without its model, or another engine's."""
 
     draw: Draw
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     task: Task
     stops: list[int]  # tokens that end a response; the first ends gold solutions
-    max_new_tokens: int
-    max_rows: int
-    flexible: bool = False  # whether the reward accepts an answer that is not marked
+    config: Settings
 
     @classmethod
-    def of(cls, config: Settings, tokenizer: Any, task: Task, draw: Draw) -> Sampler:
-        stops, sampling = stop_ids(config.model, tokenizer), config.sampling
-        return cls(draw, tokenizer, task, stops, sampling.max_new_tokens, sampling.max_rows, config.task.flexible)
-
-    @classmethod
-    def in_memory(
-        cls, model: PreTrainedModel, tokenizer: Any, task: Task, stops: list[int], config: Settings
-    ) -> Sampler:
-        draw, sampling = partial(sample, model), config.sampling
-        return cls(draw, tokenizer, task, stops, sampling.max_new_tokens, sampling.max_rows, config.task.flexible)
+    def of(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, config: Settings) -> Sampler:
+        """What asks a model in memory the problems of `task`, and grades its responses."""
+        stops = ending_tokens(tokenizer, model.generation_config)
+        return cls(partial(sample, model), tokenizer, task, stops, config)
 
     def on(self, model: PreTrainedModel) -> Sampler:
         """The same for a model in memory."""
@@ -88,15 +79,15 @@ class Sampler:
         self, problems: list[Problem], *, n: int, temperature: float, seed: int, label: str
     ) -> Iterator[list[Sample]]:
         """Draw `n` responses to every problem and grade them, a batch at a time; temperature 0 is greedy."""
-        by_id = {p.id: p for p in problems}
+        by_id, sampling = {p.id: p for p in problems}, self.config.sampling
         drawn = self.draw(
             encode_prompts(self.task, self.tokenizer, problems),
             n=n,
             temperature=temperature,
             seed=seed,
             eos_id=self.stops,
-            max_new_tokens=self.max_new_tokens,
-            max_rows=self.max_rows if n > 1 else min(256, self.max_rows),
+            max_new_tokens=sampling.max_new_tokens,
+            max_rows=sampling.max_rows if n > 1 else min(256, sampling.max_rows),
             progress=Progress(label),
         )
         for batch in drawn:
@@ -127,7 +118,7 @@ class Sampler:
                 token_ids=tuple(c.token_ids),
             )
             for (p, i, c), text, verdict, other in zip(
-                drawn, texts, flexible if self.flexible else strict, flexible, strict=True
+                drawn, texts, flexible if self.config.task.flexible else strict, flexible, strict=True
             )
         ]
 
@@ -145,6 +136,6 @@ def opened(config: Settings, policy: Path | None, task: Task, problems: list[Pro
         problems: what it will be asked, for engines that want to know how long prompts are.
     """
     model = cache(lambda: load_policy(config.model, policy, threads=config.threads))
-    yield Sampler.of(
-        config, load_tokenizer(config.model), task, lambda prompts, **options: sample(model(), prompts, **options)
-    )
+    tokenizer = load_tokenizer(config.model)
+    stops = stop_ids(config.model, tokenizer)
+    yield Sampler(lambda prompts, **options: sample(model(), prompts, **options), tokenizer, task, stops, config)

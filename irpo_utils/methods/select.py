@@ -151,7 +151,7 @@ def select(
         audit["problems_with_pairs"] += bool(made)
         pairs += [pair_of(prompt, winner, loser) for winner, loser in made]
     if not pairs:
-        raise ValueError(_nothing(selection, audit, sum(bool(p.gold) for p in prompts.values())))
+        raise ValueError(_nothing(row, selection, audit, sum(bool(p.gold) for p in prompts.values())))
     audit["capped"] = max(0, len(pairs) - config.max_pairs) if config.max_pairs else 0
     if audit["capped"]:
         pairs = random.Random(seed).sample(pairs, config.max_pairs)
@@ -218,7 +218,7 @@ def pair_of(prompt: Prompt, chosen: Sample, rejected: Sample | None) -> Pair:
     )
 
 
-def _nothing(selection: str, audit: Counter[str], golds: int) -> str:
+def _nothing(row: parts.Selection, selection: str, audit: Counter[str], golds: int) -> str:
     if not audit["samples"]:
         return (
             f"no gold solution to train on: the task has {golds}, and {audit['gold_over_long']} exceed pairs.max_tokens"
@@ -228,10 +228,13 @@ def _nothing(selection: str, audit: Counter[str], golds: int) -> str:
             f"no pair can be made: none of {audit['samples']} samples has a reward, so the judge wrote no score that can be read; "
             "take a larger model, or set judge.read=scores"
         )
+    hints = [row.hint] if row.hint else []
+    hints += ["raise sampling.n or sampling.temperature", "or take other problems"]
     return (
-        f"no pair can be made of {audit['samples']} samples (selection {selection!r}): {audit['none_right']} problems have no right answer, "
-        f"{audit['all_right']} no wrong one; {audit['unfinished']} samples are unfinished (sampling.max_new_tokens), "
-        f"{audit['over_long']} and {audit['gold_over_long']} gold solutions are too long (pairs.max_tokens); {'lower pairs.eta, ' if selection == 'margin' else ''}{'or all rewards of a problem are one: ' if selection == 'best_against_worst' else ''}raise sampling.n or sampling.temperature, or take other problems"
+        f"no pair can be made of {audit['samples']} samples (selection {selection!r}): {audit['none_right']} problems have "
+        f"no right answer, {audit['all_right']} no wrong one; {audit['unfinished']} samples are unfinished "
+        f"(sampling.max_new_tokens), {audit['over_long']} and {audit['gold_over_long']} gold solutions are too long "
+        f"(pairs.max_tokens); {', '.join(hints)}"
     )
 
 

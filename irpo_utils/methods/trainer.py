@@ -74,7 +74,7 @@ class Training:
 
     @property
     def loss(self) -> parts.Loss:
-        return parts.part("loss", self.choices.loss)
+        return self.choices.part("loss")
 
     def options(self, show: Callable[[str], None]) -> dict[str, Any]:
         """What every training engine is told."""

@@ -17,7 +17,6 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -27,7 +26,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ..files import PACKAGE, ROOT
+from ..files import PACKAGE, resolve
 from ..settings import ModelConfig
 
 SEED_MODEL = PACKAGE / "assets" / "seed_model"
@@ -39,14 +38,14 @@ def base_path(config: ModelConfig) -> str:
     """The hub name or folder of the base model; "seed" is the model in the package."""
     if config.path == "seed":
         return str(SEED_MODEL)
-    here = ROOT / config.path  # a relative folder is relative to the project
+    here = resolve(config.path)
     return str(here) if here.is_dir() else config.path
 
 
 def load_pretrained(kind: Any, config: ModelConfig, **options: Any) -> Any:
     """`kind.from_pretrained` of the base. Raises a ValueError that names the model and says what to do."""
-    name, path = config.path, Path(base_path(config)).expanduser()
-    local = path.is_absolute() or name.startswith(".") or path.exists() or name.count("/") > 1
+    name, path = config.path, Path(base_path(config))
+    local = path.is_absolute() or name.startswith((".", "~")) or path.exists() or name.count("/") > 1
     if local and not ((path / "config.json").is_file() and any((path / file).is_file() for file in TOKENIZER_FILES)):
         files = ", ".join(TOKENIZER_FILES)
         raise ValueError(f"model.path: {name} is no folder with config.json and a tokenizer ({files})")
@@ -108,34 +107,6 @@ def passes(model: PreTrainedModel, trial: Trial, otherwise: str) -> bool:
 def load_shape(config: ModelConfig) -> Any:
     """The base model's configuration: its architecture and sizes, without its weights."""
     return load_pretrained(AutoConfig, config)
-
-
-def check_weights(config: ModelConfig) -> None:
-    """Look at a local model's weight files without loading them.
-
-    Raises:
-        ValueError: they cannot be loaded; the message names the model and says what to do.
-    """
-    shape = load_shape(config)
-    if getattr(shape, "quantization_config", None):
-        raise ValueError(
-            f"model.path: {config.path} holds quantized weights; "
-            "give the model they were made from, and model.quantize=nf4"
-        )
-    path = Path(base_path(config)).expanduser()
-    if not path.is_dir():
-        return  # on the hub
-    files = sorted(path.glob("*.safetensors"))
-    if not files:
-        raise ValueError(
-            f"model.path: {config.path} has no *.safetensors; only that format is loaded (convert other weights)"
-        )
-    for file in files:
-        try:
-            with safe_open(file, "pt") as weights:
-                weights.keys()
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"model.path: {file} is damaged or cut off ({error}); copy it again") from None
 
 
 def device() -> torch.device:

@@ -249,32 +249,32 @@ def to_device(batch: dict[str, Tensor], model: PreTrainedModel) -> dict[str, Ten
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
-def reference_logps(model: PreTrainedModel, pairs: list[Pair], rows: int = 64) -> list[tuple[float, float]]:
+def reference_logps(model: PreTrainedModel, pairs: list[Pair], max_rows: int = 64) -> list[tuple[float, float]]:
     """log M_t of every pair's chosen and rejected response, in nats (0 where there is none).
 
-    Each distinct response is scored once, `rows` of them at a time.
+    Each distinct response is scored once, `max_rows` of them at a time.
     """
     prompts: dict[tuple[str, Ids], Ids] = {}
     for p in pairs:
         prompts |= {(p.problem, response): p.prompt_ids for response in (p.chosen_ids, p.rejected_ids) if response}
-    scores = distinct_logps(model, prompts, rows)
+    scores = distinct_logps(model, prompts, max_rows)
     return [(scores.get((p.problem, p.chosen_ids), 0.0), scores.get((p.problem, p.rejected_ids), 0.0)) for p in pairs]
 
 
 @torch.no_grad()
 def distinct_logps(
-    model: PreTrainedModel, prompts: dict[tuple[str, Ids], Ids], rows: int
+    model: PreTrainedModel, prompts: dict[tuple[str, Ids], Ids], max_rows: int
 ) -> dict[tuple[str, Ids], float]:
     """log p of every response, in nats: (problem, response) -> its prompt, as (problem, response) -> log p.
 
-    `rows` responses are run at a time.
+    `max_rows` responses are run at a time.
     """
     # A problem's responses come together, so that they share its prompt; problems by length, so that padding is small.
     todo = sorted(prompts, key=lambda k: (len(prompts[k]), k[0], len(k[1]), k))
     scores: dict[tuple[str, Ids], float] = {}
     model.eval()
-    for i in range(0, len(todo), rows):
-        part = todo[i : i + rows]
+    for i in range(0, len(todo), max_rows):
+        part = todo[i : i + max_rows]
         batch = to_device(collate([(prompts[key], key[1]) for key in part]), model)
         scores.update(zip(part, response_logps(model, batch).tolist(), strict=True))
     return scores

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
@@ -37,7 +36,7 @@ def chat_text(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], *
 
 def stop_ids(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens that end a response of the base model; the first is the one that gold solutions are ended with."""
-    return ending_tokens(tokenizer, _saved_generation(str(Path(base_path(config)).expanduser())))
+    return ending_tokens(tokenizer, _saved_generation(base_path(config)))
 
 
 def ending_tokens(tokenizer: PreTrainedTokenizerBase, generation: GenerationConfig | None) -> list[int]:

@@ -78,6 +78,14 @@ class Sample(Record):
         if self.answer_reward is _SAME:
             object.__setattr__(self, "answer_reward", self.reward)
 
+    @staticmethod
+    def by_problem(samples: Iterable[Sample]) -> dict[str, list[Sample]]:
+        """Problem id -> its samples, both in the order in which they come."""
+        found: dict[str, list[Sample]] = {}
+        for sample in samples:
+            found.setdefault(sample.problem, []).append(sample)
+        return found
+
     def as_row(self) -> dict[str, Any]:
         row = super().as_row()
         if self.answer_reward == self.reward:

@@ -19,7 +19,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise, takewhile
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -350,16 +350,6 @@ def check_starts(
             raise ValueError(f"starts: one of {name} leaves nothing of max_new_tokens={max_new_tokens}")
         if any(token in eos_ids for start in own for token in start):
             raise ValueError(f"starts: one of {name} has ended already, it holds a token of eos_id")
-
-
-def distinct_prefixes(responses: list[list[int]]) -> int:
-    """How many rows responses to one prompt need: their distinct proper prefixes, the empty one among them."""
-    ordered = sorted(responses)
-    count = len(ordered[0]) if ordered else 0
-    for one, other in pairwise(ordered):
-        same = len(list(takewhile(lambda tokens: tokens[0] == tokens[1], zip(one, other, strict=False))))
-        count += max(0, len(other) - 1 - min(same, len(one) - 1))
-    return count
 
 
 def most_prompts(max_rows: int, samples: int) -> int:

@@ -11,15 +11,14 @@ import contextlib
 import hashlib
 import json
 import math
-import random
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, PrinterCallback, Trainer
 
 from ..files import write_json, write_jsonl
 from ..settings import TrainConfig
@@ -27,41 +26,11 @@ from .load import save
 from .logprobs import check_head, pair_batch, reference_logps, response_logps, to_device, with_reference
 from .losses import PairLosses, Scores
 from .records import Pair
+from .schedule import Mark, last_checkpoint, sorted_in_batches, trainer_arguments, training_order
 
 LN2 = math.log(2)
-OPTIMIZERS = {"adamw": "adamw_torch", "paged_adamw_8bit": "paged_adamw_8bit"}  # what transformers calls them
 Loss = Callable[..., PairLosses]  # (scores, weights by name), as in `losses.py`
 Logps = list[tuple[float, float]]  # of each pair's chosen and rejected response
-
-
-def training_order(problems: Sequence[str], config: TrainConfig, seed: int) -> list[int]:
-    """Which pair comes when, by number; `problems` [pairs] names the problem of each pair.
-
-    Whole shuffled passes over the pairs, cut to `config.max_steps` batches or `config.max_epochs` passes. With
-    `pairs_together` above 1, up to so many pairs of one problem follow one another, so that they share their prompt in
-    a batch: less work, and a gradient from fewer problems.
-    """
-    count, batch, together = len(problems), config.batch, config.pairs_together
-    rng, order = random.Random(seed), []
-    steps = min(config.max_steps, max(1, count * config.max_epochs // batch))
-    while len(order) < steps * batch:
-        shuffled = rng.sample(range(count), count)
-        if together > 1:
-            groups: dict[str, list[list[int]]] = {}
-            for i in shuffled:
-                own = groups.setdefault(problems[i], [[]])
-                if len(own[-1]) == together:
-                    own.append([])
-                own[-1].append(i)
-            parts = [part for own in groups.values() for part in own]
-            shuffled = [i for part in rng.sample(parts, len(parts)) for i in part]
-        order += shuffled
-    return order[: steps * batch]
-
-
-def sorted_in_batches(order: list[int], batch: int, key: Callable[[int], Any]) -> list[int]:
-    """The same order with every batch sorted by `key`, so that a micro-batch holds like lengths and like problems."""
-    return [i for first in range(0, len(order), batch) for i in sorted(order[first : first + batch], key=key)]
 
 
 def pair_tokens(pair: Pair) -> int:
@@ -83,39 +52,6 @@ def batch_losses(
     reference = batch["reference"].to(logps.dtype).unbind(-1) if "reference" in batch else (None, None)
     scores = Scores(chosen, rejected, *reference, batch["lengths"], batch["rejected_lengths"])
     return loss(scores, **weights), chosen, rejected
-
-
-def trainer_arguments(folder: Path, config: TrainConfig, steps: int, seed: int, **saving: Any) -> TrainingArguments:
-    """How every model here is trained: `steps` batches in the order given, at a rate that warms up and falls to 0.
-
-    Args:
-        folder: gets `checkpoints/`. saving: when checkpoints are written, as `TrainingArguments` takes it.
-    """
-    arguments = TrainingArguments(
-        output_dir=str(folder / "checkpoints"),
-        max_steps=steps,
-        per_device_train_batch_size=config.micro_batch,
-        gradient_accumulation_steps=config.batch // config.micro_batch,
-        learning_rate=config.lr,
-        lr_scheduler_type="linear",
-        warmup_steps=math.ceil(config.warmup * steps),
-        max_grad_norm=config.max_grad_norm,
-        weight_decay=0.0,
-        optim=OPTIMIZERS[config.optimizer],
-        activation_checkpointing=config.gradient_checkpointing,
-        activation_checkpointing_kwargs={"use_reentrant": False},
-        train_sampling_strategy="sequential",  # the order is the shuffle, so that a resumed run sees the same batches
-        save_total_limit=2,  # the one before goes only after the new one has its mark
-        logging_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        dataloader_pin_memory=False,
-        seed=seed,
-        **saving,
-    )
-    arguments._n_gpu = 1  # one process, one device: the Trainer would split batches over all GPUs that it sees
-    return arguments
 
 
 class PreferenceTrainer(Trainer):
@@ -152,13 +88,6 @@ class PreferenceTrainer(Trainer):
     def dpo_terms(self, pairs: list[Pair]) -> Tensor | None:
         """The DPO terms [pairs] of the policy as it is now; None for a loss without such a term."""
         return batch_losses(self.model, to_device(pair_batch(pairs), self.model), self.loss, self.weights)[0].dpo
-
-
-class Mark(TrainerCallback):
-    """Marks a checkpoint as complete: a run killed while saving leaves one without the mark, which does not count."""
-
-    def on_save(self, args, state, control, **kwargs):
-        (Path(args.output_dir) / f"checkpoint-{state.global_step}" / "complete").touch()
 
 
 class Recorder(Mark):
@@ -230,17 +159,6 @@ def rewind(folder: Path, step: int) -> None:
         shutil.rmtree(best)
 
 
-def last_checkpoint(folder: Path) -> str | None:
-    """The newest whole checkpoint; half-written ones are removed."""
-    found = []
-    for path in folder.glob("checkpoint-*"):
-        if (path / "complete").exists():
-            found.append(path)
-        else:
-            shutil.rmtree(path)
-    return str(max(found, key=lambda p: int(p.name.split("-")[1]))) if found else None
-
-
 def check_start(terms: Tensor, tolerance: float) -> float:
     """The mean of the DPO terms [pairs] before the first step, for a loss that has a reference.
 
@@ -287,7 +205,9 @@ def check_sampled(pairs: list[Pair], start_logps: Logps, tolerance: float, exact
     return worst
 
 
-def kept_reference_logps(model: PreTrainedModel, pairs: list[Pair], rows: int, keep: tuple[Path, Any] | None) -> Logps:
+def kept_reference_logps(
+    model: PreTrainedModel, pairs: list[Pair], max_rows: int, keep: tuple[Path, Any] | None
+) -> Logps:
     """`reference_logps`, kept in a file, so that training that goes on after a kill does not score the pairs anew.
 
     Args:
@@ -295,15 +215,15 @@ def kept_reference_logps(model: PreTrainedModel, pairs: list[Pair], rows: int, k
             else written.
     """
     if keep is None:
-        return reference_logps(model, pairs, rows)
+        return reference_logps(model, pairs, max_rows)
     file, named = keep
-    about = [named, rows, [[p.problem, p.prompt_ids, p.chosen_ids, p.rejected_ids] for p in pairs]]
+    about = [named, max_rows, [[p.problem, p.prompt_ids, p.chosen_ids, p.rejected_ids] for p in pairs]]
     key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # none, or damaged: scored anew
         found = json.loads(file.read_text())
         if found["key"] == key:
             return [tuple(pair) for pair in found["logps"]]
-    logps = reference_logps(model, pairs, rows)
+    logps = reference_logps(model, pairs, max_rows)
     write_json(file, {"key": key, "logps": logps})
     return logps
 
@@ -415,7 +335,3 @@ def train(
         "sampler_gap": gap,
         "trained_tokens": trained,
     }
-
-
-def read_steps(path: Path) -> Iterator[dict[str, float]]:
-    return (json.loads(line) for line in path.read_text().splitlines())

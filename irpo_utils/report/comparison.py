@@ -63,7 +63,7 @@ def spent_table(run: Path, config: Config) -> pd.DataFrame:
         training = read_facts(trainer(run, method, seed, t, config), "training.json")
         reward, continuations = {}, 0
         audit = read_facts(PairsStage(run, method, seed, t, config), "audit.json") if choices.trains else {}
-        if choices.scored:
+        if choices.has_reward_stage:
             stage = RewardStage(run, method, seed, t, config)
             reward = read_facts(stage, "reward.json")
             continuations = reward.get("prefixes_simulated", 0) * stage.config.process.continuations

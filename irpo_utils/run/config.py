@@ -6,7 +6,6 @@ The parameters are in `settings.py`. Here are the methods that a run has, hyper-
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
@@ -15,10 +14,10 @@ from typing import Any, get_origin
 import yaml
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
-from ..files import ConfigError, load_object
+from ..files import ConfigError, load_object, read_yaml
 from ..methods.parts import TRAINERS
-from ..methods.recipes import KeyTwice, Loader, Method, catalogue
-from ..settings import Names, Section, Settings
+from ..methods.recipes import Method, catalogue
+from ..settings import Names, Settings, field_of, first_error, names_of, unknown
 from ..tasks import TASKS
 
 PER_METHOD = ("pairs", "process", "judge", "train")  # sections that may differ between methods
@@ -103,23 +102,6 @@ class Config(Settings):
         return changed(config, longer) if budget > 1 else config
 
 
-def sections() -> dict[str, type[Section]]:
-    return {
-        name: f.annotation
-        for name, f in Config.model_fields.items()
-        if isinstance(f.annotation, type) and issubclass(f.annotation, Section)
-    }
-
-
-def parameter_names() -> list[str]:
-    """Every settable key, as in `train.lr`."""
-    names = []
-    for name in Config.model_fields:
-        section = sections().get(name)
-        names += [f"{name}.{leaf}" for leaf in section.model_fields] if section else [name]
-    return [name for name in names if name != "method_settings"]
-
-
 def changed(config: Config, settings: dict[str, Any]) -> Config:
     """A copy of `config` with dotted `settings` in it, checked. Raises ConfigError."""
     if not settings:
@@ -132,64 +114,15 @@ def changed(config: Config, settings: dict[str, Any]) -> Config:
             raw[section] = {**(before if isinstance(before, dict) else before.values()), leaf: value}
         else:
             raw[name] = value
-    return checked(raw)
-
-
-def checked(raw: dict[str, Any]) -> Config:
-    """The configuration that nested sections of values make. Raises ConfigError with the first thing that is wrong."""
     try:
         return Config.model_validate(raw)
     except ValidationError as error:
-        raise ConfigError(message(error.errors()[0])) from None
-
-
-def message(error: Any) -> str:
-    """One of pydantic's errors in words: the parameter, what it takes, and what it was given."""
-    name = ".".join(str(part) for part in error["loc"] if isinstance(part, str))
-    kind, given, limits = error["type"], error["input"], error.get("ctx") or {}
-    if kind == "value_error":
-        return str(limits["error"])
-    if kind == "extra_forbidden":
-        return unknown(name, parameter_names())
-    if kind == "float_type" and isinstance(given, str):
-        return f"{name}: expected a number, got the text {given!r}; YAML reads 1e-5 as text, write 1.0e-5"
-    if kind == "too_short":
-        return f"{name}: expected at least one value"
-    if kind == "string_too_short":
-        return f"{name}: expected text that is not empty{hint(name)}"
-    if kind in ("greater_than_equal", "greater_than", "less_than_equal"):
-        if kind == "less_than_equal" and limits["le"] != 1:
-            return f"{name}: at most {limits['le']}, got {given}"
-        low = f"at least {limits['ge']}" if "ge" in limits else f"above {limits['gt']:g}" if "gt" in limits else ""
-        section, _, leaf = name.partition(".")
-        share = leaf and any(getattr(m, "le", None) == 1 for m in sections()[section].model_fields[leaf].metadata)
-        return f"{name}: {'between 0 and 1' if share else low}, got {given}{hint(name)}"
-    what = {
-        "literal_error": f"one of {limits.get('expected', '').replace(chr(39), '').replace(' or ', ', ')}",
-        "finite_number": "expected a finite number",
-    }
-    types = {"int": "int", "float": "float", "bool": "bool", "string": "text"}
-    return (
-        f"{name}: {what.get(kind) or 'expected ' + types.get(kind.partition('_')[0], kind)}, got {given!r}{hint(name)}"
-    )
-
-
-def hint(name: str) -> str:
-    """What a parameter's field says of its values, in brackets."""
-    section, _, leaf = name.partition(".")
-    field = (sections()[section] if leaf and section in sections() else Config).model_fields.get(leaf or section)
-    return f" ({field.description})" if field and field.description else ""
-
-
-def unknown(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(known), 1)
-    return f"no parameter is called {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+        raise ConfigError(first_error(error, Config)) from None
 
 
 def from_text(name: str, text: str) -> Any:
     """A value of the command line as its parameter's type. Raises ConfigError."""
-    section, _, leaf = name.partition(".")
-    field = (sections()[section] if leaf else Config).model_fields[leaf or section]
+    field = field_of(Config, name)
     if get_origin(field.annotation) is tuple:
         kind = field.annotation.__args__[0]
         return [_read(name, item.strip(), kind) for item in text.split(",") if item.strip()]
@@ -225,7 +158,7 @@ def configured(base: dict[str, Any], overrides: Iterable[tuple[str, str]] = ()) 
     if not all(isinstance(file, str) for file in recipes):
         raise ConfigError(f"recipes: expected files, as in recipes=my_methods.yaml, got {recipes}")
     methods = catalogue(recipes)
-    names, own = parameter_names(), {}
+    names, own = [name for name in names_of(Config) if name != "method_settings"], {}
     for name in [*flat, *texts]:
         head, _, rest = name.partition(".")
         if head in methods:
@@ -305,17 +238,6 @@ def value_of(config: Settings, name: str) -> Any:
     for part in name.split("."):
         config = getattr(config, part)
     return config
-
-
-def read_yaml(path: Path) -> Any:
-    """What a YAML file holds. Raises ConfigError."""
-    try:
-        raw = yaml.load(path.read_text(), Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not YAML: {error}") from None
-    except KeyTwice as error:
-        raise ConfigError(f"{path}: {error}") from None
-    return {} if raw is None else raw
 
 
 def read_config(path: Path) -> Config:

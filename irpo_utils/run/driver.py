@@ -155,9 +155,11 @@ def check_inputs(config: Config, jobs: int = 1) -> list[str]:
 def check_simulator(config: Config) -> None:
     """Raise a ConfigError for a simulator of process feedback that is no model."""
     name = config.process.simulator
-    if not name or not any(r.reward == "process" for m in config.methods for r in config.recipe(m).rounds):
+    if not name or not any(
+        "process" in r.part("reward").settings for m in config.methods for r in config.recipe(m).rounds
+    ):
         return
-    folder = resolve(Path(name).expanduser())
+    folder = resolve(name)
     if (folder.exists() or name.startswith((".", "/", "~"))) and not (
         (folder / "adapter_config.json").is_file() or (folder / "config.json").is_file()
     ):

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
 
 from ..files import ROOT
-from ..model.load import check_weights, load_shape, load_tokenizer, unpacks
+from ..model.load import base_path, load_shape, load_tokenizer, unpacks
 from ..model.logprobs import CHUNK
 from ..model.prompts import encode_prompts, stop_ids
 from ..model.sampling import PREFILL_TOKENS, most_prompts
@@ -167,6 +170,34 @@ def free_memory() -> float:
     if done.returncode:
         raise RuntimeError(f"the machine's free memory cannot be read:\n{done.stderr.strip()}")
     return float(done.stdout.splitlines()[-1])
+
+
+def check_weights(config: ModelConfig) -> None:
+    """Look at a local model's weight files without loading them.
+
+    Raises:
+        ValueError: they cannot be loaded; the message names the model and says what to do.
+    """
+    shape = load_shape(config)
+    if getattr(shape, "quantization_config", None):
+        raise ValueError(
+            f"model.path: {config.path} holds quantized weights; "
+            "give the model they were made from, and model.quantize=nf4"
+        )
+    path = Path(base_path(config))
+    if not path.is_dir():
+        return  # on the hub
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        raise ValueError(
+            f"model.path: {config.path} has no *.safetensors; only that format is loaded (convert other weights)"
+        )
+    for file in files:
+        try:
+            with safe_open(file, "pt") as weights:
+                weights.keys()
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"model.path: {file} is damaged or cut off ({error}); copy it again") from None
 
 
 def check_model(config: Settings, task: Task, problems: dict[str, list[Problem]], jobs: int) -> list[str]:

@@ -30,7 +30,6 @@ from ..files import (
     MissingArtefact,
     file_hash,
     load_object,
-    local_path,
     lock_at,
     relative,
     resolve,
@@ -136,7 +135,7 @@ class Stage:
 
     def samples_folder(self) -> Path:
         """Where this round's samples are: those of M_0 are shared by all methods."""
-        return self.m0_folder() if self.iteration == 1 and self.choices.samples else self.folder
+        return self.m0_folder() if self.iteration == 1 and self.choices.draws else self.folder
 
     def policy(self, iteration: int) -> Path | None:
         """The folder of M_t, None for M_0 (the base itself)."""
@@ -206,7 +205,7 @@ class Stage:
         found, task = {}, self.config.task
         if self.loads_model:
             path = self.config.model.path
-            found |= model_files("base", PACKAGE / "assets" / "seed_model" if path == "seed" else Path(path))
+            found |= model_files("base", PACKAGE / "assets" / "seed_model" if path == "seed" else path)
         if self.reads_problems:
             found |= problem_files((*task.train, *task.dev, *task.test))
             if (file := source_of(task.name)) is not None:
@@ -382,15 +381,15 @@ class Stage:
         return manifest
 
 
-def model_files(name: str, path: Path) -> dict[str, str]:
+def model_files(name: str, path: str | Path) -> dict[str, str]:
     """The hash of a local model's files, as the input `name`; a model of the hub is known by its name alone."""
-    folder = resolve(path.expanduser())
+    folder = resolve(path)
     return {name: file_hash(folder, MODEL_FILES, sampled_above=64 << 20)} if folder.is_dir() else {}
 
 
 def problem_files(sources: Iterable[str]) -> dict[str, str]:
     """The hashes of the files among `sources`, as inputs; data sets of the hub are known by their names alone."""
-    return {f"problems {s}": file_hash(local_path(s)) for s in sources if is_file(s) and local_path(s).is_file()}
+    return {f"problems {s}": file_hash(resolve(s)) for s in sources if is_file(s) and resolve(s).is_file()}
 
 
 def difference(part: str, name: str, old: dict[str, Any], new: dict[str, Any]) -> str:

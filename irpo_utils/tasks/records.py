@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ..files import ROOT, local_path
+from ..files import ROOT, resolve
 from ..settings import TaskConfig
 from .base import Problem, Task
 
@@ -136,7 +136,7 @@ class RecordTask(Task):
             raise ValueError(f"{where}: this task needs a file, as in {where}=path/to/file.jsonl")
         found: list[tuple[str, Any]] = []
         for source in sources:
-            found += read_file(local_path(source), where) if is_file(source) else read_hub(source, where)
+            found += read_file(resolve(source), where) if is_file(source) else read_hub(source, where)
         rows = [(place, row) for place, row in found if not isinstance(row, dict) or self.belongs(split, row)]
         if not rows:
             raise ValueError(f"{where}: {', '.join(sources)} has no problem in it")

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from functools import cached_property
 from typing import Any, ClassVar
 
-from ...files import local_path
+from ...files import resolve
 from ...settings import TaskConfig
 from ...tasks.base import Problem
 from ...tasks.records import RecordTask, is_file, read_file, read_hub
@@ -157,7 +157,7 @@ class Code(RecordTask):
         given = [*self.config.train, *self.config.dev, *self.config.test]
         found = {}
         for source in dict.fromkeys(given or self.everything):
-            rows = read_file(local_path(source), "--data") if is_file(source) else read_hub(source, "--data")
+            rows = read_file(resolve(source), "--data") if is_file(source) else read_hub(source, "--data")
             for place, record in rows:
                 problem = self._checked(place, place, record)
                 found[problem.meta["task_id"]] = problem

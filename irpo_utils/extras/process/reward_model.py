@@ -28,7 +28,7 @@ from ...model import load
 from ...model.load import causal_model
 from ...model.logprobs import collate, response_states, to_device
 from ...model.records import Ids, Record
-from ...model.training import Mark, last_checkpoint, sorted_in_batches, trainer_arguments, training_order
+from ...model.schedule import Mark, last_checkpoint, sorted_in_batches, trainer_arguments, training_order
 from ...settings import Settings, TrainConfig
 
 HEADS = ("score", "classifier")  # what transformers calls a token classifier's last layer

@@ -47,7 +47,7 @@ def simulator(job: Job, tokenizer: PreTrainedTokenizerBase) -> tuple[Job, PreTra
     name = job.config.process.simulator
     if not name:
         return job, tokenizer
-    folder = resolve(Path(name).expanduser())
+    folder = resolve(name)
     if is_adapter(folder):
         return replace(job, policy=folder), tokenizer
     config = job.config.but(model=job.config.model.but(path=name, tuning="lora"))
@@ -119,7 +119,8 @@ def continuations(
     job: Job, sampler: Sampler, problems: list[Problem], prompts: dict[str, list[int]], starts: Prefixes, label: str
 ) -> Iterator[Continued]:
     """One chunk of `simulate`: a record for every prefix of `problems`."""
-    k, tokenizer, limit = job.config.process.continuations, sampler.tokenizer, sampler.max_new_tokens
+    k, tokenizer = job.config.process.continuations, sampler.tokenizer
+    limit = sampler.config.sampling.max_new_tokens
     going_on = {name: [ids for ids in own if len(ids) < limit] for name, own in starts.items()}
     drawn = sampler.draw(
         {p.id: prompts[p.id] for p in problems if going_on[p.id]},
@@ -128,14 +129,14 @@ def continuations(
         seed=job.seed,
         eos_id=sampler.stops,
         max_new_tokens=limit,
-        max_rows=sampler.max_rows,
+        max_rows=sampler.config.sampling.max_rows,
         progress=Progress(label),
         starts={name: [list(ids) for ids in own] for name, own in going_on.items()},
     )
     by_id = {p.id: p for p in problems}
     for name, completions in ((name, found) for batch in drawn for name, found in batch.items()):
         texts = tokenizer.batch_decode([c.token_ids[:-1] if c.finished else c.token_ids for c in completions])
-        verdicts = grade(job.task, texts, [by_id[name]] * len(texts), flexible=sampler.flexible)
+        verdicts = grade(job.task, texts, [by_id[name]] * len(texts), flexible=sampler.config.task.flexible)
         outcomes = "".join("1" if verdict.reward == 1 else "0" for verdict in verdicts)
         for i, prefix in enumerate(going_on[name]):
             own = slice(k * i, k * i + k)

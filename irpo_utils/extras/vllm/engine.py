@@ -32,7 +32,7 @@ import torch
 from ...files import ROOT, ConfigError
 from ...methods.sampler import Sampler
 from ...model.load import base_path, is_adapter, load_shape, load_tokenizer
-from ...model.prompts import encode_prompts
+from ...model.prompts import encode_prompts, stop_ids
 from ...model.sampling import Completion, check_greedy, check_starts, stream
 from ...model.shape import Shape
 from ...settings import LORA_RANKS, Settings
@@ -305,4 +305,5 @@ def opened(config: Settings, policy: Path | None, task: Task, problems: list[Pro
             longest = max(map(len, encode_prompts(task, tokenizer, problems).values()))
             return stack.enter_context(Engine(config, policy, longest))
 
-        yield Sampler.of(config, tokenizer, task, lambda prompts, **options: engine().sample(prompts, **options))
+        stops = stop_ids(config.model, tokenizer)
+        yield Sampler(lambda prompts, **options: engine().sample(prompts, **options), tokenizer, task, stops, config)

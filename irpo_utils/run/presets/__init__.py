@@ -10,8 +10,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ...files import ConfigError
-from ..config import Config, configured, flatten, read_yaml
+from ...files import ConfigError, read_yaml
+from ..config import Config, configured, flatten
 
 FOLDER = Path(__file__).parent
 REAL_TASKS = ("gsm8k", "math", "arc_challenge", "mbpp")

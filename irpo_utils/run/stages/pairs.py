@@ -20,9 +20,9 @@ class PairsStage(Stage):
     def reads(self) -> dict[str, tuple[Path, str]]:
         drawn = self.samples_folder()
         found = {"prompts": (drawn / "prompts.jsonl", "01_sample.ipynb")}
-        if self.choices.scored:
+        if self.choices.has_reward_stage:
             found["samples"] = (self.folder / "rewarded.jsonl", "01b_reward.ipynb")
-        elif self.choices.samples:
+        elif self.choices.draws:
             found["samples"] = (drawn / "samples.jsonl", "01_sample.ipynb")
         t = self.iteration
         if self.choices.accumulate and t > 1 and self.recipe.round(t - 1).accumulate:
@@ -43,12 +43,11 @@ class PairsStage(Stage):
         """Returns the pairs and the audit."""
         self.check_begun()
         prompts = {p.problem: p for p in Prompt.read(self.input("prompts"), "01_sample.ipynb")}
-        samples: dict[str, list[Sample]] = {}
-        for sample in Sample.read(self.input("samples"), self.reads()["samples"][1]) if self.choices.samples else []:
-            samples.setdefault(sample.problem, []).append(sample)
+        drawn = Sample.read(self.input("samples"), self.reads()["samples"][1]) if self.choices.draws else []
+        samples = Sample.by_problem(drawn)
         pairs, audit = select(self.choices.selection, samples, prompts, self.config.pairs, self.random_seed(1))
         if samples:
-            audit["drawn_tokens"] = sum(len(s.token_ids) for drawn in samples.values() for s in drawn if not s.extra)
+            audit["drawn_tokens"] = sum(len(s.token_ids) for s in drawn if not s.extra)
         if "earlier" in self.reads():
             # Whoever drew them, it was not the model that is trained now: their log-probabilities are not to be compared.
             earlier = Pair.read(self.input("earlier"), "02_pairs.ipynb")

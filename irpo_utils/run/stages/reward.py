@@ -33,12 +33,9 @@ class RewardStage(Stage):
         chosen = self.task_parameters(unused="dev test") | self.common_parameters() | self.section("model")
         chosen |= self.section("sampling") | {"sampling.temperature": self.config.temperature(self.iteration)}
         chosen |= {"reward": self.choices.reward, "train.retrain_with_dev": self.config.train.retrain_with_dev}
-        if self.part.section:
-            chosen |= self.section(self.part.section)
-        if self.part.train:
-            chosen |= self.section("train", only=self.part.train)
-        if self.choices.reward == "process":  # which solutions its reward model sees
-            chosen |= self.section("pairs", only=["max_tokens"])
+        for name in self.part.settings:
+            section, _, leaf = name.partition(".")
+            chosen |= self.section(section, only=[leaf] if leaf else ())
         return chosen
 
     def uses(self) -> list[str]:
@@ -46,11 +43,12 @@ class RewardStage(Stage):
 
     def configured_files(self) -> dict[str, str]:
         simulator = self.parameters().get("process.simulator")
-        return super().configured_files() | (model_files("simulator", Path(simulator)) if simulator else {})
+        return super().configured_files() | (model_files("simulator", simulator) if simulator else {})
 
     def run(self) -> tuple[list[Sample], dict[str, Any]]:
         """Returns the samples with their rewards, and the facts in reward.json."""
-        task, samples = get_task(self.config.task), samples_by_problem(self)
+        task = get_task(self.config.task)
+        samples = Sample.by_problem(Sample.read(self.input("samples"), "01_sample.ipynb"))
         found, facts = self.part.load()(
             Job(
                 config=self.config,
@@ -70,11 +68,3 @@ class RewardStage(Stage):
         for name in self.part.files:
             self.keep(name, self.partial / name)
         return found, facts
-
-
-def samples_by_problem(stage: Stage) -> dict[str, list[Sample]]:
-    """Problem id -> its samples, from a stage's input "samples"."""
-    samples: dict[str, list[Sample]] = {}
-    for sample in Sample.read(stage.input("samples"), stage.reads()["samples"][1]):
-        samples.setdefault(sample.problem, []).append(sample)
-    return samples

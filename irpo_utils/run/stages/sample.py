@@ -23,16 +23,16 @@ class SampleStage(Stage):
         self.folder = self.samples_folder()
 
     def reads(self) -> dict[str, tuple[Path, str]]:
-        return self.sampled_policy() if self.choices.samples else {}
+        return self.sampled_policy() if self.choices.draws else {}
 
     def writes(self) -> tuple[str, ...]:
-        return ("prompts.jsonl", "samples.jsonl") if self.choices.samples else ("prompts.jsonl",)
+        return ("prompts.jsonl", "samples.jsonl") if self.choices.draws else ("prompts.jsonl",)
 
     def parameters(self) -> dict[str, Any]:
         chosen = self.task_parameters(unused="dev test") | self.common_parameters() | self.base_parameters()
         if self.config.train.retrain_with_dev:
             chosen["train.retrain_with_dev"] = True
-        if self.choices.samples:
+        if self.choices.draws:
             chosen |= self.section("sampling") | {"sampling.temperature": self.config.temperature(self.iteration)}
         return chosen
 
@@ -41,7 +41,7 @@ class SampleStage(Stage):
 
     @property
     def sampler(self) -> Engine:
-        return super().sampler if self.choices.samples else SAMPLERS["transformers"]  # which writes prompts
+        return super().sampler if self.choices.draws else SAMPLERS["transformers"]  # which writes prompts
 
     def run(self) -> list[Sample]:
         """Draws a chunk of problems at a time, so that a kill loses one chunk. Returns the samples."""
@@ -50,7 +50,7 @@ class SampleStage(Stage):
         with self.sampler.load()(config, self.input("policy"), task, problems) as sampler:
             prompts = sampler.prompts(problems)
             Record.write(self.path("prompts.jsonl"), prompts.values())
-            if not self.choices.samples:
+            if not self.choices.draws:
                 return []
             self._draw(sampler, problems, prompts)
         found = [s for path in sorted(self.partial.glob("chunk_*.jsonl")) for s in Sample.read(path, self.name)]

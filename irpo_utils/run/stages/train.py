@@ -69,7 +69,7 @@ class TrainStage(Stage):
             task=get_task(self.config.task),
             seed=self.seed,
             order_seed=self.random_seed(2),
-            sampled_by_start=self.choices.samples and (self.choices.start == "M_t" or self.iteration == 1),
+            sampled_by_start=self.choices.draws and (self.choices.start == "M_t" or self.iteration == 1),
             folder=self.partial,
             kept_scores=(self.path("reference.json"), named),
         )
