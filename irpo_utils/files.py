@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import shutil
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -50,8 +51,33 @@ def write_text(path: Path, text: str) -> None:
     """Write a file so that it is there whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())  # a rename may reach the disk before what it renames
+        os.replace(temporary, path)
+    except OSError as error:  # a full disk does not say where
+        temporary.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder; nothing is done where none is."""
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def replace(new: Path, old: Path) -> None:
+    """Put a file or a folder in the place of another, or where none is."""
+    if not new.is_dir():
+        os.replace(new, old)
+        return
+    aside = old.with_name(f".{old.name}.old")  # a folder that is not empty cannot be replaced in one step
+    remove(aside)
+    if old.exists():
+        old.rename(aside)
+    new.rename(old)
+    remove(aside)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -149,12 +175,26 @@ def lock_at(path: Path) -> FileLock:
 
 
 def take(lock: FileLock, patience: float) -> None:
-    """Take a lock. Raises Busy if another process holds it for `patience` seconds."""
+    """Take a lock. Raises Busy, which names its holder, if another process holds it for `patience` seconds."""
+    path = Path(lock.lock_file)
+    holder = path.with_name(f"{path.name}.holder")
     try:
         lock.acquire(timeout=patience)
     except Timeout:
-        folder = relative(Path(lock.lock_file).parent)
-        raise Busy(f"another process is at work in {folder}; wait for it or stop it, or choose another run=") from None
+        name = holder.read_text() if holder.exists() else "another process"
+        hint = "shut its kernel down (Kernel, Shut Down)" if ".ipynb" in name else "wait for it or stop it"
+        raise Busy(f"{name} is at work in {relative(path.parent)}; {hint}, or choose another run=") from None
+    write_text(holder, f"process {os.getpid()} ({own_name()})")
+
+
+def own_name() -> str:
+    """What a person calls this process: a notebook that is open in JupyterLab, or a command."""
+    if notebook := os.environ.get("JPY_SESSION_NAME"):
+        return f"the notebook {relative(Path(notebook))}"
+    program = Path(sys.argv[0])
+    if program.name.startswith("ipykernel"):
+        return "a kernel of ./run_all.sh or papermill"
+    return " ".join(["./run_all.sh" if program.parent == PACKAGE else program.name, *sys.argv[1:]])
 
 
 @cache

@@ -32,6 +32,8 @@ from ..files import (
     load_object,
     lock_at,
     relative,
+    remove,
+    replace,
     resolve,
     source_of,
     take,
@@ -45,12 +47,15 @@ from ..tasks.base import Problem, Task
 from ..tasks.records import is_file
 from .code import closure, imports, module_file, module_hash, notebook_hash
 from .config import Config, dump, read_config
-from .presets import load_preset
+from .presets import load_preset, presets
 
 VERSIONS = ("torch", "transformers", "tokenizers", "peft", "bitsandbytes", "accelerate")
 MATH_VERSIONS = ("math-verify", "latex2sympy2_extended", "sympy")  # of what checks LaTeX answers
 # What of a model's folder makes the model.
 MODEL_FILES = (".safetensors", ".json", ".model", ".txt", ".jinja", ".py")
+
+
+PUBLISHED = OUTPUTS / "reference"
 
 
 def run_folder(name: str) -> Path:
@@ -61,11 +66,24 @@ def run_folder(name: str) -> Path:
     return OUTPUTS / name
 
 
-def open_run(folder: Path, preset: str = "tiny") -> Config:
-    """The configuration of a run. A folder that is not there yet starts as `preset`."""
-    path = resolve(folder) / "config.yaml"
+def open_run(folder: str | Path, preset: str = "") -> Config:
+    """The configuration of a run. A folder that is not there yet starts as `preset`, or as the preset of its name.
+
+    Raises:
+        ConfigError: there is no such run, or it is one of the published ones.
+    """
+    folder = resolve(folder)
+    path = folder / "config.yaml"
+    if PUBLISHED in folder.parents:
+        raise ConfigError(f"run: {relative(folder)} is published as it is; take a run of your own, as outputs/tiny")
     if not path.exists():
-        write_text(path, dump(load_preset(preset)))
+        if (preset or folder.name) not in presets():
+            there = ", ".join(sorted(relative(p.parent) for p in OUTPUTS.glob("*/config.yaml"))) or "none yet"
+            raise ConfigError(
+                f"run: {relative(folder)} is no run (there is: {there}); "
+                f"./run_all.sh tiny run={folder.name} makes one, and outputs/tiny starts by itself"
+            )
+        write_text(path, dump(load_preset(preset or folder.name)))
     return read_config(path)
 
 
@@ -95,6 +113,7 @@ class Stage:
         self.choices = self.recipe.round(max(1, iteration))
         self.config = whole.for_round(method, iteration)
         self.folder = self.folder_of(iteration)
+        self.at_work = False  # between begin() and finish(), unless the stage was done before
 
     # What a stage says of itself.
 
@@ -114,8 +133,12 @@ class Stage:
         """What it loads by name ("module:function" or "file.py:function"), which its imports do not tell."""
         return ()
 
-    def run(self) -> Any:
+    def make(self) -> None:
         """Do it: read the inputs, write the outputs."""
+        raise NotImplementedError
+
+    def result(self) -> Any:
+        """What `make` has left, read back."""
         raise NotImplementedError
 
     @property
@@ -152,7 +175,8 @@ class Stage:
         return {"policy": self.trained(self.iteration - 1)} if self.iteration > 1 else {}
 
     def path(self, name: str) -> Path:
-        return self.folder / name
+        """Where an output is. While the stage is at work the new one is apart, so that an earlier one stays."""
+        return (self.partial_folder() / "made" if self.at_work else self.folder) / name
 
     def input(self, name: str) -> Path | None:
         """The path of an input; None for one that this stage has not, as the policy of M_0. Raises MissingArtefact."""
@@ -305,8 +329,10 @@ class Stage:
                 reasons.append(f"output {name} is not as it was left")
         return reasons
 
-    def begin(self) -> Self:
-        """Take the stage's folder, forget its old manifest, and clear away what other inputs left there.
+    def begin(self, again: bool = False) -> Self:
+        """Take the stage's folder. A stage that is done keeps what it has, unless it is to be done `again`.
+
+        What an earlier run of the stage has left stays until `finish` puts the new outputs in its place.
 
         Raises:
             ConfigError: the method has no such stage in this round.
@@ -316,21 +342,32 @@ class Stage:
         if self.name not in wanted:
             of = f"round {self.iteration} of {self.method}" if self.iteration else "M_0"
             raise ConfigError(f"{self.name}: {of} has no such stage; it has {', '.join(wanted)}")
-        self._started = time.time()
         self._key = self.key()
+        if "torch" not in sys.modules:
+            os.environ["OMP_NUM_THREADS"] = str(self.config.threads)
+        if not again and self.is_done():
+            print(f"{relative(self.folder)}: {self.name} is done, and shown as it is; again = True does it anew")
+            return self
         self._lock = lock_at(self.folder / f".{self.name}.lock")
         # A kernel whose driver was killed lives on for about a second; give it the time to notice.
         take(self._lock, patience=20.0)
-        self.manifest_path().unlink(missing_ok=True)
-        for name in self.writes():  # what an undone stage left is nobody's input
-            shutil.rmtree(self.path(name)) if self.path(name).is_dir() else self.path(name).unlink(missing_ok=True)
-        mark = self.partial / "key.json"
+        mark = self.partial_folder() / "key.json"
         if not mark.exists() or mark.read_text() != json.dumps(self._key, indent=1) + "\n":
-            shutil.rmtree(self.partial, ignore_errors=True)
+            shutil.rmtree(self.partial_folder(), ignore_errors=True)
             write_json(mark, self._key)
-        if "torch" not in sys.modules:
-            os.environ["OMP_NUM_THREADS"] = str(self.config.threads)
+        self.at_work = True
+        self._seconds = 0.0
+        self.path("").mkdir(exist_ok=True)
         return self
+
+    def run(self, **options: Any) -> Any:
+        """Do it, unless it is done; returns what it has left. `options` are those of the stage's `make`."""
+        self.check_begun()
+        if self.at_work:
+            started = time.monotonic()
+            self.make(**options)
+            self._seconds = time.monotonic() - started
+        return self.result()
 
     def check_begun(self) -> None:
         """Raise a ConfigError for a stage whose folder is not taken."""
@@ -351,15 +388,20 @@ class Stage:
 
         Copied and not moved, so that a stage that is killed now has it still.
         """
-        fresh, target = self.path(f"{name}.tmp"), self.path(name)
-        for old in (fresh, target):
-            shutil.rmtree(old, ignore_errors=True)
+        fresh = self.path(f"{name}.tmp")
+        remove(fresh)
         shutil.copytree(made, fresh) if made.is_dir() else shutil.copyfile(made, fresh)
-        fresh.rename(target)
+        replace(fresh, self.path(name))
 
     def finish(self, **facts: Any) -> dict[str, Any]:
-        """Write the manifest: from now on the stage is done. Raises ConfigError unless it has begun and run."""
+        """Put the outputs in their place and write the manifest: from now on the stage is done.
+
+        Raises:
+            ConfigError: it has not begun, or not run.
+        """
         self.check_begun()
+        if not self.at_work:
+            return self.manifest()
         if missing := [name for name in self.writes() if not self.path(name).exists()]:
             raise ConfigError(
                 f"{self.name}: {', '.join(missing)} is not there yet; run the cell with stage.run() first"
@@ -369,16 +411,20 @@ class Stage:
                 f"{self.name}: parameters have changed since begin(); run that cell and stage.run() again"
             )
         outputs = {name: file_hash(self.path(name)) for name in self.writes()}
-        manifest = {
-            "key": self._key,
-            "outputs": outputs,
-            "seconds": round(time.time() - self._started, 2),
-            **facts,
-        }
+        manifest = {"key": self._key, "outputs": outputs, "seconds": round(self._seconds, 2), **facts}
+        self.manifest_path().unlink(missing_ok=True)
+        remove(self.folder / f"{self.name}.ipynb")  # which shows what was there before
+        for name in outputs:
+            replace(self.path(name), self.folder / name)
         write_json(self.manifest_path(), manifest)
-        shutil.rmtree(self.partial, ignore_errors=True)
+        self.at_work = False
+        remove(self.partial_folder())
         self._lock.release(force=True)
         return manifest
+
+    def load_line(self) -> str:
+        """One line of Python that loads M_t elsewhere."""
+        return load_line(self.config.model, self.folder / "adapter")
 
 
 def model_files(name: str, path: str | Path) -> dict[str, str]:

@@ -76,6 +76,11 @@ def load_preset(name: str, overrides: Iterable[str] = ()) -> Config:
             + "There is: tiny, micro, and <task>-<model> or <task>-<model>-paper with a task of "
             + f"{', '.join(REAL_TASKS)} and a model of {', '.join(REAL_MODELS)}"
         )
+    return changed_by(read_preset(name), overrides)
+
+
+def changed_by(settings: dict[str, Any], overrides: Iterable[str]) -> Config:
+    """The configuration of `settings` (dotted names with their values) with `key=value` overrides. Raises ConfigError."""
     pairs: dict[str, str] = {}
     for text in overrides:
         key, equals, value = text.partition("=")
@@ -84,4 +89,4 @@ def load_preset(name: str, overrides: Iterable[str] = ()) -> Config:
         if key in pairs:
             raise ConfigError(f"{key} is given twice; keep one")
         pairs[key] = value
-    return configured(read_preset(name), pairs.items())
+    return configured(settings, pairs.items())

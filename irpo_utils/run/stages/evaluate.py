@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ...files import write_json, write_jsonl
+from ...files import read_jsonl, write_json, write_jsonl
 from ...metrics import step_summary, summarize
 from ...tasks import get_task
 from ...tasks.base import Problem, Task
@@ -51,9 +51,7 @@ class EvaluateStage(Stage):
             found[source] = [p for p in problems if alike(p.question) not in seen]
         return found
 
-    def run(self) -> tuple[Record, list[Record]]:
-        """Returns the summary of each split, and a record for each problem."""
-        self.check_begun()
+    def make(self) -> None:
         config, task = self.config, get_task(self.config.task)
         splits = {split: task.problems(split) for split in SPLITS} | self.further_problems(task)
         summary, responses = {}, []
@@ -65,7 +63,10 @@ class EvaluateStage(Stage):
                 responses += rows
         write_json(self.path("evaluation.json"), summary)
         write_jsonl(self.path("responses.jsonl"), responses)
-        return summary, responses
+
+    def result(self) -> tuple[Record, list[Record]]:
+        """The summary of each split, and a record for each problem."""
+        return json.loads(self.path("evaluation.json").read_text()), read_jsonl(self.path("responses.jsonl"), self.name)
 
     def _responses(self, sampler, split: str, problems: list[Problem]) -> list[Record]:
         """A record for each problem: its greedy response, and the answers and rewards of its samples."""

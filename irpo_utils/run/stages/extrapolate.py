@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 from ...files import write_json
 from ...methods import parts
-from ..store import Stage, load_line
+from ..store import Stage
 
 
 class ExtrapolateStage(Stage):
@@ -27,12 +28,13 @@ class ExtrapolateStage(Stage):
     def uses(self) -> list[str]:
         return [parts.part("loss", self.choices.loss).where]
 
-    def run(self) -> dict[str, Any]:
-        """Returns the facts in training.json."""
+    def make(self) -> None:
         made, policies = self.partial / "adapter", (self.input("policy"), self.input("before"))
         extrapolated = parts.part("loss", self.choices.loss).load()
         facts = extrapolated(self.config.model, policies, self.config.train.extrapolation, made)
-        facts["load"] = load_line(self.config.model, self.path("adapter"))
         write_json(self.path("training.json"), facts)
         self.keep("adapter", made)
-        return facts
+
+    def result(self) -> dict[str, Any]:
+        """The facts in training.json."""
+        return json.loads(self.path("training.json").read_text())

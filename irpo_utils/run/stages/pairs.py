@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,9 +40,7 @@ class PairsStage(Stage):
     def uses(self) -> list[str]:
         return [parts.part("selection", self.choices.selection).where]
 
-    def run(self) -> tuple[list[Pair], dict[str, Any]]:
-        """Returns the pairs and the audit."""
-        self.check_begun()
+    def make(self) -> None:
         prompts = {p.problem: p for p in Prompt.read(self.input("prompts"), "01_sample.ipynb")}
         drawn = Sample.read(self.input("samples"), self.reads()["samples"][1]) if self.choices.draws else []
         samples = Sample.by_problem(drawn)
@@ -55,4 +54,7 @@ class PairsStage(Stage):
             audit["accumulated"] = len(pairs)
         Record.write(self.path("pairs.jsonl"), pairs)
         write_json(self.path("audit.json"), audit)
-        return pairs, audit
+
+    def result(self) -> tuple[list[Pair], dict[str, Any]]:
+        """The pairs and the audit."""
+        return Pair.read(self.path("pairs.jsonl"), self.name), json.loads(self.path("audit.json").read_text())

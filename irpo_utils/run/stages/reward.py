@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,7 @@ class RewardStage(Stage):
         simulator = self.parameters().get("process.simulator")
         return super().configured_files() | (model_files("simulator", simulator) if simulator else {})
 
-    def run(self) -> tuple[list[Sample], dict[str, Any]]:
-        """Returns the samples with their rewards, and the facts in reward.json."""
+    def make(self) -> None:
         task = get_task(self.config.task)
         samples = Sample.by_problem(Sample.read(self.input("samples"), "01_sample.ipynb"))
         found, facts = self.part.load()(
@@ -67,4 +67,8 @@ class RewardStage(Stage):
         write_json(self.path("reward.json"), facts)
         for name in self.part.files:
             self.keep(name, self.partial / name)
-        return found, facts
+
+    def result(self) -> tuple[list[Sample], dict[str, Any]]:
+        """The samples with their rewards, and the facts in reward.json."""
+        facts = json.loads(self.path("reward.json").read_text())
+        return Sample.read(self.path("rewarded.jsonl"), self.name), facts

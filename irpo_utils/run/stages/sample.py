@@ -43,15 +43,15 @@ class SampleStage(Stage):
     def sampler(self) -> Engine:
         return super().sampler if self.choices.draws else SAMPLERS["transformers"]  # which writes prompts
 
-    def run(self) -> list[Sample]:
-        """Draws a chunk of problems at a time, so that a kill loses one chunk. Returns the samples."""
+    def make(self) -> None:
+        """Draws a chunk of problems at a time, so that a kill loses one chunk."""
         config, task = self.config, get_task(self.config.task)
         problems = self.training_problems(task)
         with self.sampler.load()(config, self.input("policy"), task, problems) as sampler:
             prompts = sampler.prompts(problems)
             Record.write(self.path("prompts.jsonl"), prompts.values())
             if not self.choices.draws:
-                return []
+                return
             self._draw(sampler, problems, prompts)
         found = [s for path in sorted(self.partial.glob("chunk_*.jsonl")) for s in Sample.read(path, self.name)]
         rank = {p.id: i for i, p in enumerate(problems)}
@@ -59,7 +59,10 @@ class SampleStage(Stage):
         Record.write(self.path("samples.jsonl"), found)
         if task.undecided:
             print(f"{task.undecided} answers took the symbolic check too long and count as wrong", file=sys.stderr)
-        return found
+
+    def result(self) -> list[Sample]:
+        """The samples; none of a round on gold solutions alone."""
+        return Sample.read(self.path("samples.jsonl"), self.name) if self.choices.draws else []
 
     def _draw(self, sampler, problems: list[Problem], prompts: dict[str, Prompt]) -> None:
         """Leave the samples of every chunk of problems in a file."""

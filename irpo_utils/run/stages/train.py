@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -11,7 +12,7 @@ from ...files import write_json
 from ...methods import parts
 from ...model.records import Pair
 from ...tasks import get_task
-from ..store import Stage, load_line
+from ..store import Stage
 
 
 class TrainStage(Stage):
@@ -55,9 +56,7 @@ class TrainStage(Stage):
     def versions(self) -> dict[str, str | None]:
         return super().versions() | {name: version(name) for name in self.engine.packages}
 
-    def run(self, show: Callable[[str], None] = print) -> dict[str, Any]:
-        """Returns the facts in training.json."""
-        self.check_begun()
+    def make(self, show: Callable[[str], None] = print) -> None:
         # What names the model that scores the pairs before the first step; the rate and the like have no part in it.
         named = self._key | {"parameters": self.section("model") | {"threads": self.config.threads}}
         training = parts.TRAINING.load()(
@@ -71,11 +70,13 @@ class TrainStage(Stage):
             order_seed=self.random_seed(2),
             sampled_by_start=self.choices.draws and (self.choices.start == "M_t" or self.iteration == 1),
             folder=self.partial,
-            kept_scores=(self.path("reference.json"), named),
+            kept_scores=(self.folder / "reference.json", named),
         )
         facts = training.run(show)
-        facts["load"] = load_line(self.config.model, self.path("adapter"))
         write_json(self.path("training.json"), facts)
         self.keep("steps.jsonl", self.partial / "steps.jsonl")
         self.keep("adapter", self.partial / "kept")
-        return facts
+
+    def result(self) -> dict[str, Any]:
+        """The facts in training.json."""
+        return json.loads(self.path("training.json").read_text())
