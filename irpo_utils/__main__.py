@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -11,13 +12,13 @@ from pathlib import Path
 from .files import Busy, ConfigError, MissingArtefact, load_object
 from .methods.recipes import catalogue
 from .run.config import Config, dump, read_config
-from .run.driver import estimate, run_stages, start, why
+from .run.driver import estimate, run_alone, start, why
 from .run.presets import presets
-from .run.stages import plan
 from .run.store import run_folder
 
 HELP = """usage: ./run_all.sh [preset] [key=value ...]     run the loop, skip what is done, write outputs/<run>/report.html
        ./run_all.sh why RUN                       say of every stage whether it is done, and if not why
+       ./run_all.sh lab                           open JupyterLab on working copies of the notebooks
        ./run_all.sh --list                        show the presets, the methods and every parameter with its default
        ./run_all.sh --estimate preset [key=value ...]   memory that a run would take; runs nothing
        ./run_all.sh --bench [quick|full]          sampling and training beside generate and TRL -> outputs/bench/bench.json
@@ -30,11 +31,13 @@ HELP = """usage: ./run_all.sh [preset] [key=value ...]     run the loop, skip wh
   run=NAME       the folder under outputs/ (default: the preset's name)
   jobs=J         methods and seeds at work side by side (default 1; each takes `threads` CPU threads)
   key=value      any parameter, as in iterations=2 seeds=3 methods=irpo,dpo train.lr=1e-3 dpo.train.beta=0.3
+  --yes          do finished stages again that took long, where a changed parameter wants it
   --debug        with any command: show the traceback behind an error
 
 A run that was stopped goes on with the same command. A changed parameter reruns what depends on it, and no more."""
 # Commands of other rooms, which take the rest of the command line.
 COMMANDS = {
+    "lab": "irpo_utils.run.lab:main",
     "grade": "irpo_utils.run.grade:main",
     "export": "irpo_utils.report.publish:export",
     "extrapolate": "irpo_utils.extras.expo:main",
@@ -66,6 +69,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("-h", "--help", action="store_true")
     made.add_argument("--list", action="store_true")
     made.add_argument("--estimate", action="store_true")
+    made.add_argument("--yes", action="store_true")
     made.add_argument("--bench", nargs="?", const="quick", choices=("quick", "full"))
     made.add_argument("--publish", metavar="RUN")
     made.add_argument("--method-seed", nargs=4, help=argparse.SUPPRESS)
@@ -91,8 +95,7 @@ def command(arguments: list[str]) -> int:
         load_object("irpo_utils.report.publish:publish")(run_folder(options.publish))
     elif options.method_seed:
         run, method, seed, parent = options.method_seed
-        config = read_config(Path(run) / "config.yaml")
-        run_stages(plan(config, Path(run), method, int(seed)), parent=int(parent))
+        run_alone(Path(run), method, int(seed), int(parent))
     elif words[:1] == ["why"]:
         if len(words) != 2:
             raise ConfigError("why: used as why RUN, a folder under outputs/")
@@ -102,13 +105,18 @@ def command(arguments: list[str]) -> int:
         why(run, read_config(run / "config.yaml"))
     else:
         named = words[:1] and "=" not in words[0]
-        (estimate if options.estimate else start)(words[0] if named else "tiny", words[1:] if named else words)
+        preset, settings = (words[0], words[1:]) if named else ("tiny", words)
+        if options.estimate:
+            estimate(preset, settings)
+        else:
+            start(preset, settings, options.yes)
     return 0
 
 
 def main(arguments: list[str]) -> int:
     """Run one command; every error that a user can do something about is one line."""
     debug = "--debug" in arguments
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's request to stop is a person's
     try:
         return command([a for a in arguments if a != "--debug"])
     except BrokenPipeError:  # standard output was closed, as by `| head`

@@ -5,19 +5,31 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from ..files import NOTEBOOKS, ConfigError, load_object, locked, relative, resolve, source_of, write_text
+from ..files import (
+    NOTEBOOKS,
+    ConfigError,
+    MissingArtefact,
+    load_object,
+    locked,
+    relative,
+    resolve,
+    source_of,
+    write_text,
+)
 from ..methods.parts import SAMPLERS
 from ..tasks import check_task, get_task
 from ..tasks.base import Problem
-from .config import Config, dump
+from .config import Config, dump, flatten, read_config
 from .presets import load_preset
-from .stages import method_seeds, plan
+from .stages import finished, method_seeds, plan
 from .store import Stage, run_folder
 
 QUIET = {
@@ -27,17 +39,22 @@ QUIET = {
 }
 
 
+class StageFailed(RuntimeError):
+    """A notebook's cell failed, or its kernel died."""
+
+
 def run_notebook(source: Path, target: Path, parameters: dict, threads: int, uses: Iterable[str] = ()) -> None:
-    """Execute a notebook with papermill; the executed copy is there also when it fails.
+    """Execute a notebook with papermill. Where a cell fails the executed copy is `target` with "failed" in its name.
 
     Args:
         uses: modules that it will load by name, besides those that it imports.
 
     Raises:
         ConfigError: a parameter that the notebook does not have (papermill itself would only log it).
-        RuntimeError: a cell failed.
+        StageFailed: a cell failed, or the kernel died.
     """
     import papermill  # takes a second, which `why` and `grade` need not wait
+    from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
     logging.getLogger("papermill").setLevel(logging.ERROR)
@@ -48,7 +65,7 @@ def run_notebook(source: Path, target: Path, parameters: dict, threads: int, use
         OMP_NUM_THREADS=str(threads), TOKENIZERS_PARALLELISM="false", PYDEVD_DISABLE_FILE_VALIDATION="1", **QUIET
     )
     target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(f".{target.stem}.part.ipynb")
+    part, failed = target.with_name(f".{target.stem}.part.ipynb"), target.with_stem(f"{target.stem}-failed")
     try:
         papermill.execute_notebook(
             str(source),
@@ -59,12 +76,27 @@ def run_notebook(source: Path, target: Path, parameters: dict, threads: int, use
             kernel_manager_class=load_object("irpo_utils.run.kernels:manager")(source, uses),
             extra_arguments=["--IPKernelApp.log_level=ERROR"],
         )
+        os.replace(part, target)
+        failed.unlink(missing_ok=True)
     except PapermillExecutionError as error:
-        where = f"cell {error.exec_count} of {relative(target)}"
-        raise RuntimeError(f"{error.ename}: {error.evalue}\n({where})") from error
-    finally:
-        if part.exists():
-            os.replace(part, target)
+        where = f"cell {error.exec_count} of {source.name}"
+        if is_whole(part):
+            os.replace(part, failed)
+            where += f", executed: {relative(failed)}"
+        raise StageFailed(f"{error.ename}: {error.evalue.strip() or 'no message'}\n({where})") from error
+    except DeadKernelError:
+        raise StageFailed(
+            f"the process that ran {source.name} was ended from outside, often for want of memory "
+            "(sampling.max_rows and train.micro_batch say how much it takes); the same command goes on"
+        ) from None
+
+
+def is_whole(notebook: Path) -> bool:
+    """Whether a notebook was written to its end."""
+    try:
+        return bool(json.loads(notebook.read_text())["cells"])
+    except (OSError, ValueError, KeyError):
+        return False
 
 
 def executed(stage: Stage) -> Path:
@@ -74,7 +106,6 @@ def executed(stage: Stage) -> Path:
 
 def execute(stage: Stage) -> None:
     """Run one stage's notebook."""
-    executed(stage).unlink(missing_ok=True)
     parameters = {"run": relative(stage.run_folder), "method": stage.method}
     parameters |= {"seed": stage.seed, "iteration": stage.iteration}
     modules = [where.rpartition(":")[0] for where in stage.uses() if source_of(where) is None]
@@ -89,22 +120,19 @@ def reasons(stage: Stage, found: list[str]) -> str:
     return f" ({'; '.join(found[:3])}{more})" if found else " (its notebook is missing)"
 
 
-def run_stages(stages: list[Stage], after: int = 0, parent: int = 0) -> None:
-    """Run stages in order. `after` stages of others follow (for the time left); stops if process `parent` is gone."""
+def run_stages(stages: list[Stage], after: int = 0) -> None:
+    """Run stages in order. `after` stages of others follow (for the time left). Raises StageFailed."""
     spent: list[float] = []
     for i, stage in enumerate(stages):
-        if parent and os.getppid() != parent:
-            raise RuntimeError("the driver is gone")
-        label = f"{stage.method}, seed {stage.seed}, iteration {stage.iteration}, {stage.name}"
         # M_0's stages are shared: whoever comes first does them, the others wait and then find them done.
         with locked(stage.folder / f".{stage.name}.turn", patience=7200.0):
             # A run killed between the manifest and the page has the artefacts but not their notebook.
             found = stage.why_not_done()
             if not found and executed(stage).exists():
-                print(f"[{i + 1}/{len(stages)}] {label}: done already", flush=True)
+                print(f"[{i + 1}/{len(stages)}] {stage.label()}: done already", flush=True)
                 continue
             left = f", about {sum(spent) / len(spent) * (len(stages) - i + after):.0f} s left" if spent else ""
-            print(f"[{i + 1}/{len(stages)}] {label}{reasons(stage, found)} ...{left}", flush=True)
+            print(f"[{i + 1}/{len(stages)}] {stage.label()}{reasons(stage, found)} ...{left}", flush=True)
             started = time.monotonic()
             execute(stage)
             spent.append(time.monotonic() - started)
@@ -196,31 +224,101 @@ def configure(preset: str, settings: list[str]) -> tuple[Config, Path, int]:
     return config, run_folder(own["run"]), int(own["jobs"])
 
 
-def start(preset: str, settings: list[str]) -> None:
-    """Run the loop to its end: what `./run_all.sh [preset] [key=value ...]` does."""
+def start(preset: str, settings: list[str], replaces: bool = False) -> None:
+    """Run the loop to its end: what `./run_all.sh [preset] [key=value ...]` does.
+
+    A method that cannot go on does not keep the others from theirs, nor from the report.
+
+    Args:
+        replaces: whether finished stages may be done again that took long.
+
+    Raises:
+        ConfigError: see `configure`, `check_inputs`; or much would be replaced. StageFailed: a stage failed, in the end.
+    """
     config, run, jobs = configure(preset, settings)
     notes = check_inputs(config, jobs)
-    with locked(run / ".lock") as lock:
+    with locked(
+        run / ".lock", patience=5.0
+    ) as lock:  # what a driver has left that was killed is gone in a second or two
+        plans = [plan(config, run, method, seed) for method, seed in method_seeds(config)]
+        notes += changes(run, config, plans, replaces)
         write_text(run / "config.yaml", dump(config))
         print(*notes, sep="\n", end="\n" if notes else "")
         print(
             f"{run.name}: {', '.join(config.methods)}; {config.seeds} seed(s), {config.iterations} iterations -> {relative(run)}"
         )
-        plans = [plan(config, run, method, seed) for method, seed in method_seeds(config)]
-        if jobs == 1:
-            for i, stages in enumerate(plans):
-                run_stages(stages, after=sum(map(len, plans[i + 1 :])))
-        else:
-            run_side_by_side(run, method_seeds(config), jobs, lock)
-        print("report ...", flush=True)
-        report(run, config.threads)
-        if len(config.methods) > 1:
-            compare(run, config.threads)
-        print((run / "table.txt").read_text())
-        last = plans[-1][-1]
-        facts = json.loads((last.folder / "training.json").read_text())
-        print(f"load the last model ({last.method}, iteration {last.iteration}):\n  {facts['load']}")
-        print(f"report: {relative(run / 'report.html')}")
+        failures = run_in_turn(plans) if jobs == 1 else run_side_by_side(run, method_seeds(config), jobs, lock)
+        finish(run, config, failures)
+
+
+def finish(run: Path, config: Config, failures: list[str]) -> None:
+    """The report, and what came of it on one screen. Raises StageFailed if something had failed."""
+    stopped = "\n".join([*failures, "the same command goes on from there"])
+    try:
+        whole, _ = finished(run)
+    except MissingArtefact:
+        raise StageFailed(stopped) from None
+    print("report ...", flush=True)
+    report(run, config.threads)
+    if len(whole.methods) > 1:
+        compare(run, config.threads)
+    print((run / "table.txt").read_text())
+    last = plan(whole, run, *method_seeds(whole)[-1])[-1]
+    print(f"load the last model ({last.method}, iteration {last.iteration}):\n  {last.load_line()}")
+    print(f"report: {relative(run / 'report.html')}")
+    if failures:
+        raise StageFailed(stopped)
+
+
+def run_in_turn(plans: list[list[Stage]]) -> list[str]:
+    """Run every method and seed; returns what failed."""
+    failures = []
+    for i, stages in enumerate(plans):
+        try:
+            run_stages(stages, after=sum(map(len, plans[i + 1 :])))
+        except StageFailed as error:
+            failures.append(f"{stages[-1].method}, seed {stages[-1].seed}: {error}")
+    return failures
+
+
+LONG = 600.0  # seconds of finished work that are not replaced without being asked for
+
+
+def changes(run: Path, config: Config, plans: list[list[Stage]], replaces: bool) -> list[str]:
+    """What a command changes in a run that is there already, and which finished stages it does again.
+
+    Raises:
+        ConfigError: these took longer than `LONG` in sum, and `replaces` is not set.
+    """
+    if not (run / "config.yaml").exists():
+        return []
+    lines, seconds, names = changed_parameters(read_config(run / "config.yaml"), config), 0.0, {}
+    for stages in plans:
+        redone = False
+        for stage in stages:
+            manifest = stage.manifest()
+            redone = redone or stage.why_not_done()  # what follows a stage that is done again, is too
+            if manifest and redone and stage.manifest_path() not in names:
+                names[stage.manifest_path()] = stage.label()
+                seconds += manifest.get("seconds", 0.0)
+    if not names:
+        return lines
+    first = "; ".join([*list(names.values())[:3], *(["..."] if len(names) > 3 else [])])
+    lines.append(f"done again: {len(names)} finished stages that took {seconds:.0f} s ({first})")
+    if seconds > LONG and not replaces:
+        changed = "\n".join(lines)
+        raise ConfigError(
+            f"{relative(run)} would lose finished work:\n{changed}\n"
+            "choose another run=NAME to keep it, or add --yes to replace it (./run_all.sh why RUN says why)"
+        )
+    return lines
+
+
+def changed_parameters(before: Config, now: Config) -> list[str]:
+    """A line that names what differs between a run's configuration and the one asked for; none if nothing does."""
+    old, new = (flatten(config.model_dump(mode="json")) for config in (before, now))
+    found = [f"{k} {old.get(k)} -> {new.get(k)}" for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
+    return [f"changed since this run's last start: {'; '.join(found)}"] if found else []
 
 
 def estimate(preset: str, settings: list[str]) -> None:
@@ -250,34 +348,39 @@ def nearby(stage: Stage, other: Stage) -> str:
     return stage.name if stage.iteration == other.iteration else f"{stage.name} of iteration {stage.iteration}"
 
 
-def run_side_by_side(run: Path, work: list[tuple[str, int]], jobs: int, lock: int) -> None:
-    """Every method and seed in a process of its own, `jobs` at a time; the first failure stops the rest.
+def run_side_by_side(run: Path, work: list[tuple[str, int]], jobs: int, lock: int) -> list[str]:
+    """Every method and seed in a process of its own, `jobs` at a time; returns what failed.
 
     Each holds the run's `lock` too, so that the run stays taken where the driver is killed and they are not yet gone.
     """
-    waiting, going = list(work), []
+    waiting, going, failures = list(work), {}, []
     try:
         while waiting or going:
             while waiting and len(going) < jobs:
                 method, seed = waiting.pop(0)
-                command = [
-                    sys.executable,
-                    "-m",
-                    "irpo_utils",
-                    "--method-seed",
-                    str(run),
-                    method,
-                    str(seed),
-                    str(os.getpid()),
-                ]
-                going.append(subprocess.Popen(command, pass_fds=[lock]))
+                command = [sys.executable, "-m", "irpo_utils", "--method-seed"]
+                command += [str(run), method, str(seed), str(os.getpid())]
+                going[subprocess.Popen(command, pass_fds=[lock])] = f"{method}, seed {seed}"
             time.sleep(0.2)
             for process in [p for p in going if p.poll() is not None]:
-                going.remove(process)
+                name = going.pop(process)
                 if process.returncode:
-                    raise RuntimeError(
-                        "a part of the run failed; its message is above. The same command goes on from there"
-                    )
+                    failures.append(f"{name}: its message is above")
     finally:
         for process in going:
             process.terminate()
+        for process in going:
+            process.wait()
+    return failures
+
+
+def run_alone(run: Path, method: str, seed: int, parent: int) -> None:
+    """One method and seed, for the driver in process `parent`; ends when that does."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+    run_stages(plan(read_config(run / "config.yaml"), run, method, seed))

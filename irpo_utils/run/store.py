@@ -193,6 +193,9 @@ class Stage:
         """A seed of its own for each (seed, iteration, purpose)."""
         return (self.seed * 1000 + self.iteration) * 10 + purpose
 
+    def label(self) -> str:
+        return f"{self.method}, seed {self.seed}, iteration {self.iteration}, {self.name}"
+
     # What it depends on.
 
     def section(self, name: str, only: Iterable[str] = (), without: Iterable[str] = ()) -> dict[str, Any]:

@@ -8,9 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ...files import MissingArtefact, relative, resolve
-from ..config import Config, read_config
-from ..store import Stage
+from ...files import MissingArtefact, relative
+from ..config import Config
+from ..store import Stage, open_run
 from .evaluate import EvaluateStage, read_evaluation
 from .extrapolate import ExtrapolateStage
 from .pairs import PairsStage
@@ -36,15 +36,33 @@ def plan(config: Config, run: Path, method: str, seed: int) -> list[Stage]:
     return stages
 
 
-def evaluations(run: Path) -> list[dict[str, Any]]:
+def finished(run: Path) -> tuple[Config, list[str]]:
+    """A run's configuration with those methods alone whose every stage is done; and a line for each of the others.
+
+    A model whose own stage is done does not count where one before it is not: it would stand beside another M_{t-1}.
+
+    Raises:
+        MissingArtefact: no method is finished; names the first stage to run.
+    """
+    config = open_run(run)
+    left_out = {}
+    for method, seed in method_seeds(config):
+        for stage in plan(config, run, method, seed):
+            if found := stage.why_not_done():
+                left_out.setdefault(method, f"{stage.label()}: {found[0]}")
+                break
+    whole = [method for method in config.methods if method not in left_out]
+    if not whole:
+        line = next(iter(left_out.values()))
+        raise MissingArtefact(f"no method of {relative(run)} is finished ({line}); run ./run_all.sh, or that notebook")
+    return (config.but(methods=whole) if left_out else config), list(left_out.values())
+
+
+def evaluations(run: Path, config: Config) -> list[dict[str, Any]]:
     """Every evaluation of a run: method, seed, iteration and the contents of `evaluation.json`. M_0 counts for each method."""
-    config, rows = read_config(resolve(run) / "config.yaml"), []
+    rows = []
     for method, seed in method_seeds(config):
         for t in range(config.rounds(method) + 1):
             stage = EvaluateStage(run, method, seed, t, config)
-            if not stage.is_done():
-                raise MissingArtefact(
-                    f"{relative(stage.path('evaluation.json'))} is missing or out of date; run notebooks/04_evaluate.ipynb for it, or ./run_all.sh"
-                )
             rows.append({"method": method, "seed": seed, "iteration": t, **read_evaluation(stage)})
     return rows

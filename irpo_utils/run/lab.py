@@ -1,0 +1,44 @@
+"""JupyterLab on working copies of the notebooks, so that looking around changes no file of the project."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+
+from ..files import NOTEBOOKS, OUTPUTS, ROOT, file_hash, relative, write_json
+
+FOLDER = OUTPUTS / "lab"
+
+
+def copies() -> list[str]:
+    """Bring the working copies up to date; returns what to say of those that are not.
+
+    A copy that was not changed follows its notebook. One that was changed is kept: where the notebook has changed since as
+    well, the new one lies beside it.
+    """
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    record = FOLDER / ".copied.json"  # name -> hash of what was copied
+    copied = json.loads(record.read_text()) if record.exists() else {}
+    lines = []
+    for source in sorted(NOTEBOOKS.glob("*.ipynb")):
+        copy, now = FOLDER / source.name, file_hash(source)
+        if copied.get(source.name) == now and copy.exists():
+            continue
+        if copy.exists() and file_hash(copy) != copied.get(source.name):
+            copy = copy.with_stem(f"{copy.stem}-new")
+            lines.append(f"{relative(FOLDER / source.name)} was changed, so the new one is {relative(copy)}")
+        shutil.copyfile(source, copy)
+        copied[source.name] = now
+    write_json(record, copied)
+    return lines
+
+
+def main(arguments: list[str]) -> None:
+    """Become JupyterLab, at the project's root; `arguments` are its own."""
+    print(*copies(), sep="\n", end="", file=sys.stderr)
+    first = relative(FOLDER / "quickstart.ipynb")
+    command = [sys.executable, "-m", "jupyterlab", f"--ServerApp.root_dir={ROOT}", first, *arguments]
+    os.chdir(ROOT)
+    os.execv(sys.executable, command)
