@@ -26,7 +26,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ..files import PACKAGE, resolve
+from ..files import PACKAGE, ROOT, resolve
 from ..settings import ModelConfig
 
 SEED_MODEL = PACKAGE / "assets" / "seed_model"
@@ -130,16 +130,49 @@ def load_base(
             bnb_4bit_compute_dtype=dtype,
             llm_int8_skip_modules=list(whole) or None,
         )
-    model = load_pretrained(
+    model, loading = load_pretrained(
         kind,
         config,
         dtype=dtype,
         quantization_config=quantization,
         device_map={"": device()},
         use_safetensors=True,
+        output_loading_info=True,
         **options,
     )
+    causal = kind is AutoModelForCausalLM
+    check_loaded(f"model.path: {config.path}", model, loading, new=whole, unused=() if causal else ("lm_head",))
     return same_function(model)
+
+
+def check_loaded(
+    name: str, model: PreTrainedModel, loading: Any, new: tuple[str, ...] = (), unused: tuple[str, ...] = ()
+) -> None:
+    """Refuse a model that is not the one in its files; a layer without weights would be another one in each process.
+
+    Args:
+        loading: what `from_pretrained(output_loading_info=True)` says. Tied weights are not among the missing ones.
+        new: beginnings of names that the files need not have. unused: of those that the model need not take.
+
+    Raises:
+        ValueError: weights are missing, left over, of another shape, or not finite; names the first of them.
+    """
+    left_over = [key for key in loading["unexpected_keys"] if not key.startswith(unused or ("\n",))]
+    missing = [key for key in loading["missing_keys"] if not key.startswith(new or ("\n",))]
+    broken = [key for key, tensor in model.state_dict().items() if not finite(tensor)]
+    for what, keys in (
+        ("has no weights for", missing),
+        ("has weights that its architecture does not take:", left_over),
+        ("has weights of another shape for", [key for key, *_ in loading["mismatched_keys"]]),
+        ("has NaN or infinite weights in", broken),
+    ):
+        if keys:
+            first = ", ".join(sorted(keys)[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+            raise ValueError(f"{name} {what} {first}; copy the model again, or see that config.json is its own")
+
+
+def finite(tensor: torch.Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
 
 
 def same_function(model: PreTrainedModel) -> PreTrainedModel:
@@ -182,13 +215,16 @@ def load_whole(
         raise FileNotFoundError(
             f"{folder} holds no {what} (neither adapter_config.json nor config.json); run {made_by} first"
         )
-    return kind.from_pretrained(
+    model, loading = kind.from_pretrained(
         folder,
         dtype=DTYPES[config.dtype],
         device_map={"": device()},
         use_safetensors=True,
         trust_remote_code=config.trust_remote_code,
+        output_loading_info=True,
     )
+    check_loaded(str(folder), model, loading)
+    return model
 
 
 def load_policy(
@@ -249,9 +285,13 @@ def save(model: PreTrainedModel, folder: Path) -> None:
     """Write a policy or a reward model; the same model gives the same bytes."""
     model.save_pretrained(folder)
     path = folder / "adapter_config.json"
-    if path.exists():  # peft writes a set's own order, which differs from process to process
+    if path.exists():
         facts = json.loads(path.read_text())
+        # peft writes a set's own order, which differs from process to process, and where the project lies now.
         facts["target_modules"] = sorted(facts["target_modules"])
+        base = Path(facts["base_model_name_or_path"] or "")
+        if base.is_relative_to(ROOT):
+            facts["base_model_name_or_path"] = base.relative_to(ROOT).as_posix()
         path.write_text(json.dumps(facts, indent=1, sort_keys=True))
 
 

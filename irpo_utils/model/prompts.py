@@ -16,14 +16,50 @@ from .load import base_path
 def encode_prompts(task: Task, tokenizer: PreTrainedTokenizerBase, problems: list[Problem]) -> dict[str, list[int]]:
     """Problem id -> prompt token ids, through the chat template where there is one, else as plain text.
 
-    Either way there is one BOS.
+    Either way there is one BOS. What a problem says is text: a special token's name in it is no special token.
     """
+    prompts = {p.id: task.prompt(p) for p in problems}
     if not tokenizer.chat_template:
-        return {p.id: tokenizer(task.prompt(p)).input_ids for p in problems}
-    # Without a system turn, since some templates have none.
-    conversations = [[{"role": "user", "content": task.prompt(p)}] for p in problems]
-    texts = [chat_text(tokenizer, turns, add_generation_prompt=True) for turns in conversations]
-    return {p.id: tokenizer(t, add_special_tokens=False).input_ids for p, t in zip(problems, texts, strict=True)}
+        return {name: text_ids(tokenizer, text, bos=True) for name, text in prompts.items()}
+    before, after = (len(part) for part in chat_prompt(tokenizer, PLACE).split(PLACE))
+    texts = {name: chat_prompt(tokenizer, text) for name, text in prompts.items()}
+    return {name: text_ids(tokenizer, text, before, len(text) - after) for name, text in texts.items()}
+
+
+PLACE = "\ue000\ue001"  # of a question in the template: characters that no template has
+
+
+def chat_prompt(tokenizer: PreTrainedTokenizerBase, question: str) -> str:
+    """A question in the chat template, up to where the answer begins; without a system turn, since some have none."""
+    return chat_text(tokenizer, [{"role": "user", "content": question}], add_generation_prompt=True)
+
+
+def text_ids(
+    tokenizer: PreTrainedTokenizerBase, text: str, start: int = 0, end: int | None = None, bos: bool = False
+) -> list[int]:
+    """Token ids of `text`. From character `start` to `end` special tokens' names are spelt out, since they are text there.
+
+    Raises:
+        ValueError: such a name is there, and the tokenizer is too old a kind to tell where.
+    """
+    end = len(text) if end is None else end
+    special = special_names(tokenizer)
+    if not any(name in text[start:end] for name in special.values()):
+        return tokenizer(text, add_special_tokens=bos).input_ids
+    if not tokenizer.is_fast:
+        raise ValueError("model.path: a problem holds a special token's name, which only a tokenizer.json can spell out")
+    whole, ids = tokenizer(text, add_special_tokens=bos, return_offsets_mapping=True), []
+    for token, (first, last) in zip(whole.input_ids, whole.offset_mapping, strict=True):
+        if token in special and start <= first < last <= end:
+            ids += tokenizer(text[first:last], add_special_tokens=False, split_special_tokens=True).input_ids
+        else:
+            ids.append(token)
+    return ids
+
+
+def special_names(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    """The special tokens by id: those that templates are made of, and those that end a text."""
+    return {i: str(token) for i, token in tokenizer.added_tokens_decoder.items() if token.special}
 
 
 def chat_text(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], **options: Any) -> str:
@@ -59,7 +95,7 @@ def ending_tokens(tokenizer: PreTrainedTokenizerBase, generation: GenerationConf
 
 def encode_response(tokenizer: PreTrainedTokenizerBase, text: str, end: int) -> list[int]:
     """A response's token ids as the sampler would have drawn them: no BOS, the `end` token at the end."""
-    return [*tokenizer(text, add_special_tokens=False).input_ids, end]
+    return [*text_ids(tokenizer, text), end]
 
 
 @cache
