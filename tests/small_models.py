@@ -1,9 +1,9 @@
-"""Small random models of three architectures, each with a BPE tokenizer and its family's kind of chat template."""
+"""Small random models of three architectures and four families, each with a BPE tokenizer and its family's kind of chat template."""
 
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -44,7 +44,15 @@ FAMILIES = {
         "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}",
     ),
 }
+FAMILIES["llama2"] = (
+    "<s>",
+    "</s>",
+    "</s>",
+    "{% for m in messages %}{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + m['content'] | trim + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m['content'] | trim + ' ' + eos_token }}{% endif %}{% endfor %}",
+)
 SPECIAL = {
+    "llama2": ["<unk>"],
     "llama": ["<|start_header_id|>", "<|end_header_id|>"],
     "qwen2": ["<|endoftext|>", "<|im_start|>"],
     "gemma2": ["<pad>", "<start_of_turn>"],
@@ -65,9 +73,14 @@ def build(family: str, folder: Path, texts: list[str], vocabulary: int = 600) ->
     bos, eos, end, template = FAMILIES[family]
     special = list(dict.fromkeys([t for t in (bos, eos, end) if t] + SPECIAL[family]))
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    if family == "llama2":  # as SentencePiece has it: a space is a character, and a text begins with one
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+        alphabet = [chr(c) for c in range(33, 127)] + ["▁", "\n"]
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
     tokenizer.train_from_iterator(
         texts,
         trainers.BpeTrainer(
@@ -83,7 +96,7 @@ def build(family: str, folder: Path, texts: list[str], vocabulary: int = 600) ->
     fast.chat_template = template
     fast.save_pretrained(folder)
     torch.manual_seed(0)
-    kind = {"llama": LlamaConfig, "qwen2": Qwen2Config, "gemma2": Gemma2Config}[family]
+    kind = {"llama": LlamaConfig, "qwen2": Qwen2Config, "gemma2": Gemma2Config, "llama2": LlamaConfig}[family]
     stops = sorted({ids[eos], ids[end]})
     more = {"sliding_window": 32} if family == "gemma2" else {}  # shorter than the prompts
     config = kind(
