@@ -15,6 +15,7 @@ from irpo_utils.tasks import get_task
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 ROOT = Path(__file__).parent.parent
+OUTPUTS = ROOT / "outputs"
 DATA = ROOT.parent / "shared" / "data"
 
 

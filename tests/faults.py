@@ -38,7 +38,8 @@ class Faults:
         library, page = folder / "faults.so", folder / "page"
         if not library.exists():
             subprocess.run([compiler(), "-shared", "-fPIC", "-O1", "-o", library, SOURCE, "-ldl"], check=True)
-        page.write_bytes(bytes(SIZE))
+        if not page.exists():  # else processes look at it already
+            page.write_bytes(bytes(SIZE))
         with open(page, "r+b") as file:
             self._page = mmap.mmap(file.fileno(), SIZE)
         self._page[8 * len(FIELDS) :] = os.fsencode(root).ljust(4096, b"\0")
