@@ -37,7 +37,7 @@ A run that was stopped goes on with the same command. A changed parameter reruns
 COMMANDS = {
     "grade": "irpo_utils.run.grade:main",
     "export": "irpo_utils.report.publish:export",
-    "extrapolate": "irpo_utils.extras.expo:main",
+    "extrapolate": "irpo_utils.report.publish:extrapolate",
 }
 
 

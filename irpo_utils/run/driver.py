@@ -126,7 +126,7 @@ def check_inputs(config: Config, jobs: int = 1) -> list[str]:
 
     Returns what to say of them: problems left out, the memory it needs. Raises ConfigError.
     """
-    if (check := SAMPLERS[config.sampling.engine].check) != "":
+    if check := SAMPLERS[config.sampling.engine].check:
         load_object(check)(config, jobs)
     check_simulator(config)
     if config.task.name == "word_problems" and config.model.path == "seed":
@@ -252,24 +252,15 @@ def run_side_by_side(run: Path, work: list[tuple[str, int]], jobs: int, lock: in
         while waiting or going:
             while waiting and len(going) < jobs:
                 method, seed = waiting.pop(0)
-                command = [
-                    sys.executable,
-                    "-m",
-                    "irpo_utils",
-                    "--method-seed",
-                    str(run),
-                    method,
-                    str(seed),
-                    str(os.getpid()),
-                ]
+                command = [sys.executable, "-m", "irpo_utils", "--method-seed"]
+                command += [str(run), method, str(seed), str(os.getpid())]
                 going.append(subprocess.Popen(command, pass_fds=[lock]))
             time.sleep(0.2)
             for process in [p for p in going if p.poll() is not None]:
                 going.remove(process)
                 if process.returncode:
-                    raise RuntimeError(
-                        "a part of the run failed; its message is above. The same command goes on from there"
-                    )
+                    message = "a part of the run failed; its message is above. The same command goes on from there"
+                    raise RuntimeError(message)
     finally:
         for process in going:
             process.terminate()

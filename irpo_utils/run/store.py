@@ -20,7 +20,7 @@ import time
 from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 from ..files import (
     NOTEBOOKS,
@@ -40,6 +40,7 @@ from ..files import (
     write_text,
 )
 from ..methods.parts import SAMPLERS, Engine
+from ..model.records import Prompt, Record, Sample
 from ..settings import ModelConfig, Section
 from ..tasks import TASKS
 from ..tasks.base import Problem, Task
@@ -48,6 +49,7 @@ from .code import closure, imports, module_file, module_hash, notebook_hash
 from .config import Config, dump, read_config
 from .presets import load_preset
 
+Kind = TypeVar("Kind", bound=Record)
 VERSIONS = ("torch", "transformers", "tokenizers", "peft", "bitsandbytes", "accelerate")
 MATH_VERSIONS = ("math-verify", "latex2sympy2_extended", "sympy")  # of what checks LaTeX answers
 # What of a model's folder makes the model.
@@ -62,11 +64,11 @@ def run_folder(name: str) -> Path:
     return OUTPUTS / name
 
 
-def open_run(folder: Path, preset: str = "tiny") -> Config:
-    """The configuration of a run. A folder that is not there yet starts as `preset`."""
+def open_run(folder: Path) -> Config:
+    """The configuration of a run. A folder that is not there yet starts as the preset "tiny"."""
     path = resolve(folder) / "config.yaml"
     if not path.exists():
-        write_text(path, dump(load_preset(preset)))
+        write_text(path, dump(load_preset("tiny")))
     return read_config(path)
 
 
@@ -161,6 +163,21 @@ class Stage:
         if path is not None and not path.exists():
             raise MissingArtefact(f"{relative(path)} is missing; run notebooks/{made_by} first")
         return path
+
+    def records(self, name: str, kind: type[Kind]) -> list[Kind]:
+        """The records of an input. Raises MissingArtefact, which names the notebook that makes it."""
+        return kind.read(self.input(name), self.reads()[name][1])
+
+    def prompts(self) -> dict[str, Prompt]:
+        """Problem id -> its prompt, from the input "prompts"."""
+        return {prompt.problem: prompt for prompt in self.records("prompts", Prompt)}
+
+    def samples(self) -> dict[str, list[Sample]]:
+        """Problem id -> its samples, from the input "samples"; empty for a round that draws none."""
+        found: dict[str, list[Sample]] = {}
+        for sample in self.records("samples", Sample) if self.choices.samples else []:
+            found.setdefault(sample.problem, []).append(sample)
+        return found
 
     def training_problems(self, task: Task) -> list[Problem]:
         """The training problems; then the dev problems too, if training is repeated with them."""
@@ -323,7 +340,7 @@ class Stage:
         # A kernel whose driver was killed lives on for about a second; give it the time to notice.
         take(self._lock, patience=20.0)
         self.manifest_path().unlink(missing_ok=True)
-        for name in self.writes():  # what an undone stage left is nobody's input
+        for name in self.writes():  # outputs of a stage that is not done are no input of another
             shutil.rmtree(self.path(name)) if self.path(name).is_dir() else self.path(name).unlink(missing_ok=True)
         mark = self.partial / "key.json"
         if not mark.exists() or mark.read_text() != json.dumps(self._key, indent=1) + "\n":

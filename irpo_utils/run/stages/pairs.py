@@ -9,7 +9,7 @@ from typing import Any
 from ...files import write_json
 from ...methods import parts
 from ...methods.select import select
-from ...model.records import Pair, Prompt, Record, Sample
+from ...model.records import Pair, Record
 from ..store import Stage
 
 
@@ -42,16 +42,13 @@ class PairsStage(Stage):
     def run(self) -> tuple[list[Pair], dict[str, Any]]:
         """Returns the pairs and the audit."""
         self.check_begun()
-        prompts = {p.problem: p for p in Prompt.read(self.input("prompts"), "01_sample.ipynb")}
-        samples: dict[str, list[Sample]] = {}
-        for sample in Sample.read(self.input("samples"), self.reads()["samples"][1]) if self.choices.samples else []:
-            samples.setdefault(sample.problem, []).append(sample)
-        pairs, audit = select(self.choices.selection, samples, prompts, self.config.pairs, self.random_seed(1))
+        samples = self.samples()
+        pairs, audit = select(self.choices.selection, samples, self.prompts(), self.config.pairs, self.random_seed(1))
         if samples:
             audit["drawn_tokens"] = sum(len(s.token_ids) for drawn in samples.values() for s in drawn if not s.extra)
         if "earlier" in self.reads():
             # Whoever drew them, it was not the model that is trained now: their log-probabilities are not to be compared.
-            earlier = Pair.read(self.input("earlier"), "02_pairs.ipynb")
+            earlier = self.records("earlier", Pair)
             pairs = [replace(pair, chosen_logp=None, rejected_logp=None) for pair in earlier] + pairs
             audit["accumulated"] = len(pairs)
         Record.write(self.path("pairs.jsonl"), pairs)

@@ -8,7 +8,7 @@ from typing import Any
 from ...files import write_json, write_jsonl
 from ...methods import parts
 from ...methods.rewards import Job
-from ...model.records import Prompt, Sample
+from ...model.records import Sample
 from ...tasks import get_task
 from ..store import Stage, model_files
 
@@ -50,14 +50,14 @@ class RewardStage(Stage):
 
     def run(self) -> tuple[list[Sample], dict[str, Any]]:
         """Returns the samples with their rewards, and the facts in reward.json."""
-        task, samples = get_task(self.config.task), samples_by_problem(self)
+        task, samples = get_task(self.config.task), self.samples()
         found, facts = self.part.load()(
             Job(
                 config=self.config,
                 policy=self.input("policy"),
                 task=task,
                 problems=[p for p in self.training_problems(task) if p.id in samples],
-                prompts={p.problem: p for p in Prompt.read(self.input("prompts"), "01_sample.ipynb")},
+                prompts=self.prompts(),
                 samples=samples,
                 temperature=self.config.temperature(self.iteration),
                 seed=self.random_seed(),
@@ -70,11 +70,3 @@ class RewardStage(Stage):
         for name in self.part.files:
             self.keep(name, self.partial / name)
         return found, facts
-
-
-def samples_by_problem(stage: Stage) -> dict[str, list[Sample]]:
-    """Problem id -> its samples, from a stage's input "samples"."""
-    samples: dict[str, list[Sample]] = {}
-    for sample in Sample.read(stage.input("samples"), stage.reads()["samples"][1]):
-        samples.setdefault(sample.problem, []).append(sample)
-    return samples
