@@ -68,10 +68,8 @@ def train_seed_model(
     Plain next-token prediction on the response (length-normalised NLL per solution), prompts conditioned on.
     """
     rng = random.Random(seed)
-    every = [tuple(bool(bit >> i & 1) for i in range(len(s.events))) for s in stories for bit in (0, -1)]
-    texts = [
-        prompt(s.question()) + s.solution(c)[0] for s, c in zip([s for s in stories for _ in "ab"], every, strict=True)
-    ]
+    readings = [(s, (careless,) * len(s.events)) for s in stories for careless in (False, True)]
+    texts = [prompt(story.question()) + story.solution(careless)[0] for story, careless in readings]
     tokenizer = build_tokenizer([*texts, "Final answer: odd", "Final answer: even"])
     model = build_model(len(tokenizer), seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.01, betas=(0.9, 0.98))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..files import NOTEBOOKS, OUTPUTS, ConfigError, MissingArtefact, load_object, relative, write_text
 from ..run.config import configured, read_config
+from ..run.presets import key_values
 from ..run.store import Stage, run_folder
 
 EXPORT = "export: used as export RUN FOLDER [method=irpo] [seed=0] [iteration=1]"
@@ -23,7 +24,7 @@ def export(arguments: list[str]) -> int:
     Raises:
         ConfigError: an argument is wrong, or the folder is not empty. MissingArtefact: there is no such run or model.
     """
-    names, settings = names_and_settings(arguments)
+    names, settings = split(arguments)
     if len(names) != 2 or not set(settings) <= {"method", "seed", "iteration"}:
         raise ConfigError(EXPORT)
     run, target = run_folder(names[0]), Path(names[1]).expanduser().resolve()
@@ -51,7 +52,7 @@ def extrapolate(arguments: list[str]) -> int:
     Raises:
         ConfigError: an argument is wrong, the folder is not empty, or the two policies do not go together.
     """
-    names, settings = names_and_settings(arguments)
+    names, settings = split(arguments)
     if len(names) != 3 or not all(name == "a" or name.startswith("model.") for name in settings):
         raise ConfigError(EXTRAPOLATE)
     try:
@@ -69,9 +70,9 @@ def extrapolate(arguments: list[str]) -> int:
     return 0
 
 
-def names_and_settings(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
-    """The words of a command line, and its key=value."""
-    return [a for a in arguments if "=" not in a], dict(a.split("=", 1) for a in arguments if "=" in a)
+def split(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
+    """The words of a command line, and its key=value. Raises ConfigError for a key that is given twice."""
+    return [text for text in arguments if "=" not in text], key_values(text for text in arguments if "=" in text)
 
 
 def check_new(command: str, target: Path) -> None:
