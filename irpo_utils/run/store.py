@@ -254,7 +254,7 @@ class Stage:
         An engine in an environment of its own may be out of reach where nothing is drawn. The stage is then compared
         with the version that it was made with.
         """
-        latex = self.reads_problems and "answers/verify.py" in self.code()
+        latex = "answers/verify.py" in self.code()
         names = (*(VERSIONS if self.loads_model else ()), *(MATH_VERSIONS if latex else ()))
         found = {name: version(name) for name in names}
         if self.draws and self.sampler.version:
