@@ -40,7 +40,7 @@ COMMANDS = {
     "lab": "irpo_utils.run.lab:main",
     "grade": "irpo_utils.run.grade:main",
     "export": "irpo_utils.report.publish:export",
-    "extrapolate": "irpo_utils.extras.expo:main",
+    "extrapolate": "irpo_utils.report.publish:extrapolate",
 }
 
 

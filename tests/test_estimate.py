@@ -1,4 +1,4 @@
-"""What a run needs is known before it starts: parameters counted, presets that fit, refusals that name the mend."""
+"""What a run needs is known before it starts: parameters counted, presets that fit, refusals that say what to change."""
 
 import pytest
 from transformers import AutoConfig, LlamaConfig, Qwen2Config
@@ -72,7 +72,7 @@ def test_presets_fit_a_24_gb_card(task, model, size, shapes):
         (["sampling.max_new_tokens=4000"], 99, "exceed the model's context of 4096; lower the latter to 3746"),
     ],
 )  # fmt: skip
-def test_what_cannot_fit_is_refused_with_the_mend(overrides, gib, message, shapes):
+def test_what_cannot_fit_is_refused_with_what_to_change(overrides, gib, message, shapes):
     given = {item.partition("=")[0] for item in overrides}
     config = load_preset(
         "gsm8k-llama-2-7b-chat", [*(o for o in ON_GPU if o.partition("=")[0] not in given), *overrides]

@@ -8,9 +8,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from irpo_utils.extras import expo
-from irpo_utils.extras.expo import extrapolate, extrapolated, main
+from irpo_utils.extras.expo import extrapolate, extrapolated
 from irpo_utils.files import ConfigError, MissingArtefact
 from irpo_utils.model import load
+from irpo_utils.report.publish import extrapolate as main
 from irpo_utils.settings import ModelConfig
 
 IDS = torch.tensor([[1, 5, 9, 13, 22, 7, 40, 3]])
@@ -148,7 +149,13 @@ def test_the_command(policies, tmp_path, capsys):
 
 
 def test_the_command_s_settings_of_the_model(monkeypatch):
-    read = expo._model_config
+    def read(texts):
+        """The model's section that the command passes on."""
+        found = []
+        monkeypatch.setattr(expo, "extrapolate", lambda config, *others: found.append(config))
+        assert main(["th_1", "base", "nowhere", *(f"model.{name}={text}" for name, text in texts.items())]) == 0
+        return found[0]
+
     assert read({}) == ModelConfig()
     given = read({"path": "some/model", "tuning": "full", "trust_remote_code": "true", "lora_r": "8"})
     assert given == ModelConfig(path="some/model", tuning="full", trust_remote_code=True, lora_r=8)
@@ -162,8 +169,8 @@ def test_the_command_s_settings_of_the_model(monkeypatch):
             read(texts)
 
     refused("no parameter is called 'model.pth'; did you mean 'model.path'[?]", pth="x")
-    refused("model.dtype: Input should be 'float32', 'bfloat16' or 'auto', got 'half'", dtype="half")
-    refused("model.lora_r: .* integer.*, got 'x'", lora_r="x")
+    refused("model.dtype: one of float32, bfloat16, auto, got 'half'", dtype="half")
+    refused("model.lora_r: expected int, got 'x'", lora_r="x")
     refused("4-bit weights cannot be trained; set model.tuning=lora", quantize="nf4", tuning="full")
 
 

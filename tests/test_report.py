@@ -83,6 +83,13 @@ def test_the_recipe_table_has_the_reference_of_the_round(config):
     assert [(r["loss"], r["start"], r["reference"]) for r in rows] == [("dpo+nll", "M_t", "M_t"), ("dpo", "M_0", "M_t")]
 
 
+def test_methods_that_differ_in_one_choice_are_compared(run):
+    settings = [f"recipes={run / 'my_methods.yaml'}", "methods=irpo,dpo,sft_chosen,mine"]
+    config = load_preset("micro", settings)
+    assert comparison.neighbours(config)[0] == ("irpo", "dpo", "with and without the NLL term")
+    assert comparison.neighbours(config)[2:] == [("dpo", "mine", "start: M_t or M_0")]
+
+
 def test_gains_in_words_are_counted_by_hand(run, config):
     gained, same = tables.gains_in_words(run, config)
     # Three for the better and none for the worse: p = 2 / 2**3.

@@ -3,13 +3,12 @@
 ./run_all.sh --bench [quick|full]      writes outputs/bench/bench.json and prints the table
 IRPO_VLLM_PYTHON=vllm-env/bin/python ./run_all.sh --bench       with vLLM beside it (pyproject.toml: how to install it)
 
-Contenders take turns, so that a machine that slows down slows all of them; the figure is the median. Nothing of
-loading, tokenizing or importing is timed.
+Contenders take turns, so that a machine that slows down slows all of them; the figure is the median. Loading,
+tokenizing and importing are not timed.
 
-Random weights do not change how much work there is for the others, but they do for this project's sampler. Samples of
-random weights part at once, so the random shapes show what sharing prompts is worth. The embedded model was trained, so
-it also shows what sharing first tokens is worth. Responses have a fixed length in the random shapes, so that every
-contender draws the same number of tokens.
+The shapes with random weights show what sharing prompts is worth: their samples differ from the first token on, and
+have a fixed length, so that every contender draws the same number of tokens. The embedded model was trained, so it also
+shows what sharing first tokens is worth.
 
 Peak memory is that of one training in a process of its own, over what the process holds with model and pairs loaded.
 """
@@ -91,6 +90,7 @@ SHAPES = {
     ],
 }
 TRAINED = 2  # problems of a random shape that are trained on
+REPEATS = 5  # of every contender; the first round before them does not count
 WORDS = 4000
 MAX_ROWS = 256  # responses that this project runs at once
 
@@ -150,25 +150,22 @@ def samplers(shape: Shape, stack: ExitStack) -> dict[str, Callable[[], float]]:
     """
     model, tokenizer, prompts, eos = load(shape)
 
-    def rate(draw: Callable[..., Any]) -> float:
-        started, drawn = time.perf_counter(), 0
-        for batch in draw(
-            prompts,
-            n=shape.n,
-            temperature=1.0,
-            seed=0,
-            eos_id=[eos] if eos >= 0 else [],
-            max_new_tokens=shape.response,
-            max_rows=MAX_ROWS,
-        ):
-            drawn += sum(len(c.token_ids) for completions in batch.values() for c in completions)
+    options = {"n": shape.n, "temperature": 1.0, "seed": 0, "eos_id": [eos] if eos >= 0 else []}
+    options |= {"max_new_tokens": shape.response, "max_rows": MAX_ROWS}
+
+    def rate(draw: Callable[[], int]) -> float:
+        started = time.perf_counter()
+        drawn = draw()
         return drawn / (time.perf_counter() - started)
 
-    def generate(size: int) -> float:
+    def sampled(draw: Callable[..., Any]) -> int:
+        batches = draw(prompts, **options)
+        return sum(len(c.token_ids) for batch in batches for own in batch.values() for c in own)
+
+    def generated(size: int) -> int:
         """One batch after the other: where nothing differs between batches, two of them have the rate of all."""
         set_seed(0)
-        started, drawn = time.perf_counter(), 0
-        todo = sorted(prompts.values(), key=len)
+        todo, drawn = sorted(prompts.values(), key=len), 0
         for i in range(0, len(todo) if eos >= 0 else min(len(todo), 2 * size), size):
             ids, mask = (t.to(model.device) for t in logprobs.padded(todo[i : i + size], left=True))
             out = model.generate(
@@ -183,17 +180,15 @@ def samplers(shape: Shape, stack: ExitStack) -> dict[str, Callable[[], float]]:
             )[:, ids.shape[1] :]
             ended = (out == eos).int().cumsum(-1) - (out == eos).int()
             drawn += int((ended == 0).sum())
-        return drawn / (time.perf_counter() - started)
+        return drawn
 
     sizes = [s for s in ((8, 16) if eos >= 0 else (1, 2)) if s <= shape.problems]  # the best ones of a longer search
-    found = {
-        "ours": lambda: rate(partial(sampling.sample, model)),
-        **{f"generate, {s} prompts a batch": lambda s=s: generate(s) for s in sizes},
-    }
+    found = {"ours": partial(sampled, partial(sampling.sample, model))}
+    found |= {f"generate, {s} prompts a batch": partial(generated, s) for s in sizes}
     if vllm.version() and not torch.cuda.is_available():  # on a GPU it wants the memory that this process holds
         engine = stack.enter_context(start_vllm(shape, model, tokenizer, prompts, stack))
-        found["vLLM"] = lambda: rate(engine.sample)
-    return found
+        found["vLLM"] = partial(sampled, engine.sample)
+    return {name: partial(rate, draw) for name, draw in found.items()}
 
 
 def start_vllm(
@@ -313,14 +308,14 @@ def trainers(shape: Shape) -> dict[str, Callable[[], float]]:
     for size in (1, 3) if shape.k % 2 else (2, shape.k):
         for precompute in (False, True):
             name = f"TRL, micro-batch {size}{', reference before' if precompute else ''}"
-            found[name] = lambda size=size, precompute=precompute: trl(size, precompute)
+            found[name] = partial(trl, size, precompute)
     return found
 
 
 def peak(shape: Shape, name: str) -> int | None:
     """The most bytes that training by the contender `name` takes, over what model and pairs take.
 
-    None where it cannot be told.
+    None where the system does not say.
     """
     contenders = trainers(shape)
     small = Shape("small", 12, 8, n=4, k=shape.k, problems=2, hidden=64, layers=1)
@@ -358,7 +353,7 @@ def default_job() -> dict[str, float]:
     return pd.read_csv(file).groupby("stage", sort=False).seconds.sum().to_dict() if file.exists() else {}
 
 
-def main(size: str = "quick", repeats: int = 5) -> int:
+def main(size: str = "quick") -> int:
     """Run the benchmark of that size (its GPU shapes where there is a GPU) and write its table."""
     quiet()
     table, size = [], "gpu" if torch.cuda.is_available() else size
@@ -366,13 +361,13 @@ def main(size: str = "quick", repeats: int = 5) -> int:
         for kind in ("sampling", "training"):
             if kind == "training" and (shape.name.endswith("N = 30") or shape.hidden > 2000):
                 continue  # trained on already; and all weights of 7 B do not fit with their optimizer
-            row, line = measured(shape, kind, repeats)
+            row, line = measured(shape, kind)
             table.append(row)
             print(line, flush=True)
     facts = {
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
-        "repeats": repeats,
+        "repeats": REPEATS,
         "torch": torch.__version__,
         "size": size,
         "rows": table,
@@ -387,12 +382,12 @@ def main(size: str = "quick", repeats: int = 5) -> int:
     return 0
 
 
-def measured(shape: Shape, kind: str, repeats: int) -> tuple[dict[str, Any], str]:
+def measured(shape: Shape, kind: str) -> tuple[dict[str, Any], str]:
     """A row of the table: every contender's median for "sampling" or "training"; and the line that says it."""
     unit = {"sampling": "tokens/s", "training": "pairs/s"}[kind]
     with ExitStack() as stack:
         contenders = samplers(shape, stack) if kind == "sampling" else trainers(shape)
-        found = {name: statistics.median(values) for name, values in alternate(contenders, repeats).items()}
+        found = {name: statistics.median(values) for name, values in alternate(contenders, REPEATS).items()}
         del contenders
     ours = found["ours"]
     others = sorted((name for name in found if name != "ours"), key=found.get, reverse=True)

@@ -11,7 +11,6 @@ is left out here.
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import shutil
@@ -20,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -148,45 +146,3 @@ def _adapters(th_1: Path, th_0: Path | None, a: float, target: Path) -> None:
     save_file(weights, target / "adapter_model.safetensors", metadata={"format": "pt"})
     facts |= {"r": rank, "lora_alpha": rank, "use_rslora": False}  # the factor is in B
     (target / "adapter_config.json").write_text(json.dumps(facts, indent=1, sort_keys=True))
-
-
-def main(arguments: list[str]) -> int:
-    """`extrapolate TH1 TH0 TARGET [a=0.3] [model.path=...]`; TH0 may be the word `base`."""
-    settings = dict(s.split("=", 1) for s in arguments if "=" in s)
-    names = [s for s in arguments if "=" not in s]
-    if len(names) != 3 or not all(k == "a" or k.startswith("model.") for k in settings):
-        raise ConfigError(
-            "extrapolate: used as extrapolate TH1 TH0|base TARGET [a=0.3] [model.path=... model.dtype=...]"
-        )
-    try:
-        a = float(settings.pop("a", 0.3))
-    except ValueError as error:
-        raise ConfigError(f"extrapolate: a: {error}") from None
-    if not math.isfinite(a):
-        raise ConfigError(f"extrapolate: a: expected a finite number, got {a}")
-    config = _model_config({name.removeprefix("model."): text for name, text in settings.items()})
-    th_1, th_0, target = (Path(name).expanduser() for name in names)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConfigError(f"extrapolate: {target} is not empty; name a new folder")
-    extrapolate(config, th_1, None if names[1] == "base" else th_0, a, target)
-    print(f"{target}: {names[0]} + {a:g} ({names[0]} - {names[1]})")
-    return 0
-
-
-def _model_config(texts: dict[str, str]) -> ModelConfig:
-    """The `model` section that values of the command line make, "auto" resolved. Raises ConfigError."""
-    for name in texts.keys() - ModelConfig.model_fields.keys():
-        near = difflib.get_close_matches(name, ModelConfig.model_fields, 1)
-        raise ConfigError(
-            f"no parameter is called 'model.{name}'" + (f"; did you mean 'model.{near[0]}'?" if near else "")
-        )
-    try:
-        config = ModelConfig.model_validate(texts, strict=False)  # numbers come as text
-    except ValidationError as error:
-        wrong = error.errors()[0]
-        if wrong["type"] == "value_error":  # two parameters do not go together: the message is our own
-            raise ConfigError(str(wrong["ctx"]["error"])) from None
-        raise ConfigError(f"model.{wrong['loc'][0]}: {wrong['msg']}, got {wrong['input']!r}") from None
-    cuda = torch.cuda.is_available()
-    found = {"dtype": "bfloat16" if cuda else "float32", "quantize": "nf4" if cuda else "none"}
-    return config.but(**{name: value for name, value in found.items() if getattr(config, name) == "auto"})

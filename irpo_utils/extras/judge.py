@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import metrics
 from ..methods.rewards import Job
-from ..methods.sampler import Progress, Sampler
+from ..methods.sampler import Sampler
 from ..model.load import load_policy
 from ..model.logprobs import distinct_logps
 from ..model.prompts import encode_prompts
@@ -108,11 +108,12 @@ def judged(job: Job) -> tuple[list[Sample], dict[str, Any]]:
     config, samples = job.config, [s for drawn in job.samples.values() for s in drawn]
     questions = judge_questions(job.problems, samples, config.judge.read)
     longer = config.but(sampling=config.sampling.but(max_new_tokens=config.judge.max_new_tokens))
-    with job.sampler(longer, Judging(config.task), list(questions.values())) as sampler:
+    asked = list(questions.values())
+    with job.sampler(longer, Judging(config.task), asked) as sampler:
         tokenizer = sampler.tokenizer
-        prompts = encode_prompts(sampler.task, tokenizer, list(questions.values()))
+        prompts = encode_prompts(sampler.task, tokenizer, asked)
         if config.judge.read == "text":
-            scores, cost = written_scores(config, sampler, prompts, job.seed + SEED)
+            scores, cost = written_scores(config, sampler, asked, job.seed + SEED)
         else:
             model = load_policy(config.model, job.policy, threads=config.threads)
             scores, cost = likely_scores(config, model, tokenizer, prompts, job.seed + SEED)
@@ -150,23 +151,15 @@ def judge_questions(problems: list[Problem], samples: list[Sample], read: str) -
     }
 
 
-def written_scores(config: Settings, sampler: Sampler, prompts: Prompts, seed: int) -> tuple[Scores, int]:
-    """Scores of `judge.samples` judgements of each prompt, drawn from the policy, and how many tokens those have."""
-    drawn = sampler.draw(
-        prompts,
-        n=config.judge.samples,
-        temperature=config.judge.temperature,
-        seed=seed,
-        eos_id=sampler.stops,
-        max_new_tokens=config.judge.max_new_tokens,
-        max_rows=config.sampling.max_rows,
-        progress=Progress("judging"),
-    )
+def written_scores(config: Settings, sampler: Sampler, questions: list[Problem], seed: int) -> tuple[Scores, int]:
+    """Scores of `judge.samples` judgements on each question, drawn from the policy, and how many tokens those have."""
+    options = {"n": config.judge.samples, "temperature": config.judge.temperature, "seed": seed}
     scores, tokens = {}, 0
-    for name, completions in ((name, found) for batch in drawn for name, found in batch.items()):
-        texts = [sampler.tokenizer.decode(c.token_ids[:-1] if c.finished else c.token_ids) for c in completions]
-        scores[name] = [read_score(text) for text in texts]
-        tokens += sum(len(c.token_ids) for c in completions)
+    for batch in sampler.samples(questions, label="judging", **options):
+        for judgement in batch:
+            score = None if judgement.answer is None else int(judgement.answer)
+            scores.setdefault(judgement.problem, []).append(score)
+            tokens += len(judgement.token_ids)
     return scores, tokens
 
 

@@ -18,6 +18,8 @@ from ..model.losses import nll_term
 from ..tasks.word_problems import MAX_VALUE, Story, careless_choice, draw_problems, prompt
 
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>"]
+BATCH = 64  # solutions of an optimizer step
+LR = 3e-3
 # One token is a word with the space before it, or a line break: decoding gives the text back to the letter.
 TOKEN = r" ?[^\s]+|\n"
 
@@ -58,8 +60,6 @@ def build_model(vocabulary: int, seed: int = 0) -> LlamaForCausalLM:
 def train_seed_model(
     stories: list[Story],
     steps: int,
-    batch: int = 64,
-    lr: float = 3e-3,
     seed: int = 0,
     log: Callable[[int, float], None] = lambda step, loss: None,
 ) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
@@ -68,18 +68,16 @@ def train_seed_model(
     Plain next-token prediction on the response (length-normalised NLL per solution), prompts conditioned on.
     """
     rng = random.Random(seed)
-    every = [tuple(bool(bit >> i & 1) for i in range(len(s.events))) for s in stories for bit in (0, -1)]
-    texts = [
-        prompt(s.question()) + s.solution(c)[0] for s, c in zip([s for s in stories for _ in "ab"], every, strict=True)
-    ]
+    readings = [(s, (careless,) * len(s.events)) for s in stories for careless in (False, True)]
+    texts = [prompt(story.question()) + story.solution(careless)[0] for story, careless in readings]
     tokenizer = build_tokenizer([*texts, "Final answer: odd", "Final answer: even"])
     model = build_model(len(tokenizer), seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.01, betas=(0.9, 0.98))
     schedule = get_cosine_schedule_with_warmup(optimizer, steps // 20, steps)
     prompts = [tokenizer(prompt(s.question())).input_ids for s in stories]
     for step in range(steps):
         rows = []
-        for i in rng.sample(range(len(stories)), batch):
+        for i in rng.sample(range(len(stories)), BATCH):
             response, _ = stories[i].solution(careless_choice(stories[i], rng))
             ids = [*tokenizer(response, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
             rows.append((prompts[i], ids))

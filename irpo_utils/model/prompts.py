@@ -47,7 +47,9 @@ def text_ids(
     if not any(name in text[start:end] for name in special.values()):
         return tokenizer(text, add_special_tokens=bos).input_ids
     if not tokenizer.is_fast:
-        raise ValueError("model.path: a problem holds a special token's name, which only a tokenizer.json can spell out")
+        raise ValueError(
+            "model.path: a problem holds a special token's name, which only a tokenizer.json can spell out"
+        )
     whole, ids = tokenizer(text, add_special_tokens=bos, return_offsets_mapping=True), []
     for token, (first, last) in zip(whole.input_ids, whole.offset_mapping, strict=True):
         if token in special and start <= first < last <= end:

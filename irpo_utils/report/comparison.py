@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from .tables import MODEL, all_rounds, percent, read_facts
 
 SPENT = ["samples", "drawn", "trained"]
 REFERENCES = {"moving": "M_t", "M_0": "M_0", "none": "-"}  # a moving reference is the model that was sampled
+CHOICES = ("reward", "selection", "loss", "start", "reference", "accumulate")  # of a round
 # Methods that differ in one part, or nearly so.
 NEIGHBOURS = [
     ("irpo", "dpo", "with and without the NLL term"),
@@ -148,6 +150,18 @@ def trained_on(run: Path, config: Config) -> pd.DataFrame | None:
     return table
 
 
+def neighbours(config: Config) -> list[tuple[str, str, str]]:
+    """(method, another, in what they differ): those of `NEIGHBOURS`, and all whose recipes differ in one choice."""
+    found = [row for row in NEIGHBOURS if {*row[:2]} <= {*config.methods}]
+    for one, other in combinations(config.methods, 2):
+        both = [config.recipe(method).rounds for method in (one, other)]
+        if len(both[0]) == len(both[1]) and not any({one, other} == {*row[:2]} for row in found):
+            pairs = {(c, getattr(a, c), getattr(b, c)) for a, b in zip(*both, strict=True) for c in CHOICES}
+            apart = [f"{choice}: {here} or {there}" for choice, here, there in pairs if here != there]
+            found += [(one, other, *apart)] if len(apart) == 1 else []
+    return found
+
+
 def differences_in_words(run: Path, metrics: pd.DataFrame, config: Config) -> list[str]:
     """What the figures say: the best and the worst, each pair of methods that differ in one part, and the judge."""
     test = metrics[metrics.split == "test"].set_index(MODEL).greedy * 100
@@ -160,22 +174,22 @@ def differences_in_words(run: Path, metrics: pd.DataFrame, config: Config) -> li
         f"M_0 solves {m0:.1f} % of the test problems. The last model of {label[best]} solves the most, "
         f"{mean[best]:.1f} %, that of {label[worst]} the fewest, {mean[worst]:.1f} %."
     ]
-    for one, other, what in NEIGHBOURS:
-        if one in final and other in final:
-            apart = [a - b for a, b in zip(final[one], final[other], strict=True)]
-            ahead = sum(d > 0 for d in apart)
-            every = ", ".join(f"{d:+.1f}" for d in apart)
-            texts.append(
-                f"**{label[one]} against {label[other]}** ({what}): {mean[one]:.1f} and {mean[other]:.1f} %, "
-                f"ahead in {ahead} of {len(apart)} seeds ({every} points)."
-            )
+    for one, other, what in neighbours(config):
+        apart = [a - b for a, b in zip(final[one], final[other], strict=True)]
+        ahead = sum(d > 0 for d in apart)
+        every = ", ".join(f"{d:+.1f}" for d in apart)
+        texts.append(
+            f"**{label[one]} against {label[other]}** ({what}): {mean[one]:.1f} and {mean[other]:.1f} %, "
+            f"ahead in {ahead} of {len(apart)} seeds ({every} points)."
+        )
     for method in config.methods:
-        if config.recipe(method).round(1).reward == "judge":
+        if config.recipe(method).round(1).has_reward_stage:
             texts += _judge_in_words(run, config, method)
     return texts
 
 
 def _judge_in_words(run: Path, config: Config, method: str) -> list[str]:
+    """What a first round's judge is worth, a text for each seed; nothing of a reward that gives no verdict on itself."""
     facts = [read_facts(RewardStage(run, method, seed, 1, config), "reward.json") for seed in range(config.seeds)]
     name = f"**The judge of {config.recipe(method).label}**, before the first round"
-    return [f"{name}, seed {seed}: {own['verdict']}" for seed, own in enumerate(facts)]
+    return [f"{name}, seed {seed}: {own['verdict']}" for seed, own in enumerate(facts) if "verdict" in own]

@@ -31,6 +31,8 @@ PALETTE = (
     "#4c9be8", "#000000", "#006d2c", "#54278f", "#b15928", "#fb9a99",
 )  # fmt: skip
 
+BESIDE = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}  # a legend at the right of its axes
+
 
 def color_of(method: str, catalogue: Catalogue) -> str:
     """The colour of a method, by its place in the catalogue."""
@@ -91,7 +93,7 @@ def logp_curves(curves: dict[str, Steps], catalogue: Catalogue) -> Figure:
             x = [s["step"] for s in steps]
             ax.plot(x, smoothed(values), style, color=color_of(method, catalogue), label=f"{method}, {side}")
     ax.set(xlabel="step", ylabel="log-probability of a response (nats)", title="Chosen (solid) and rejected (dashed)")
-    ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    ax.legend(frameon=False, fontsize=8, **BESIDE)
     return fig
 
 
@@ -143,7 +145,7 @@ def accuracy_curves(metrics: pd.DataFrame, catalogue: Catalogue) -> Figure:
         ax.errorbar(x, middle, bars, fmt="o-", capsize=3, **look)
     ax.set(xlabel="iteration (0 is M_0)", ylabel="greedy accuracy on test (%)", xticks=sorted(test.iteration.unique()))
     ax.grid(axis="y", alpha=0.3)
-    ax.legend(frameon=False, **({"loc": "center left", "bbox_to_anchor": (1, 0.5)} if many else {}))
+    ax.legend(frameon=False, **(BESIDE if many else {}))
     return fig
 
 
@@ -183,7 +185,7 @@ def watched_logps(table: pd.DataFrame) -> Figure:
         for side, style in (("chosen", "-"), ("rejected", "--")):
             ax.plot(rows.step, rows[side], style, marker=".", color=colors[loss], label=f"{loss}, {side}")
     ax.set(xlabel="step", ylabel="log-probability of a response (nats)", title="The same pairs under three losses")
-    ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    ax.legend(frameon=False, fontsize=8, **BESIDE)
     return fig
 
 
@@ -223,7 +225,7 @@ def accuracy_against_compute(
         ylabel="greedy accuracy on test (%, logit scale)",
     )
     ax.grid(alpha=0.3)
-    ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    ax.legend(frameon=False, fontsize=8, **BESIDE)
     return fig
 
 

@@ -1,15 +1,18 @@
-"""What leaves a run: its small artefacts for the repository (`publish`), and one model for other engines (`export`)."""
+"""What leaves a run: its small artefacts for the repository (`publish`), and models (`export`, `extrapolate`)."""
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 
 from ..files import NOTEBOOKS, OUTPUTS, ConfigError, MissingArtefact, load_object, relative, write_text
-from ..run.config import read_config
+from ..run.config import configured, read_config
+from ..run.presets import key_values
 from ..run.store import Stage, run_folder
 
-USAGE = "export: used as export RUN FOLDER [method=irpo] [seed=0] [iteration=1]"
+EXPORT = "export: used as export RUN FOLDER [method=irpo] [seed=0] [iteration=1]"
+EXTRAPOLATE = "extrapolate: used as extrapolate TH1 TH0|base TARGET [a=0.3] [model.path=... model.dtype=...]"
 TABLES = ("*.csv", "*.png", "table.txt", "methods.txt", "config.yaml", "*.ipynb")  # beside the methods' folders
 FACTS = ("evaluation", "audit", "training", "reward")
 WITHOUT_PROBLEMS = ("03_train", "05_report")  # notebooks that show none
@@ -21,10 +24,9 @@ def export(arguments: list[str]) -> int:
     Raises:
         ConfigError: an argument is wrong, or the folder is not empty. MissingArtefact: there is no such run or model.
     """
-    settings = dict(a.split("=", 1) for a in arguments if "=" in a)
-    names = [a for a in arguments if "=" not in a]
+    names, settings = split(arguments)
     if len(names) != 2 or not set(settings) <= {"method", "seed", "iteration"}:
-        raise ConfigError(USAGE)
+        raise ConfigError(EXPORT)
     run, target = run_folder(names[0]), Path(names[1]).expanduser().resolve()
     if not (run / "config.yaml").is_file():
         raise MissingArtefact(f"{relative(run)} is no run; see outputs/ for those there are")
@@ -37,12 +39,46 @@ def export(arguments: list[str]) -> int:
     policy = Stage(run, method, seed, t, config).folder_of(t) / "adapter"
     if not policy.is_dir():
         raise MissingArtefact(f"{relative(policy)} is missing; run that iteration first")
-    if target.exists() and any(target.iterdir()):
-        raise ConfigError(f"export: {target} is not empty; name a new folder")
+    check_new("export", target)
     # By name, so that publishing does not wait for torch.
     load_object("irpo_utils.model.load:export")(config.model, policy, target)
     print(f'{target}: load it with AutoModelForCausalLM.from_pretrained("{target}", dtype="bfloat16")')
     return 0
+
+
+def extrapolate(arguments: list[str]) -> int:
+    """`extrapolate TH1 TH0 TARGET [a=0.3] [model.path=...]`: ExPO without a run; TH0 may be the word `base`.
+
+    Raises:
+        ConfigError: an argument is wrong, the folder is not empty, or the two policies do not go together.
+    """
+    names, settings = split(arguments)
+    if len(names) != 3 or not all(name == "a" or name.startswith("model.") for name in settings):
+        raise ConfigError(EXTRAPOLATE)
+    try:
+        a = float(settings.pop("a", 0.3))
+    except ValueError as error:
+        raise ConfigError(f"extrapolate: a: {error}") from None
+    if not math.isfinite(a):
+        raise ConfigError(f"extrapolate: a: expected a finite number, got {a}")
+    th_1, th_0, target = (Path(name).expanduser() for name in names)
+    model = configured({}, settings.items()).model
+    check_new("extrapolate", target)
+    write = load_object("irpo_utils.extras.expo:extrapolate")
+    write(model, th_1, None if names[1] == "base" else th_0, a, target)
+    print(f"{target}: {names[0]} + {a:g} ({names[0]} - {names[1]})")
+    return 0
+
+
+def split(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
+    """The words of a command line, and its key=value. Raises ConfigError for a key that is given twice."""
+    return [text for text in arguments if "=" not in text], key_values(text for text in arguments if "=" in text)
+
+
+def check_new(command: str, target: Path) -> None:
+    """Raise a ConfigError for a folder that has something in it, or is a file."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError(f"{command}: {target} is not empty; name a new folder")
 
 
 def publish(run: Path) -> None:

@@ -83,11 +83,15 @@ def percent(values: pd.Series) -> str:
 
 
 def training_curves(run: Path, config: Config) -> dict[str, list[dict[str, float]]]:
-    """Method -> the first iteration's steps (seed 0), for methods that pair right with wrong or imitate winners."""
+    """Method -> the first iteration's steps (seed 0).
+
+    Of methods whose rounds are all of one kind and train on the policy's own samples, by their answers: the first
+    iteration stands for the others, and what is chosen are right answers of the same model.
+    """
     curves = {}
     for method in config.methods:
-        rounds = config.recipe(method).rounds
-        if rounds[0].selection in ("pairs", "chosen") and len(rounds) == 1:
+        first, *others = config.recipe(method).rounds
+        if not others and first.samples and first.reward == "answer":
             path = TrainStage(run, method, 0, 1, config).path("steps.jsonl")
             curves[method] = read_jsonl(path, "03_train.ipynb")
     return curves

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..files import MissingArtefact, relative, resolve, write_text
-from .config import Config, dump, flatten
-from .presets import changed_by
+from .config import Config, configured, dump, flatten
+from .presets import key_values
 from .stages import method_seeds, plan
 from .store import Stage, open_run
 
@@ -25,7 +25,7 @@ def opened(run: str | Path, overrides: Sequence[str] = ()) -> Path:
     """
     folder = resolve(run)
     config = open_run(folder)
-    wanted = changed_by(flatten(config.model_dump(mode="json")), overrides)
+    wanted = configured(flatten(config.model_dump(mode="json")), key_values(overrides).items())
     if wanted == config:
         return folder
     other = folder.parent / other_name(folder.name, overrides)

@@ -28,7 +28,7 @@ from ..methods.parts import SAMPLERS
 from ..tasks import check_task, get_task
 from ..tasks.base import Problem
 from .config import Config, dump, flatten, read_config
-from .presets import load_preset
+from .presets import key_values, load_preset
 from .stages import finished, method_seeds, plan
 from .store import Stage, run_folder
 
@@ -160,7 +160,7 @@ def check_inputs(config: Config, jobs: int = 1) -> list[str]:
 
     Returns what to say of them: problems left out, the memory it needs. Raises ConfigError.
     """
-    if (check := SAMPLERS[config.sampling.engine].check) != "":
+    if check := SAMPLERS[config.sampling.engine].check:
         load_object(check)(config, jobs)
     check_simulator(config)
     if config.task.name == "word_problems" and config.model.path == "seed":
@@ -210,18 +210,12 @@ def check_gold(config: Config, problems: dict[str, list[Problem]]) -> list[str]:
 
 def configure(preset: str, settings: list[str]) -> tuple[Config, Path, int]:
     """The configuration, the run's folder and the number of jobs that a command line asks for. Raises ConfigError."""
-    own, given = {"run": preset, "jobs": "1"}, set()
-    for text in settings:
-        key, equals, value = text.partition("=")
-        if equals and key in own:
-            if key in given:
-                raise ConfigError(f"{key} is given twice; keep one")
-            given.add(key)
-            own[key] = value
-    if not own["jobs"].isdecimal() or len(own["jobs"]) > 4 or int(own["jobs"]) < 1:
-        raise ConfigError(f"jobs: expected a number of at least 1, got {own['jobs'][:20]!r}")
-    config = load_preset(preset, [text for text in settings if "=" not in text or text.partition("=")[0] not in own])
-    return config, run_folder(own["run"]), int(own["jobs"])
+    texts = key_values(settings)
+    run, jobs = texts.pop("run", preset), texts.pop("jobs", "1")
+    if not jobs.isdecimal() or len(jobs) > 4 or int(jobs) < 1:
+        raise ConfigError(f"jobs: expected a number of at least 1, got {jobs[:20]!r}")
+    config = load_preset(preset, [f"{name}={text}" for name, text in texts.items()])
+    return config, run_folder(run), int(jobs)
 
 
 def start(preset: str, settings: list[str], replaces: bool = False) -> None:

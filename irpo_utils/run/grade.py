@@ -13,11 +13,14 @@ import argparse
 import json
 import os
 import sys
+from collections import Counter
+from functools import partial
 from pathlib import Path
 
+from ..files import ConfigError
 from ..settings import EXECUTIONS, TaskConfig
 from ..tasks import get_task
-from ..tasks.base import CannotGrade, Problem
+from ..tasks.base import Problem
 from ..tasks.grading import Verdict, grade
 from ..tasks.records import RecordTask
 
@@ -60,12 +63,9 @@ def read_records(path: Path, task: RecordTask) -> tuple[list[str], list[Problem]
 
 
 def summary(verdicts: list[Verdict]) -> str:
-    counts = {
-        label: sum(v.correct is value for v in verdicts)
-        for label, value in (("right", True), ("wrong", False), ("unparsed", None))
-    }
-    total = max(1, len(verdicts))
-    return ", ".join(f"{name} {count} ({count / total:.1%})" for name, count in counts.items())
+    counts, total = Counter(v.correct for v in verdicts), max(1, len(verdicts))
+    kinds = {"right": True, "wrong": False, "unparsed": None}
+    return ", ".join(f"{name} {counts[value]} ({counts[value] / total:.1%})" for name, value in kinds.items())
 
 
 def main(arguments: list[str]) -> int:
@@ -89,29 +89,20 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--execution", choices=EXECUTIONS, default=EXECUTIONS[0], help="mbpp, humaneval: of programs")
     options = parser.parse_args(arguments)
     task = get_task(TaskConfig(name=options.task, test=options.data, execution=options.execution))
+    say, processes = partial(print, file=sys.stderr), min(8, os.cpu_count() or 1)
     try:
         if options.data and task.named is None:
             raise Malformed(f"--data: {options.task} grades by the gold answer in each record; leave it out")
         if options.data and not task.named:
             raise Malformed(f"--data: {', '.join(options.data)} has no problem in it")
         responses, problems = read_records(options.file, task)
-    except ValueError as error:  # Malformed, or the data set's file
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    processes = min(8, os.cpu_count() or 1)
-    try:
         verdicts = grade(task, responses, problems, flexible=options.flexible, processes=processes)
-    except CannotGrade as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    out = "".join(json.dumps({"extracted": v.extracted, "correct": v.correct}) + "\n" for v in verdicts)
-    sys.stdout.write(out)
+    except ValueError as error:  # a line of the file or of the data set, or programs that cannot be run here
+        raise ConfigError(str(error)) from error
+    sys.stdout.writelines(json.dumps({"extracted": v.extracted, "correct": v.correct}) + "\n" for v in verdicts)
     if options.flexible:
-        print(f"strict:   {summary(grade(task, responses, problems, processes=processes))}", file=sys.stderr)
+        say(f"strict:   {summary(grade(task, responses, problems, processes=processes))}")
     if task.undecided:
-        print(f"{task.undecided} answers took the symbolic check too long and count as wrong", file=sys.stderr)
-    print(
-        f"{'flexible' if options.flexible else 'strict'}: {summary(verdicts)}  [{len(verdicts)} responses]",
-        file=sys.stderr,
-    )
+        say(f"{task.undecided} answers took the symbolic check too long and count as wrong")
+    say(f"{'flexible' if options.flexible else 'strict'}: {summary(verdicts)}  [{len(verdicts)} responses]")
     return 0

@@ -20,7 +20,7 @@ import time
 from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 from ..files import (
     NOTEBOOKS,
@@ -41,6 +41,7 @@ from ..files import (
     write_text,
 )
 from ..methods.parts import SAMPLERS, Engine
+from ..model.records import Prompt, Record, Sample
 from ..settings import ModelConfig, Section
 from ..tasks import TASKS
 from ..tasks.base import Problem, Task
@@ -49,6 +50,7 @@ from .code import closure, imports, module_file, module_hash, notebook_hash
 from .config import Config, dump, read_config
 from .presets import load_preset, presets
 
+Kind = TypeVar("Kind", bound=Record)
 VERSIONS = ("torch", "transformers", "tokenizers", "peft", "bitsandbytes", "accelerate")
 MATH_VERSIONS = ("math-verify", "latex2sympy2_extended", "sympy")  # of what checks LaTeX answers
 # What of a model's folder makes the model.
@@ -185,6 +187,18 @@ class Stage:
             raise MissingArtefact(f"{relative(path)} is missing; run notebooks/{made_by} first")
         return path
 
+    def records(self, name: str, kind: type[Kind]) -> list[Kind]:
+        """The records of an input. Raises MissingArtefact, which names the notebook that makes it."""
+        return kind.read(self.input(name), self.reads()[name][1])
+
+    def prompts(self) -> dict[str, Prompt]:
+        """Problem id -> its prompt, from the input "prompts"."""
+        return {prompt.problem: prompt for prompt in self.records("prompts", Prompt)}
+
+    def samples(self) -> dict[str, list[Sample]]:
+        """Problem id -> its samples, from the input "samples"; empty for a round that draws none."""
+        return Sample.by_problem(self.records("samples", Sample)) if self.choices.draws else {}
+
     def training_problems(self, task: Task) -> list[Problem]:
         """The training problems; then the dev problems too, if training is repeated with them."""
         return task.problems("train") + (task.problems("dev") if self.config.train.retrain_with_dev else [])
@@ -263,7 +277,7 @@ class Stage:
         An engine in an environment of its own may be out of reach where nothing is drawn. The stage is then compared
         with the version that it was made with.
         """
-        latex = self.reads_problems and "answers/verify.py" in self.code()
+        latex = "answers/verify.py" in self.code()
         names = (*(VERSIONS if self.loads_model else ()), *(MATH_VERSIONS if latex else ()))
         found = {name: version(name) for name in names}
         if self.draws and self.sampler.version:

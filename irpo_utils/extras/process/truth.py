@@ -21,6 +21,7 @@ from .labels import label
 from .reward_model import Solution
 
 Row = dict[str, Any]  # of a table
+BINS = 10
 
 
 def prefix_truth(
@@ -80,8 +81,8 @@ def label_quality(steps: list[Row], ks: Sequence[int]) -> list[Row]:
     ]
 
 
-def calibration(scores: Sequence[float], truth: Sequence[bool], bins: int = 10) -> tuple[list[Row], dict[str, Any]]:
-    """The reliability curve of `scores` [steps] in [0, 1] in bins of equal width, and what sums it up.
+def calibration(scores: Sequence[float], truth: Sequence[bool]) -> tuple[list[Row], dict[str, Any]]:
+    """The reliability curve of `scores` [steps] in [0, 1] in `BINS` bins of equal width, and what sums it up.
 
     Returns:
         a record for each bin that is not empty: mean score, share that is right, count; and the expected calibration
@@ -89,7 +90,7 @@ def calibration(scores: Sequence[float], truth: Sequence[bool], bins: int = 10) 
     """
     steps: dict[int, list[tuple[float, bool]]] = {}  # of each bin
     for score, right in zip(scores, truth, strict=True):
-        steps.setdefault(min(int(score * bins), bins - 1), []).append((score, right))
+        steps.setdefault(min(int(score * BINS), BINS - 1), []).append((score, right))
     curve = [
         {"score": sum(s for s, _ in own) / len(own), "right": sum(t for _, t in own) / len(own), "count": len(own)}
         for _, own in sorted(steps.items())

@@ -76,17 +76,17 @@ def load_preset(name: str, overrides: Iterable[str] = ()) -> Config:
             + "There is: tiny, micro, and <task>-<model> or <task>-<model>-paper with a task of "
             + f"{', '.join(REAL_TASKS)} and a model of {', '.join(REAL_MODELS)}"
         )
-    return changed_by(read_preset(name), overrides)
+    return configured(read_preset(name), key_values(overrides).items())
 
 
-def changed_by(settings: dict[str, Any], overrides: Iterable[str]) -> Config:
-    """The configuration of `settings` (dotted names with their values) with `key=value` overrides. Raises ConfigError."""
-    pairs: dict[str, str] = {}
-    for text in overrides:
+def key_values(texts: Iterable[str]) -> dict[str, str]:
+    """The `key=value` of a command line. Raises ConfigError for another word, and for a key that is given twice."""
+    found: dict[str, str] = {}
+    for text in texts:
         key, equals, value = text.partition("=")
         if not equals:
             raise ConfigError(f"{text!r} is not key=value, as in train.lr=1e-3 (a preset's name comes first)")
-        if key in pairs:
+        if key in found:
             raise ConfigError(f"{key} is given twice; keep one")
-        pairs[key] = value
-    return configured(settings, pairs.items())
+        found[key] = value
+    return found

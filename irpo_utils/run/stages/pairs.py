@@ -10,7 +10,7 @@ from typing import Any
 from ...files import write_json
 from ...methods import parts
 from ...methods.select import select
-from ...model.records import Pair, Prompt, Record, Sample
+from ...model.records import Pair, Record
 from ..store import Stage
 
 
@@ -41,15 +41,13 @@ class PairsStage(Stage):
         return [parts.part("selection", self.choices.selection).where]
 
     def make(self) -> None:
-        prompts = {p.problem: p for p in Prompt.read(self.input("prompts"), "01_sample.ipynb")}
-        drawn = Sample.read(self.input("samples"), self.reads()["samples"][1]) if self.choices.draws else []
-        samples = Sample.by_problem(drawn)
-        pairs, audit = select(self.choices.selection, samples, prompts, self.config.pairs, self.random_seed(1))
+        samples = self.samples()
+        pairs, audit = select(self.choices.selection, samples, self.prompts(), self.config.pairs, self.random_seed(1))
         if samples:
-            audit["drawn_tokens"] = sum(len(s.token_ids) for s in drawn if not s.extra)
+            audit["drawn_tokens"] = sum(len(s.token_ids) for own in samples.values() for s in own if not s.extra)
         if "earlier" in self.reads():
             # Whoever drew them, it was not the model that is trained now: their log-probabilities are not to be compared.
-            earlier = Pair.read(self.input("earlier"), "02_pairs.ipynb")
+            earlier = self.records("earlier", Pair)
             pairs = [replace(pair, chosen_logp=None, rejected_logp=None) for pair in earlier] + pairs
             audit["accumulated"] = len(pairs)
         Record.write(self.path("pairs.jsonl"), pairs)

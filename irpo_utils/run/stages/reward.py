@@ -9,7 +9,7 @@ from typing import Any
 from ...files import write_json, write_jsonl
 from ...methods import parts
 from ...methods.rewards import Job
-from ...model.records import Prompt, Sample
+from ...model.records import Sample
 from ...tasks import get_task
 from ..store import Stage, model_files
 
@@ -47,15 +47,14 @@ class RewardStage(Stage):
         return super().configured_files() | (model_files("simulator", simulator) if simulator else {})
 
     def make(self) -> None:
-        task = get_task(self.config.task)
-        samples = Sample.by_problem(Sample.read(self.input("samples"), "01_sample.ipynb"))
+        task, samples = get_task(self.config.task), self.samples()
         found, facts = self.part.load()(
             Job(
                 config=self.config,
                 policy=self.input("policy"),
                 task=task,
                 problems=[p for p in self.training_problems(task) if p.id in samples],
-                prompts={p.problem: p for p in Prompt.read(self.input("prompts"), "01_sample.ipynb")},
+                prompts=self.prompts(),
                 samples=samples,
                 temperature=self.config.temperature(self.iteration),
                 seed=self.random_seed(),

@@ -64,7 +64,7 @@ class TrainStage(Stage):
             choices=self.choices,
             start=self.input("policy"),
             reference=self.input("reference"),
-            pairs=Pair.read(self.input("pairs"), "02_pairs.ipynb"),
+            pairs=self.records("pairs", Pair),
             task=get_task(self.config.task),
             seed=self.seed,
             order_seed=self.random_seed(2),
