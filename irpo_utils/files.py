@@ -88,11 +88,11 @@ def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def read_jsonl(path: Path, made_by: str = "the stage before", fields: Iterable[str] = ()) -> list[dict[str, Any]]:
+def read_jsonl(path: Path, made_by: str = "the stage before") -> list[dict[str, Any]]:
     """The records of a JSON-lines file.
 
     Raises:
-        MissingArtefact: the file is missing or empty, or a line is no whole record with `fields`; names the line and what to do.
+        MissingArtefact: the file is missing or empty, or a line is no whole record; names the line and what to do.
     """
     if not path.exists():
         raise MissingArtefact(f"{path} is missing; run {made_by} first")
@@ -104,7 +104,7 @@ def read_jsonl(path: Path, made_by: str = "the stage before", fields: Iterable[s
             row = json.loads(line)
         except ValueError:
             row = None
-        if not isinstance(row, dict) or not set(fields) <= set(row):
+        if not isinstance(row, dict):
             raise MissingArtefact(f"{path}, line {number} is damaged or cut off; delete it and run {made_by} again")
         rows.append(row)
     return rows

@@ -13,20 +13,21 @@ import numpy as np
 Record = dict[str, Any]
 
 
-def wilson(correct: int, total: int, z: float = 1.96) -> tuple[float, float]:
+def wilson(correct: int, total: int) -> tuple[float, float]:
     """The 95 % Wilson score interval of a proportion, as fractions. Raises ValueError for total = 0."""
     if total < 1:
         raise ValueError("an interval needs at least one problem")
+    z = 1.96
     p, zz = correct / total, z * z / total
     center, half = p + zz / 2, z * math.sqrt(p * (1 - p) / total + zz / (4 * total))
     # The bounds hold p; at p = 0 or 1 rounding would otherwise leave it out by one unit in the last place.
     return min(p, max(0.0, (center - half) / (1 + zz))), max(p, min(1.0, (center + half) / (1 + zz)))
 
 
-def bootstrap(values: Sequence[float], draws: int = 1000) -> tuple[float, float]:
-    """The 95 % interval of a mean over problems, [problems]: a seeded percentile bootstrap of the problems."""
+def bootstrap(values: Sequence[float]) -> tuple[float, float]:
+    """The 95 % interval of a mean over problems, [problems]: a percentile bootstrap of 1,000 seeded draws."""
     rng = np.random.default_rng(0)
-    means = np.asarray(values)[rng.integers(0, len(values), (draws, len(values)))].mean(axis=1)
+    means = np.asarray(values)[rng.integers(0, len(values), (1000, len(values)))].mean(axis=1)
     low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)
 
@@ -94,12 +95,10 @@ def best_of_n(rewards: Sequence[float], right: Sequence[bool], n: int) -> float:
     return found
 
 
-def weighted_majority(
-    answers: Sequence[str | None], weights: Sequence[float], right: Sequence[bool], n: int, draws: int = 200
-) -> float:
+def weighted_majority(answers: Sequence[str | None], weights: Sequence[float], right: Sequence[bool], n: int) -> float:
     """How often the answer with the most weight among n of the samples is right; weights of 1 are a majority vote.
 
-    Mean over `draws` seeded choices of n without repetition (one, where n is all). Of tied answers the share that is
+    Mean over 200 seeded choices of n without repetition (one, where n is all). Of tied answers the share that is
     right counts.
 
     Args:
@@ -114,7 +113,7 @@ def weighted_majority(
     good = np.array([any(ok for a, ok in zip(answers, right, strict=True) if a == name) for name in names])
     votes = np.array([[w * (a == name) for name in names] for a, w in zip(answers, weights, strict=True)])
     cast = np.array([[a == name for name in names] for a in answers])
-    chosen = np.argsort(rng.random((1 if n == total else draws, total)), axis=1)[:, :n]
+    chosen = np.argsort(rng.random((1 if n == total else 200, total)), axis=1)[:, :n]
     sums = np.where(cast[chosen].any(1), votes[chosen].sum(1), -np.inf)
     # Sums of the same weights in another order differ in their last digit, and tie all the same.
     top = (sums >= sums.max(1, keepdims=True) - 1e-9) & cast[chosen].any(1)

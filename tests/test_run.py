@@ -23,6 +23,7 @@ from irpo_utils.files import (
     write_json,
     write_text,
 )
+from irpo_utils.model.records import Prompt
 from irpo_utils.run.config import dump
 from irpo_utils.run.driver import run_notebook, why
 from irpo_utils.run.presets import load_preset
@@ -251,9 +252,9 @@ def test_a_damaged_manifest_means_not_done(tmp_path, text):
 
 
 def test_a_record_without_its_fields_is_named(tmp_path):
-    (tmp_path / "samples.jsonl").write_text('{"problem": "a", "reward": 1}\n{"problem": "a"}\n')
+    (tmp_path / "prompts.jsonl").write_text('{"problem": "a", "prompt": "?", "prompt_ids": [1]}\n{"problem": "a"}\n')
     with pytest.raises(MissingArtefact, match="line 2 is damaged"):
-        read_jsonl(tmp_path / "samples.jsonl", "01_sample.ipynb", fields=("problem", "reward"))
+        Prompt.read(tmp_path / "prompts.jsonl", "01_sample.ipynb")
 
 
 def test_the_second_run_in_a_folder_refuses():

@@ -12,7 +12,6 @@ from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
-from irpo_utils.answers.marks import marked_answer
 from irpo_utils.model.prompts import encode_prompts
 from irpo_utils.settings import TaskConfig
 from irpo_utils.tasks import check_task, get_task
@@ -27,6 +26,7 @@ from irpo_utils.tasks.word_problems import (
     draw_problems,
     draw_story,
     make_problem,
+    marked_answer,
     story_of,
 )
 

@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterator
 
 LONGEST = 1000  # characters of an answer; what is longer is cut, and equals nothing
-MARK = re.compile(r"Final answer:[ \t]*(.*)", re.IGNORECASE)
 # The marks of a final answer, the surest first. What follows one is the answer, on its line or on the next that says
 # something; `[\s*_]` steps over Markdown's emphasis.
 MARKS = {
@@ -17,26 +16,16 @@ MARKS = {
     "A:": re.compile(r"^[ \t*_#]{0,8}(?:A|Answer)[ \t*_]{0,4}:", re.MULTILINE),
 }
 _FRAME = re.compile(r"[\s*_]*(?:\\\[|\$\$|`{3}[a-z]*|[*_\s])*")  # a line that only opens a formula or a block
-PREFIX = re.compile(
+_PREFIX = re.compile(
     r"(?:so[, ]\s?|thus[, ]\s?)?(?:the|my|our)?\s{0,2}(?:final |correct )?(?:answer|result) is[: ]\s{0,3}",
     re.IGNORECASE,
 )
 _RETRACTED = re.compile(r"\b(?:actually|wait|correction|recheck)\b", re.IGNORECASE)
 
 
-def marked_answer(response: str) -> str | None:
-    """The text after the last "Final answer:" of a response, to the end of its line; None where there is none.
-
-    The last mark counts, since a chain of thought may mention one before it concludes.
-    """
-    found = MARK.findall(response)
-    answer = found[-1].strip().rstrip(".") if found else ""
-    return answer or None
-
-
-def braced(text: str, at: int, longest: int = LONGEST) -> str | None:
-    """What stands between the brace at `text[at]` and the one that closes it; None where none does within `longest`."""
-    depth, i, end = 0, at, min(len(text), at + longest + 2)
+def braced(text: str, at: int) -> str | None:
+    """What stands between the brace at `text[at]` and the one that closes it; None where none does within `LONGEST`."""
+    depth, i, end = 0, at, min(len(text), at + LONGEST + 2)
     while i < end:
         if text[i] == "\\":
             i += 1
@@ -99,7 +88,7 @@ def _after(response: str, at: int) -> str | None:
 def _concluded(text: str) -> str:
     """ "The final answer is $18$. I hope it is correct." -> "$18$" """
     text = text.strip().strip("*_` \t")
-    prefix = PREFIX.match(text)
+    prefix = _PREFIX.match(text)
     text = text[prefix.end() :] if prefix else text
     if _RETRACTED.search(text):
         return text

@@ -71,8 +71,8 @@ class Worker:
 class Verifier:
     """A few workers that share the questions. `seconds` is the CPU time that one question may take."""
 
-    def __init__(self, seconds: float = 5.0, workers: int | None = None):
-        count = workers or max(1, min(4, os.cpu_count() or 1))
+    def __init__(self, seconds: float):
+        count = max(1, min(4, os.cpu_count() or 1))
         self.workers = [Worker(seconds) for _ in range(count)]
         self.gave_up = 0  # questions without an answer so far
         atexit.register(self.close)

@@ -24,15 +24,15 @@ Draw = Callable[..., Iterator[dict[str, list[Completion]]]]  # `sampling.sample`
 
 
 class Progress:
-    """One line every few seconds on standard error: done, tokens per second, time left. No bars, which garble logs."""
+    """One line every ten seconds on standard error: done, tokens per second, time left. No bars, which garble logs."""
 
-    def __init__(self, label: str, every: float = 10.0):
-        self.label, self.every, self.started = label, every, time.monotonic()
+    def __init__(self, label: str):
+        self.label, self.started = label, time.monotonic()
         self.printed = self.started
 
     def __call__(self, done: int, total: int, rate: float) -> None:
         now = time.monotonic()
-        if now - self.printed > self.every:
+        if now - self.printed > 10:
             self.printed, left = now, (now - self.started) * (total - done) / max(1, done)
             print(
                 f"{self.label}: {done}/{total} problems, {rate:,.0f} tokens/s, {left:.0f} s left",

@@ -1,7 +1,8 @@
 """What a method trains on: which of a problem's samples, alone or in pairs.
 
-Each selection takes one problem's samples and gives (chosen, rejected) pairs, or (chosen, None) for a loss that
-imitates. A new one is a function here and a row in `parts.py`, or a function of your own (see there).
+Each selection takes one problem's samples that may be used, its gold solution or None, the `pairs` section and a random
+generator of the problem's own. It gives (chosen, rejected) pairs, or (chosen, None) for a loss that imitates. A new one
+is a function here and a row in `parts.py`, or a function of your own (see there).
 IRPO's walks winners and losers together, each starting over when it runs out (arXiv 2404.19733 v3, section 2).
 """
 
@@ -9,7 +10,6 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable
 from itertools import product
 from statistics import mean
 from typing import Any
@@ -19,8 +19,6 @@ from ..settings import PairsConfig
 from . import parts
 
 Chosen = list[tuple[Sample, Sample | None]]
-# (samples that may be used, the gold solution or None, the `pairs` section, a generator of the problem's own) -> pairs
-Selection = Callable[[list[Sample], Sample | None, PairsConfig, random.Random], Chosen]
 
 
 def cyclic_pairs(winners: list[Any], losers: list[Any], k: int) -> list[tuple[Any, Any]]:
@@ -134,7 +132,7 @@ def select(
         ValueError: not one pair can be made.
     """
     row = parts.part("selection", selection)
-    choose: Selection = row.load()
+    choose = row.load()
     audit: Counter[str] = Counter()
     pairs: list[Pair] = []
     for name in samples or [p.problem for p in prompts.values() if p.gold]:
@@ -254,13 +252,8 @@ AUDIT_KEYS = [
     "capped",
     "pairs",
 ]
-GOLD_KEYS = (
-    "problems",
-    "gold_over_long",
-    "problems_with_pairs",
-    "capped",
-    "pairs",
-)  # what there is to say without samples
+# What there is to say without samples.
+GOLD_KEYS = ("problems", "gold_over_long", "problems_with_pairs", "capped", "pairs")
 
 
 def jaccard(a: str, b: str) -> float:
@@ -269,14 +262,14 @@ def jaccard(a: str, b: str) -> float:
     return len(first & second) / len(first | second) if first | second else 1.0
 
 
-def dissimilar(samples: list[Sample], limit: float = 0.7) -> list[Sample]:
-    """The samples, in order, whose `response` has a Jaccard similarity below `limit` with every one kept before it.
+def dissimilar(samples: list[Sample]) -> list[Sample]:
+    """The samples, in order, whose `response` has a Jaccard similarity below 0.7 with every one kept before it.
 
     So DPO-ST dedupes the rationales that it trains on (arXiv 2407.18248), with the words of a response as its set; two that
-    differ in the order of their words only are one. At limit 1 only these go.
+    differ in the order of their words only are one.
     """
     kept: list[Sample] = []
     for s in samples:
-        if all(jaccard(s.response, k.response) < limit for k in kept):
+        if all(jaccard(s.response, k.response) < 0.7 for k in kept):
             kept.append(s)
     return kept

@@ -62,7 +62,7 @@ class Training:
             best = facts["best_step"]
             show(f"step {best} is best on dev; training anew for as many steps with the dev problems included")
             del model
-            free_memory()
+            release_memory()
             model, kept = self.start_model(), self.folder / "retrained"
             again = train(model, pairs, kept, stop_after=best, **options)
             facts["trained_tokens"] += again["trained_tokens"]
@@ -100,11 +100,11 @@ class Training:
         kept = (self.folder / "reference.json", "reference")  # a training that was killed does not score them again
         logps = kept_reference_logps(reference, self.pairs, 2 * self.config.train.micro_batch, kept)
         del reference
-        free_memory()
+        release_memory()
         return with_reference(self.pairs, logps)
 
 
-def free_memory() -> None:
+def release_memory() -> None:
     """One base in memory at a time."""
     gc.collect()
     torch.cuda.empty_cache()

@@ -209,12 +209,12 @@ def same_function(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def unpacks(parameters: int, free_bytes: float) -> bool:
-    """Whether a 4-bit base is unpacked to sample from it: where 16-bit weights leave at least half of `free_bytes`."""
-    return 2 * parameters < free_bytes / 2
+def unpacks(parameters: int, free: float) -> bool:
+    """Whether a 4-bit base is unpacked to sample from it: where 16-bit weights leave at least half of `free`."""
+    return 2 * parameters < free / 2
 
 
-def memory() -> float:
+def free_bytes() -> float:
     """Free bytes of the GPU, or the bytes of the machine where there is none."""
     if torch.cuda.is_available():
         # What PyTorch has set aside for tensors to come is free, too.
@@ -267,7 +267,7 @@ def load_policy(
     if policy is not None and not is_adapter(policy):
         return load_whole(config, policy, "policy", "03_train")
     model = load_base(config)
-    if not trainable and config.quantize == "nf4" and unpacks(model.num_parameters(), memory()):
+    if not trainable and config.quantize == "nf4" and unpacks(model.num_parameters(), free_bytes()):
         # Every forward of a 4-bit layer unpacks its weights first; sampling would do that for every token.
         model = model.dequantize()
     if policy is None and (not trainable or config.tuning == "full"):

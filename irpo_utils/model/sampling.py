@@ -18,6 +18,7 @@ import hashlib
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import NamedTuple
@@ -28,7 +29,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from .load import causal_model, memory
+from .load import causal_model, free_bytes
 from .shape import cache_numbers
 from .shared_prompt import SampleCache, numbered, shared_attention, shares_prompts
 
@@ -125,7 +126,7 @@ def sample_batch(
     row_of_sample = np.repeat(prompt_of_row, sample_counts)  # of those
     noise, forced = np.concatenate(noise), None if forced is None else np.concatenate(forced)
     tokens_out, logps_out = np.full(noise.shape, -1), np.zeros(len(noise))
-    with shared_attention(model, shared):
+    with shared_attention(model) if shared else nullcontext():
         for step in range(max_new_tokens):
             tokens, logps = pick(logits, temperature, row_of_sample, noise[sample_index, step])
             if forced is not None:
@@ -365,4 +366,4 @@ def fitting_rows(model: PreTrainedModel, prompt_length: int, new_tokens: int, sa
     per_row = token * (prompt_length / min(samples, 4) + new_tokens) + logits
     if not shares_prompts(model):
         per_row += token * prompt_length
-    return max(1, int(memory() / 2 / per_row))
+    return max(1, int(free_bytes() / 2 / per_row))

@@ -183,17 +183,15 @@ AttentionInterface.register("shared_prompt", attend)
 
 
 @contextmanager
-def shared_attention(model: PreTrainedModel, shared: bool = True) -> Iterator[None]:
-    """Within it the model's attention is `attend`; with `shared` false it stays as it is."""
+def shared_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Within it the model's attention is `attend`."""
     model = causal_model(model)
     before = model.config._attn_implementation
-    if shared:
-        model.set_attn_implementation("shared_prompt")
+    model.set_attn_implementation("shared_prompt")
     try:
         yield
     finally:
-        if shared:
-            model.set_attn_implementation(before)
+        model.set_attn_implementation(before)
 
 
 def shares_prompts(model: PreTrainedModel) -> bool:

@@ -26,7 +26,7 @@ RESERVE = 1.5 * GIB  # the CUDA context or the interpreter, and what allocators 
 NF4_BITS = 4.127  # with double quantization (arXiv 2305.14314, section 3)
 DEV_SCORE_ROWS = 256  # responses at once, at most
 # Run in a process of its own, which gives the GPU back when it ends.
-FREE_BYTES = "from irpo_utils.model import load; print(load.memory())"
+FREE_BYTES = "from irpo_utils.model import load; print(load.free_bytes())"
 
 
 class TooLarge(ValueError):

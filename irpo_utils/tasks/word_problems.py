@@ -17,7 +17,6 @@ import re
 from dataclasses import asdict, dataclass
 from itertools import product
 
-from ..answers.marks import marked_answer
 from .base import Problem, Task
 
 MAX_VALUE = 39  # every value on every careless path stays in 1..MAX_VALUE: the numbers are a closed vocabulary
@@ -32,6 +31,7 @@ MISCONCEPTIONS = {
     "bags": 0.6,  # "3 bags of 4" read as 3 + 4
     "fewer": 0.4,  # "5 fewer than" read as "5 more than"
 }
+MARK = re.compile(r"Final answer:[ \t]*(.*)", re.IGNORECASE)
 PLAIN = ("finds", "loses")
 # Tenths of the hash space that each split's problems come from. "seed" is what M_0 is pre-trained on.
 BUCKETS = {"train": range(0, 4), "seed": range(4, 8), "dev": range(8, 9), "test": range(9, 10)}
@@ -179,8 +179,8 @@ class WordProblems(Task):
     """The `word_problems` task."""
 
     def problems(self, split: str) -> list[Problem]:
-        sizes = {"train": self.config.train_size, "dev": self.config.dev_size, "test": self.config.test_size}
-        drawn = draw_problems(split, sizes[split], self.config.seed, self.config.guessable_share)
+        size = getattr(self.config, f"{split}_size")
+        drawn = draw_problems(split, size, self.config.seed, self.config.guessable_share)
         return [make_problem(name, story) for name, story in drawn]
 
     def prompt(self, problem: Problem) -> str:
@@ -240,6 +240,16 @@ class WordProblems(Task):
                 else:
                     x = value
         return verdicts
+
+
+def marked_answer(response: str) -> str | None:
+    """The text after the last "Final answer:" of a response, to the end of its line; None where there is none.
+
+    The last mark counts, since a chain of thought may mention one before it concludes.
+    """
+    found = MARK.findall(response)
+    answer = found[-1].strip().rstrip(".") if found else ""
+    return answer or None
 
 
 def prompt(question: str) -> str:
