@@ -35,8 +35,13 @@ else
     base=$(find_python)
     "$python" -m pip --version >/dev/null 2>&1 || "$base" -m venv --clear .venv
     # torch first: a plain dependency resolution may look at builds that are not wanted
-    "$python" -m pip install --quiet --disable-pip-version-check "$(grep -o 'torch==[0-9.]*' pyproject.toml | head -1)"
-    "$python" -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+    for wanted in "$(grep -o 'torch==[0-9.]*' pyproject.toml | head -1)" "-e .[dev]"; do
+      # shellcheck disable=SC2086
+      "$python" -m pip install --quiet --disable-pip-version-check $wanted || {
+        echo "error: pip could not install ${wanted#-e }; is there a network, or a package index (PIP_INDEX_URL)? The same command goes on" >&2
+        exit 1
+      }
+    done
   fi
 fi
 python=$(cd "$(dirname "$python")" && pwd)/$(basename "$python")

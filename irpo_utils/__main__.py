@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import signal
 import sys
 import traceback
@@ -113,6 +114,12 @@ def command(arguments: list[str]) -> int:
     return 0
 
 
+def readable(message: str) -> str:
+    """A message in which a value of thousands of characters is not repeated whole."""
+    short = re.sub(r"\S{400,}", lambda m: f"{m[0][:80]}... ({len(m[0]):,} characters)", message)
+    return short if len(short) < 4000 else f"{short[:2000]} ... {short[-1000:]}"
+
+
 def main(arguments: list[str]) -> int:
     """Run one command; every error that a user can do something about is one line."""
     debug = "--debug" in arguments
@@ -129,12 +136,12 @@ def main(arguments: list[str]) -> int:
         if debug:
             traceback.print_exc()
         plain = isinstance(error, OSError) and not isinstance(error, MissingArtefact) and error.strerror
-        print(f"error: {error.strerror}: {error.filename}" if plain else f"error: {error}", file=sys.stderr)
+        print("error:", readable(f"{error.strerror}: {error.filename}" if plain else str(error)), file=sys.stderr)
         return 2 if isinstance(error, ConfigError | MissingArtefact | Busy) else 1
     except Exception as error:  # a case that nobody thought of
         if debug:
             traceback.print_exc()
-        print(f"error: {type(error).__name__}: {error} (--debug shows where)", file=sys.stderr)
+        print(f"error: {readable(f'{type(error).__name__}: {error}')} (--debug shows where)", file=sys.stderr)
         return 1
 
 

@@ -102,7 +102,7 @@ def read_jsonl(path: Path, made_by: str = "the stage before") -> list[dict[str, 
     for number, line in enumerate(path.read_bytes().removesuffix(b"\n").split(b"\n"), 1):
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             row = None
         if not isinstance(row, dict):
             raise MissingArtefact(f"{path}, line {number} is damaged or cut off; delete it and run {made_by} again")
@@ -127,7 +127,9 @@ def read_yaml(path: Path) -> Any:
         found = yaml.load(path.read_text(), _Loader)
     except FileNotFoundError:
         raise ConfigError(f"{path} is missing") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    except (UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{path}: not YAML: {error}") from None
     except (OSError, ConfigError) as error:
         raise ConfigError(f"{path}: {error}") from None

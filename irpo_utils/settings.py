@@ -23,8 +23,8 @@ def _several(value: Any) -> Any:
     return tuple(v for v in values if v != "")
 
 
-Count = Annotated[int, Field(ge=1)]
-Size = Annotated[int, Field(ge=0)]  # 0 takes all there are, or sets no limit
+Count = Annotated[int, Field(ge=1, le=1_000_000)]
+Size = Annotated[int, Field(ge=0, le=1_000_000)]  # 0 takes all there are, or sets no limit
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_several)]
@@ -204,7 +204,9 @@ class Settings(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     seeds: Annotated[int, Field(ge=1, le=10_000)] = 1
     iterations: Annotated[int, Field(ge=1, le=10_000)] = 3
-    threads: Count = 2  # CPU threads of a stage; part of what makes a rerun bit-identical
+    threads: Annotated[int, Field(ge=1, le=1024)] = (
+        2  # CPU threads of a stage; part of what makes a rerun bit-identical
+    )
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

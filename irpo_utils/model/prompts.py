@@ -68,8 +68,11 @@ def chat_text(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], *
     """A conversation in the tokenizer's template. The date is fixed, since some templates would write today's."""
     try:
         return tokenizer.apply_chat_template(turns, tokenize=False, date_string="26 Jul 2024", **options)
-    except TemplateError as error:
-        raise ValueError(f"model.path: the tokenizer's chat template cannot write this conversation: {error}") from None
+    except (TemplateError, MemoryError, OverflowError, RecursionError) as error:
+        reason = str(error) or type(error).__name__
+        raise ValueError(
+            f"model.path: the tokenizer's chat template cannot write this conversation: {reason}"
+        ) from None
 
 
 def stop_ids(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -91,7 +91,7 @@ def training_curves(run: Path, config: Config) -> dict[str, list[dict[str, float
     curves = {}
     for method in config.methods:
         first, *others = config.recipe(method).rounds
-        if not others and first.samples and first.reward == "answer":
+        if not others and first.draws and first.reward == "answer":
             path = TrainStage(run, method, 0, 1, config).path("steps.jsonl")
             curves[method] = read_jsonl(path, "03_train.ipynb")
     return curves

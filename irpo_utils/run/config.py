@@ -136,7 +136,8 @@ def _read(name: str, text: str, kind: Any) -> Any:
     try:
         return TypeAdapter(kind).validate_python(text, strict=False)
     except ValidationError:
-        raise ConfigError(f"{name}: expected {kind.__name__}, got {text!r}") from None
+        what = {int: "a whole number", float: "a number", bool: "true or false"}[kind]
+        raise ConfigError(f"{name}: expected {what}, got {text!r}") from None
 
 
 def configured(base: dict[str, Any], overrides: Iterable[tuple[str, str]] = ()) -> Config:

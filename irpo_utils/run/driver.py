@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -215,6 +216,8 @@ def configure(preset: str, settings: list[str]) -> tuple[Config, Path, int]:
     if not jobs.isdecimal() or len(jobs) > 4 or int(jobs) < 1:
         raise ConfigError(f"jobs: expected a number of at least 1, got {jobs[:20]!r}")
     config = load_preset(preset, [f"{name}={text}" for name, text in texts.items()])
+    if (rounds := len(config.methods) * config.seeds * config.iterations) > 100_000:
+        raise ConfigError(f"methods, seeds, iterations: {rounds:,} rounds; at most 100,000 in one run")
     return config, run_folder(run), int(jobs)
 
 
@@ -231,6 +234,8 @@ def start(preset: str, settings: list[str], replaces: bool = False) -> None:
     """
     config, run, jobs = configure(preset, settings)
     notes = check_inputs(config, jobs)
+    if resource.getrlimit(resource.RLIMIT_NOFILE)[0] < OPEN_FILES:
+        raise ConfigError(f"a run has up to {OPEN_FILES} files open; allow them with ulimit -n {OPEN_FILES}")
     with locked(
         run / ".lock", patience=5.0
     ) as lock:  # what a driver has left that was killed is gone in a second or two
@@ -275,6 +280,7 @@ def run_in_turn(plans: list[list[Stage]]) -> list[str]:
     return failures
 
 
+OPEN_FILES = 256
 LONG = 600.0  # seconds of finished work that are not replaced without being asked for
 
 
