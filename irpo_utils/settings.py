@@ -291,7 +291,7 @@ def first_error(error: ValidationError, model: type[Section]) -> str:
         "literal_error": f"one of {limits.get('expected', '').replace(chr(39), '').replace(' or ', ', ')}",
         "finite_number": "expected a finite number",
     }
-    types = {"int": "int", "float": "float", "bool": "bool", "string": "text", "tuple": "a list"}
+    types = {"int": "a whole number", "float": "a number", "bool": "true or false", "string": "text", "tuple": "a list"}
     types["model"] = "parameters as `key: value`"
     if wanted := types.get(kind.partition("_")[0]):
         what.setdefault(kind, f"expected {wanted}")

@@ -170,7 +170,7 @@ def test_the_command_s_settings_of_the_model(monkeypatch):
 
     refused("no parameter is called 'model.pth'; did you mean 'model.path'[?]", pth="x")
     refused("model.dtype: one of float32, bfloat16, auto, got 'half'", dtype="half")
-    refused("model.lora_r: expected int, got 'x'", lora_r="x")
+    refused("model.lora_r: expected a whole number, got 'x'", lora_r="x")
     refused("4-bit weights cannot be trained; set model.tuning=lora", quantize="nf4", tuning="full")
 
 
