@@ -60,11 +60,12 @@ def remove_run(name: str) -> None:
 @pytest.fixture(scope="session")
 def micro_run():
     """A finished run of the micro preset with two methods, in a folder of its own."""
-    remove_run("test-micro")
-    done = drive("micro", "run=test-micro", "methods=irpo,sft_gold", "iterations=2", "jobs=2")
+    name = f"test-micro{os.environ.get('PYTEST_XDIST_WORKER', '')}"  # workers run side by side
+    remove_run(name)
+    done = drive("micro", f"run={name}", "methods=irpo,sft_gold", "iterations=2", "jobs=2")
     assert done.returncode == 0, done.stdout + done.stderr
-    yield ROOT / "outputs" / "test-micro", done
-    remove_run("test-micro")
+    yield OUTPUTS / name, done
+    remove_run(name)
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from irpo_utils.model.prompts import encode_prompts
 from irpo_utils.model.records import Prompt, Sample
 from irpo_utils.report.comparison import budget_table, spent_table
 from irpo_utils.run.config import dump
-from irpo_utils.run.driver import run_notebook
+from irpo_utils.run.notebooks import run_notebook
 from irpo_utils.run.presets import load_preset
 from irpo_utils.run.stages import STAGES, plan
 from irpo_utils.run.store import open_run

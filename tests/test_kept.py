@@ -48,9 +48,9 @@ def test_done_anew_it_keeps_the_old_outputs_until_it_is_finished(run):
 
 def test_a_stage_whose_parameters_changed_keeps_what_it_had_until_then(run):
     text = (run / "config.yaml").read_text()
-    (run / "config.yaml").write_text(text.replace("  k: 8", "  k: 1"))
+    (run / "config.yaml").write_text(text.replace("  k: 2", "  k: 1"))
     stage = PairsStage(run)
-    assert stage.why_not_done() == ["pairs.k 8 -> 1"]
+    assert stage.why_not_done() == ["pairs.k 2 -> 1"]
     before = bytes_of(stage)
     stage.begin()
     assert bytes_of(stage) == before
@@ -114,17 +114,17 @@ def test_much_finished_work_is_not_replaced_unasked(micro_run):
     shutil.copytree(micro_run[0], run)
     path = PairsStage(run).manifest_path()
     path.write_text(json.dumps(json.loads(path.read_text()) | {"seconds": 4000}))
-    command = ("micro", "run=test-kept", "methods=irpo", "iterations=1", "pairs.k=2")
+    command = ("micro", "run=test-kept", "methods=irpo", "iterations=1", "pairs.k=1")
     before = (run / "config.yaml").read_bytes()
     try:
         done = drive(*command)
         assert done.returncode == 2 and not done.stdout
         assert "outputs/test-kept would lose finished work" in done.stderr
-        assert "pairs.k 8 -> 2" in done.stderr and "choose another run=NAME to keep it, or add --yes" in done.stderr
+        assert "pairs.k 2 -> 1" in done.stderr and "choose another run=NAME to keep it, or add --yes" in done.stderr
         assert (run / "config.yaml").read_bytes() == before and PairsStage(run).is_done()
         done = drive(*command, "--yes")
         assert done.returncode == 0, done.stderr
-        assert "changed since this run's last start: iterations 2 -> 1; methods ['irpo', 'sft_gold'] -> ['irpo']; pairs.k 8 -> 2" in done.stdout  # fmt: skip
+        assert "changed since this run's last start: iterations 2 -> 1; methods ['irpo', 'sft_gold'] -> ['irpo']; pairs.k 2 -> 1" in done.stdout  # fmt: skip
         assert "done again: 3 finished stages" in done.stdout
     finally:
         remove_run("test-kept")

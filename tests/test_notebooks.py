@@ -14,7 +14,7 @@ from conftest import ROOT
 from small_models import build
 
 from irpo_utils.files import NOTEBOOKS
-from irpo_utils.run.driver import run_notebook
+from irpo_utils.run.notebooks import run_notebook
 
 UPSTREAM = ROOT / "tests" / "upstream"
 

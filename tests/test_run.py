@@ -10,7 +10,7 @@ import time
 
 import psutil
 import pytest
-from conftest import ROOT, drive, remove_run
+from conftest import OUTPUTS, ROOT, drive, remove_run
 
 from irpo_utils.files import (
     NOTEBOOKS,
@@ -25,7 +25,8 @@ from irpo_utils.files import (
 )
 from irpo_utils.model.records import Prompt
 from irpo_utils.run.config import dump
-from irpo_utils.run.driver import run_notebook, why
+from irpo_utils.run.driver import why
+from irpo_utils.run.notebooks import run_notebook
 from irpo_utils.run.presets import load_preset
 from irpo_utils.run.stages import STAGES, EvaluateStage, PairsStage, SampleStage, plan
 
@@ -78,17 +79,19 @@ def test_pairs_load_with_datasets_and_hold_the_sampled_ids(micro_run):
 def test_second_run_does_nothing_and_a_changed_parameter_reruns_what_depends_on_it(micro_run):
     run, _ = micro_run
     before = manifests(run)
-    again = drive("micro", "run=test-micro", "methods=irpo,sft_gold", "iterations=2")
+    again = drive("micro", f"run={run.name}", "methods=irpo,sft_gold", "iterations=2")
     assert again.returncode == 0 and manifests(run) == before
-    changed = drive("micro", "run=test-micro", "methods=irpo,sft_gold", "iterations=2", "irpo.train.lr=2e-3")
+    changed_run = OUTPUTS / "test-changed"
+    remove_run(changed_run.name)
+    shutil.copytree(run, changed_run)
+    changed = drive("micro", f"run={changed_run.name}", "methods=irpo,sft_gold", "iterations=2", "irpo.train.lr=2e-3")
     assert changed.returncode == 0, changed.stderr
-    after = manifests(run)
+    after = manifests(changed_run)
+    remove_run(changed_run.name)
     rerun = {str(p) for p in before if after[p] != before[p]}
     base = "irpo/seed_0/iteration_"
     wanted = {f"{base}{t}/{s}.manifest.json" for t, s in [(1, "03_train"), (1, "04_evaluate"), (2, "01_sample"), (2, "02_pairs"), (2, "03_train"), (2, "04_evaluate")]}  # fmt: skip
     assert rerun == wanted
-    back = drive("micro", "run=test-micro", "methods=irpo,sft_gold", "iterations=2")
-    assert back.returncode == 0
 
 
 @pytest.mark.parametrize(
@@ -134,8 +137,8 @@ def test_why_tells_what_was_interrupted_and_what_stands_behind_it(tmp_path, caps
     done(sampled)
     done(paired)
     done(trained)
-    paired.begin()
-    write_text(paired.path("pairs.jsonl"), "")  # as one that was killed while it wrote
+    paired.manifest_path().unlink()
+    paired.begin()  # as one that was killed while it wrote
     why(tmp_path, config)
     assert [line.partition(": ")[2] for line in capsys.readouterr().out.splitlines()] == [
         "it has not run yet",
@@ -188,7 +191,7 @@ def test_a_damaged_artefact_is_made_again(micro_run):
     pairs.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(MissingArtefact, match=r"line \d+ is damaged or cut off; delete it and run 02_pairs"):
         read_jsonl(pairs, "02_pairs.ipynb")
-    assert drive("micro", "run=test-micro", "methods=irpo,sft_gold", "iterations=2").returncode == 0
+    assert drive("micro", f"run={run.name}", "methods=irpo,sft_gold", "iterations=2").returncode == 0
     assert pairs.read_bytes() == whole
 
 
@@ -228,7 +231,7 @@ def test_bad_commands(arguments, message):
 def test_a_failing_stage_is_one_error(tmp_path):
     remove_run("test-fail")
     done = drive("micro", "run=test-fail", "sampling.max_new_tokens=2")  # nothing can finish, so no pair can be made
-    assert done.returncode == 1 and "error: ValueError: no pair can be made" in done.stderr
+    assert done.returncode == 1 and "error: irpo, seed 0: ValueError: no pair can be made" in done.stderr
     remove_run("test-fail")
 
 
@@ -260,7 +263,8 @@ def test_a_record_without_its_fields_is_named(tmp_path):
 def test_the_second_run_in_a_folder_refuses():
     with locked(ROOT / "outputs" / "test-busy" / ".lock"):
         done = drive("micro", "run=test-busy")
-    assert done.returncode == 2 and "another process is at work in outputs/test-busy; wait for it" in done.stderr
+    assert done.returncode == 2 and f"error: process {os.getpid()} (" in done.stderr
+    assert ") is at work in outputs/test-busy; wait for it or stop it, or choose another run=" in done.stderr
     remove_run("test-busy")
 
 
@@ -341,7 +345,7 @@ def test_killed_and_run_again_ends_with_the_same_metrics(micro_run):
         process.wait()
     done = drive(*command[3:])
     assert done.returncode == 0, done.stderr
-    killed = (ROOT / "outputs" / "test-kill" / "metrics.csv").read_text().replace("test-kill", "test-micro")
+    killed = (ROOT / "outputs" / "test-kill" / "metrics.csv").read_text().replace("test-kill", run.name)
     assert killed == (run / "metrics.csv").read_text()
     for name in (
         "m0/seed_0/samples.jsonl",
