@@ -21,7 +21,46 @@ PREFIX = re.compile(
     r"(?:so[, ]\s?|thus[, ]\s?)?(?:the|my|our)?\s{0,2}(?:final |correct )?(?:answer|result) is[: ]\s{0,3}",
     re.IGNORECASE,
 )
-_RETRACTED = re.compile(r"\b(?:actually|wait|correction|recheck)\b", re.IGNORECASE)
+_RETRACTED = re.compile(r"\b(?:actually|wait|correction|recheck|maybe|perhaps|alternatively|or)\b", re.IGNORECASE)
+
+# The kinds of words, a letter each, that decide whether an answer is understood. What a number counts needs no list:
+# a word that is in none is a noun or filler (w).
+_KINDS = {
+    # h: it leaves open which answer is meant, or says that something is none
+    "h": """maybe perhaps possibly probably presumably likely unlikely guess unsure uncertain might may
+        otherwise alternatively unless actually correction recheck sorry no not never neither nor none
+        nobody nothing cannot isnt arent wasnt werent doesnt dont didnt cant wont false wrong incorrect except excluding
+        instead rather but something somewhere""",
+    # c: it makes another number of the one beside it
+    "c": """half halves halved third thirds quarter fourth fourths fifths sixths sevenths eighths ninths tenth tenths
+        twelfths hundredth hundredths thousandths twice thrice double doubled triple tripled quadruple quadrupled
+        squared cubed sqrt root roots log ln sin cos tan exp factorial reciprocal inverse mod modulo power negative
+        divided multiplied gross hundred hundreds thousand thousands million millions billion billions trillion
+        trillions lakh lakhs crore crores bn mn below ish fold short shy""",
+    "D": "dozen dozens",
+    "r": "or either",
+    "j": "and vs versus",
+    "k": "to",
+    "i": "if",
+    "p": "in at per for of after by every each with on from during within among until out",
+    "d": "over under above nearly almost exceeds exceeding beyond past",
+    "l": "less fewer more greater higher lower",
+    "t": "than",
+    "T": "times",
+    "o": "plus",
+    "-": "minus",
+    "s": "st nd rd th",  # right behind a number
+    "%": "percent",
+    "q": """two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen
+        eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety zero""",
+}
+_KIND = {word: kind for kind, words in _KINDS.items() for word in words.split()}
+
+
+def kind_of(word: str) -> str:
+    """The kind of a word, as `_KINDS` has them; "w" for a noun or filler."""
+    word = word.lower()
+    return "h" if word.endswith(("n't", "n’t")) else _KIND.get(word, "w")
 
 
 def marked_answer(response: str) -> str | None:

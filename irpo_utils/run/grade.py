@@ -109,7 +109,7 @@ def main(arguments: list[str]) -> int:
     if options.flexible:
         print(f"strict:   {summary(grade(task, responses, problems, processes=processes))}", file=sys.stderr)
     if task.undecided:
-        print(f"{task.undecided} answers took the symbolic check too long and count as wrong", file=sys.stderr)
+        print(f"{task.undecided} answers took the symbolic check too long and are unparsed", file=sys.stderr)
     print(
         f"{'flexible' if options.flexible else 'strict'}: {summary(verdicts)}  [{len(verdicts)} responses]",
         file=sys.stderr,
