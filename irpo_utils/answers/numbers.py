@@ -71,6 +71,7 @@ _FACTORS |= {"twice": Fraction(2), "double": Fraction(2), "triple": Fraction(3),
 _TAKEN_BACK = re.compile(r".*\b(?:actually|correction|recheck|sorry)\b", re.IGNORECASE)
 _DENIED = re.compile(r"not \$?[-+]?[0-9][0-9.,]*(?: [a-z]+)?", re.IGNORECASE)
 _ASIDE = re.compile(r"(?<![*/+^=(-])(?<![*/+^=(-]\s)\(([^()]*)\)(?!\s?[*/+^=(0-9-])")
+_USUAL = re.compile(r"\$?(-?[0-9]{1,3}(?:,[0-9]{3}){1,5}|-?[0-9]{1,20}(?:\.[0-9]{1,20})?)%?")
 _GOES_ON = re.compile(r"[0-9]\s?(?:\.\.\.|\\[lc]?dots)")
 _PRODUCT = re.compile(r"[0-9]\([^()a-zA-Z=]*[0-9]")
 _LETTER = re.compile(r"[^\W\d_]")
@@ -89,7 +90,7 @@ _SIGNS = {
 _COMMANDS = {"times": "×", "cdot": "*", "div": "/", "approx": "=", "pm": "±", "not": "?", "neg": "?", "sim": ""}
 _COMMANDS |= dict.fromkeys(("ne", "neq", "le", "leq", "ge", "geq", "lt", "gt"), "≠")
 _UNIT_LETTERS = frozenset("mgslhtkwvjnfcdMGSLHTKWVJNFCDA")
-_BEFORE_ORDINALS = frozenset("the this that his her their its first second other last".split())
+_BEFORE_ORDINALS = frozenset(["the", "this", "that", "his", "her", "their", "its", "first", "second", "other", "last"])
 _WORD = r"[^\W\d_]+(?:['’][^\W\d_]+)*(?:\s?\^\s?\{?[23]\}?(?![0-9])|(?<=[A-Za-z])[0-9](?![0-9.,]))?"
 _TOKEN = re.compile(
     rf"(?P<token_number>{NUMBER.pattern})|(?P<token_word>{_WORD})|\\(?P<command>[a-zA-Z]+)|(?P<token_sign>\S)",
@@ -111,7 +112,9 @@ _NUMBER_WORDS = (
     "eighteen nineteen"
 )
 _NUMBER_WORDS = {word: i for i, word in enumerate(_NUMBER_WORDS.split())}
-_NUMBER_WORDS |= {w: 10 * i for i, w in enumerate("twenty thirty forty fifty sixty seventy eighty ninety".split(), 2)}
+_NUMBER_WORDS |= {
+    w: 10 * i for i, w in enumerate(["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"], 2)
+}
 _PARTS = {"hal": 2, "thi": 3, "qua": 4, "fou": 4, "fif": 5, "six": 6, "eig": 8, "ten": 10}
 _SPELLED = "|".join(_NUMBER_WORDS)
 _SPELLED = re.compile(  # with the parts of a fraction: "two thirds"
@@ -262,6 +265,9 @@ def _letter_kind(letter: str, before: str, behind: str) -> str:
 
 def read(text: str) -> Reading | None:
     """What an answer says; None if it holds a number and is not understood."""
+    if usual := _USUAL.fullmatch(text):  # nine answers in ten
+        plainly = usual[1].replace(",", "")
+        return Reading((Fraction(plainly if "." in plainly else int(plainly)),), True)
     text = _tidy(text)
     if _digits(text):
         return Reading((Fraction(int(text)),), True) if len(text) <= 60 else NOTHING
