@@ -89,7 +89,7 @@ _SIGNS = {
 }  # fmt: skip
 _COMMANDS = {"times": "×", "cdot": "*", "div": "/", "approx": "=", "pm": "±", "not": "?", "neg": "?", "sim": ""}
 _COMMANDS |= dict.fromkeys(("ne", "neq", "le", "leq", "ge", "geq", "lt", "gt"), "≠")
-_UNIT_LETTERS = frozenset("mgslhtkwvjnfcdMGSLHTKWVJNFCDA")
+_UNIT_LETTERS = frozenset("mgslhtLNVWJKCFMGT")
 _BEFORE_ORDINALS = frozenset(["the", "this", "that", "his", "her", "their", "its", "first", "second", "other", "last"])
 _WORD = r"[^\W\d_]+(?:['’][^\W\d_]+)*(?:\s?\^\s?\{?[23]\}?(?![0-9])|(?<=[A-Za-z])[0-9](?![0-9.,]))?"
 _TOKEN = re.compile(
