@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Set
 from typing import ClassVar
 
 from ..answers.marks import LONGEST, candidates, kind_of
@@ -38,8 +39,9 @@ _REASON = re.compile(
     r"\b(?:because|since|as|due to|which|that|so|where|while|whereas|for)\b|(?:\bnot|\brather than|\binstead of|\bnor) \(?[A-E]\b|[.;:] ",
     re.I,
 )
-_NAMED = re.compile(r"(?<![\w'’])\(?([B-E])(?![\w'’])|\(A\b|\bA[).]*$")
+_NAMED = re.compile(r"(?<![\w'’])\(?([B-E])(?![\w'’])|\(A\)|\bA[).]*$")
 _ALONE = re.compile(r"[\s).,;:/|&~>+-]*(?:then |however )?\(?([A-E])[\s.)]*$")
+_WORDS = re.compile(r"[a-z]+(?:['’]t)?")
 _DENIALS = frozenset(["not", "no", "never", "none", "nothing", "nobody", "neither", "nor", "cannot", "without"])
 _BRACKETED = re.compile(r"\(([A-E])\)")
 _NOISE = re.compile(r"\\text(?:bf|rm|it)?\b|\\math(?:rm|bf)\b|[$*`{}\\]|\\[()\[\]]")
@@ -51,9 +53,12 @@ def plain_text(text: str) -> str:
     return re.sub(r"\s+", " ", re.sub(r"^(?:an?|the)\s+", "", text.lower().strip(" \t\n.,;:!?\"'"))).strip()
 
 
-def _hedged(text: str) -> bool:
-    """Whether words leave open what is meant, or begin by denying it. A "not" further on may be what an option says."""
-    words = re.findall(r"[a-z]+(?:['’]t)?", text.lower())
+def _hedged(text: str, own: Set[str] = frozenset()) -> bool:
+    """Whether words leave open what is meant, or begin by denying it.
+
+    A "not" further on may be what an option says, and so may the words of its `own` text.
+    """
+    words = [word for word in _WORDS.findall(text.lower()) if word not in own]
     denials = [word in _DENIALS or word.endswith(("n't", "n’t")) for word in words]
     unsure = any(kind_of(word) in ("h", "i") and not denied for word, denied in zip(words, denials, strict=True))
     return "?" in text or unsure or any(denials[:2])
@@ -115,7 +120,8 @@ class ARC(RecordTask):
 
     def _by_text(self, text: str, options: list[str]) -> str | None:
         wanted = plain_text(text)
-        found = [letter for letter, option in zip(LETTERS, options, strict=False) if plain_text(option) == wanted]
+        texts = [plain_text(_NOISE.sub("", option)) for option in options]
+        found = [letter for letter, option in zip(LETTERS, texts, strict=False) if option == wanted]
         return found[0] if len(found) == 1 else None
 
     def choice(self, text: str, options: list[str]) -> str | None:
@@ -152,14 +158,16 @@ class ARC(RecordTask):
 
     def _understood(self, rest: str, letter: str, options: list[str]) -> bool:
         """Whether what stands behind a letter leaves it as it is: an option's text, a reason, or other plain words."""
-        behind = re.sub(r"^[\s).:\]},–-]+", "", rest)
-        for option in sorted(map(plain_text, options), key=len, reverse=True):
+        behind = re.sub(r"^[\s().:\]},–-]+", "", rest).rstrip(") ")
+        texts = [plain_text(_NOISE.sub("", option)) for option in options]
+        for option in sorted(texts, key=len, reverse=True):
             if option and plain_text(behind).startswith(option):
                 behind = plain_text(behind)[len(option) :]
                 break
         claim = _REASON.split(behind, maxsplit=1)[0]
         named = {m[1] or "A" for m in _NAMED.finditer(claim)} - {letter}
-        return not named and not _hedged(claim)
+        own = dict(zip(LETTERS, texts, strict=False)).get(letter, "")
+        return not named and not _hedged(claim, set(_WORDS.findall(own)))
 
     def _may_follow(self, label: str, rest: str, options: list[str]) -> bool:
         return bool(_AFTER_A.match(rest)) or (bool(options) and plain_text(rest) == plain_text(options[0]))
