@@ -4,6 +4,7 @@ import json
 import random
 import subprocess
 import sys
+import time
 from fractions import Fraction
 from pathlib import Path
 
@@ -13,16 +14,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from irpo_utils.answers import latex
-from irpo_utils.answers.numbers import number, plain
+from irpo_utils.answers.numbers import number, plain, states
 from irpo_utils.settings import TaskConfig
 from irpo_utils.tasks import get_task
 from irpo_utils.tasks.base import Problem
 from irpo_utils.tasks.grading import MANY, grade
+from irpo_utils.tasks.jsonl import Given
 
 NAMES = ("gsm8k", "math", "arc_challenge")
 # Labelled by reading, not by running: each with its reason. The gold answers are those of real records.
-CASES = [json.loads(line) for line in (Path(__file__).parent / "graded_cases.jsonl").read_text().splitlines()]
-UPSTREAM = Path(__file__).parent / "upstream"  # records made by hand in the form of each data set
+HERE = Path(__file__).parent
+CASES = [json.loads(line) for line in (HERE / "graded_cases.jsonl").read_text().splitlines()]
+# Answers made up to be misread, in the same form: null is "neither right nor wrong", whichever mode.
+CRAFTED = [json.loads(line) for line in (HERE / "crafted_answers.jsonl").read_text().splitlines()]
+UPSTREAM = HERE / "upstream"  # records made by hand in the form of each data set
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"the benchmark records are not at {DATA}")
 
 
@@ -38,14 +43,69 @@ def tasks():
 def test_every_labelled_case(name, mode, tasks):
     cases = [case for case in CASES if case["task"] == name]
     assert len(cases) >= 100
-    problems = [tasks[name].posed("", case["gold"], case) for case in cases]
-    verdicts = grade(tasks[name], [case["response"] for case in cases], problems, flexible=mode == "flexible")
-    wrong = [
-        (case["response"], case["gold"], case["reason"], verdict)
+    assert not misgraded(tasks[name], cases, mode)
+
+
+def misgraded(task, cases, mode):
+    """The cases whose verdict is not their label, cut to what can be read."""
+    problems = [task.posed("", case["gold"], case) for case in cases]
+    verdicts = grade(task, [case["response"] for case in cases], problems, flexible=mode == "flexible")
+    assert all((verdict.extracted is None) is (verdict.correct is None) for verdict in verdicts)
+    return [
+        (case["response"][-200:], case["gold"], case["reason"], verdict.correct)
         for case, verdict in zip(cases, verdicts, strict=True)
         if verdict.correct is not case[mode]
     ]
-    assert not wrong
+
+
+@pytest.mark.parametrize("mode", ["strict", "flexible"])
+@pytest.mark.parametrize(("name", "count"), [("gsm8k", 450), ("math", 120), ("arc_challenge", 80)])
+def test_every_crafted_answer(name, count, mode, tasks):
+    """Hedges, denials, bounds, multiples, units, scripts, separators: right, wrong, or not understood and neither."""
+    cases = [case for case in CRAFTED if case["task"] == name]
+    assert len(cases) >= count
+    assert {case[mode] for case in cases} == {True, False, None}
+    assert not misgraded(tasks[name], cases, mode)
+
+
+@pytest.mark.parametrize(
+    "hedge", ["{} maybe 99", "not {} or so", "at least {}", "{} or more", "it isn't {}", "{} dozen"]
+)
+@given(value=st.integers(-99, 99))
+def test_what_is_hedged_or_changed_is_never_right(hedge, value):
+    for text in (hedge.format(value), f"$ {hedge.format(f'{value}')} $", hedge.format(f"${value}").upper()):
+        assert number(text) is None
+        assert states(text, Fraction(value)) is not True
+
+
+@pytest.mark.parametrize(
+    ("text", "value", "verdict"),
+    [
+        ("7", "7", True),
+        ("7 maybe 8", "7", None),
+        ("7 maybe 8", "9", False),
+        ("7 or 8", "7", False),
+        ("3 * 6", "18", None),
+        ("3 * 6", "3", False),
+        ("9" * 5000, "9", False),
+        ("(7 + 1) 2", "7", None),
+    ],
+)
+def test_three_verdicts_on_a_number(text, value, verdict):
+    assert states(text, Fraction(value)) is verdict
+
+
+def test_the_other_tasks_know_the_third_verdict_too():
+    listed, story = Problem("", "", "2,2,4"), Problem("", "", "12")
+    for name, problem, verdicts in (
+        ("mmlu_math", listed, {"2, 2, 4": True, "2, 2 and 4": True, "2, 3, 4": False, "2, 2, 4 or 5": None}),
+        ("jsonl", story, {"12": True, "12 maybe 13": None, "13": False, "12 or 13": False}),
+        ("word_problems", story, {"12": True, "13": False, "odd": False, "12 maybe 13": None}),
+        ("gsm8k", story, {"12": True, "13 maybe 14": False, "12 maybe 13": None}),
+    ):
+        task = Given([]) if name == "jsonl" else get_task(TaskConfig(name=name))
+        graded = grade(task, [f"Final answer: {answer}" for answer in verdicts], [problem] * len(verdicts))
+        assert [v.correct for v in graded] == list(verdicts.values()), name
 
 
 @pytest.mark.parametrize(
@@ -217,9 +277,37 @@ def test_a_check_that_never_ends_costs_its_worker_and_no_other_answer():
         ("\\sqrt{18}", "3\\sqrt{2}"),
         ("x+1", "x+2"),
     ]
-    assert verifier(questions) == [True, False, True, False]
+    assert verifier(questions) == [True, None, True, False]
     assert verifier.gave_up == 1
     verifier.close()
+
+
+def test_hostile_answers_share_one_budget_and_honest_ones_are_decided_beside_them():
+    equality = latex.Equality(seconds=1.0)
+    equality.verifier.budget = 2.0
+    towers = [(f"3+9^{{9^{{9^{{{i}}}}}}}", "\\sqrt{8}") for i in range(2, 302)]
+    sums = [(f"\\prod_{{k=1}}^{{{10**6 + i}}} (k+x)", "x+1") for i in range(20)]
+    honest = [(f"\\sqrt{{{4 * i}}}", f"2\\sqrt{{{i}}}") for i in range(2, 32)]
+    started = time.monotonic()
+    verdicts = equality([*towers, *honest, *sums])
+    assert time.monotonic() - started < 60  # 300 times a second, and the workers that die of it, would be minutes
+    assert verdicts[300:330] == [True] * 30
+    assert True not in verdicts[:300] + verdicts[330:] and verdicts[:300].count(None) >= 250
+    assert equality.verifier.gave_up == verdicts.count(None) and len(equality.verifier.cut) >= 250
+    again = equality([towers[-1], *honest])  # what the budget did not reach is asked again; what was decided is known
+    assert again[1:] == [True] * 30 and equality.verifier.gave_up == verdicts.count(None) + 1
+    equality.verifier.close()
+
+
+def test_a_right_answer_is_decided_whatever_its_place_in_the_file(tasks):
+    rng = random.Random(0)
+    pairs = [(f"{i}+{i}x", f"{i}(x+1)") for i in range(2, 12)] + [("3+9^{9^{9^{7}}}", "\\sqrt{8}")] * 5
+    equality = latex.Equality(seconds=0.5)
+    equality.verifier.budget = 0.5
+    for _ in range(3):
+        rng.shuffle(pairs)
+        assert equality(pairs) == [None if "^" in answer else True for answer, _ in pairs]
+    equality.verifier.close()
 
 
 def run_grade(*arguments: str) -> subprocess.CompletedProcess:

@@ -10,10 +10,12 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
-from .marks import boxed, braced
+from .marks import boxed_as_said, braced, kind_of
+from .numbers import spelled
 from .verify import Verifier
 
 LONGEST = 400  # characters of an answer that are compared by more than their letters
+_FORMULA = re.compile(r"\$+([^$]+)\$+|\\\((.+?)\\\)|\\\[(.+?)\\\]")
 _SPACES = re.compile(
     r"(?<!\\)\\[,;:!> ]|\\q?quad\b|\\(?:displaystyle|textstyle|limits)\b|~|\\(?:left|right|[bB]igg?[lr]?)(?![a-zA-Z])"
 )
@@ -32,7 +34,7 @@ _UNIT_WORDS = """
 _UNITS = frozenset(_UNIT_WORDS.split())
 _FUNCTIONS = re.compile(r"pi|sqrt|sin|cos|tan|cot|sec|csc|log|ln|exp|e|infty|infinity|frac|cup|cap|mod|and|or|in|i")
 _UNIT = re.compile(r"([-+]?[0-9][0-9.,]*)\s*((?:[a-zA-Z]{2,}\s*){1,4}(?:\^\{?[23]\}?)?)")
-_NUMBER = re.compile(r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)")
+_NUMBER = re.compile(r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]{1,2})?")
 _RATIO = re.compile(r"([-+]?)(?:\\frac\{([-+]?[0-9]+)\}\{([0-9]+)\}|([0-9]+)/([0-9]+))")
 _MIXED = re.compile(r"([-+]?)([0-9]+)(?:\\frac\{([0-9]+)\}\{([0-9]+)\}| ([0-9]+)/([0-9]+))")
 _PERIODIC = re.compile(r"([-+]?)([0-9]*)\.([0-9]*)\\overline\{([0-9]+)\}")
@@ -53,17 +55,60 @@ _COMMAND = re.compile(
 )
 _BARE_FRACTION = re.compile(r"\\frac\s*(?:([0-9a-z])\s*([0-9a-z])|([0-9a-z])\s*\{([^{}]*)\}|\{([^{}]*)\}\s*([0-9a-z]))")
 _NAME = re.compile(r"[a-zA-Z]\s*=")
+_NAMED = re.compile(r"=[a-zA-Z]$")  # 5=x
+_NEGATIVE = re.compile(
+    r"(?<![0-9}])(\s?)(?:\\(?:text|mbox|mathrm)\s?\{\s?(?:negative|minus)\s?\}|\b(?:negative|minus))\s{0,3}(?=[0-9.\\])"
+)
+_UNIT_LETTERS = frozenset("mgslhLtJWVKCFN")  # any other letter in \text{} is mathematics: 5\text{i}
+# What an answer is not compared by unless the right one has it too: words that change or hedge it, and these.
+_BOUND = re.compile(r"\\(?:neq?|leq?|geq?|lt|gt|leqslant|geqslant)(?![a-zA-Z])|[<>≠≤≥]")
+_DOUBT = re.compile(
+    r"\?|\\(?:not|neg|lnot|mod|pmod|bmod|prime|ldots|cdots|dots)(?![a-zA-Z])|\.\.\.|[0-9]\s?['’](?!\))"
+    r"|\b(?:at (?:the )?(?:least|most)|up to|could be|or (?:so|more|less|fewer))\b"
+)
+_A_WORD = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{2,}(?:['’]t)?")
+_TOO_LARGE = re.compile(  # a power that is written out nowhere, and is no other expression's value
+    r"(?:[2-9]|[0-9]{2,9}|\([^()]{0,40}[a-z][^()]{0,40}\))\^\{?(?:[0-9]{5,}|[2-9]\^\{?[2-9]\^.{1,40}|10\^\{?[0-9]{1,9})\}{0,9}!?"
+)
 
 
 def unwrap(text: str) -> str:
     r"""The mathematics of a marked answer: without `\boxed`, dollar signs or brackets around it, and the full stop."""
     text = text.strip().replace("\\$", "")
-    text = boxed(text) or text
-    parts = [part for part in re.findall(r"\$+([^$]+)\$+|\\\((.+?)\\\)|\\\[(.+?)\\\]", text[:2000])]
-    inside = [next(x for x in part if x).strip() for part in parts]
-    if inside:
+    text = boxed_as_said(text) or text
+    inside = [next(filter(None, part)).strip() for part in _FORMULA.findall(text[:2000])]
+    if inside and not _changes(_FORMULA.sub(" ", text[:2000]), len(inside)):
         text = ", ".join(inside)
-    return _unbraced(text.replace("$", "").strip().rstrip(".").strip())
+    text = _NEGATIVE.sub(r"\1-", re.sub(r"\\[()\[\]]", " ", text) if inside else text)
+    return _unbraced(re.sub(r"(?<!\.)\.$", "", text.replace("$", "").strip()).strip())
+
+
+def _changes(words: str, formulas: int) -> bool:
+    """Whether the words around formulas change what these say: "not $5$", "$5$ hundred", "5 and $6$"."""
+    if _DOUBT.search(words) or re.match(r"\W*[0-9]", words) or (formulas == 1 and re.search(r"\bor\b", words)):
+        return True
+    return any(kind_of(word) in tuple("hcDt") for word in _A_WORD.findall(words))
+
+
+def unclear(text: str, gold: str) -> bool:
+    r"""Whether an unwrapped answer holds what may make another one of it, and its gold answer does not.
+
+    Such an answer is not compared: "5 maybe 6", "x \ne 5", "5\text{ hundred}". Words alone are: "no solution".
+    """
+    if not re.search(r"[0-9=\\]", _TEXT.sub(r" \1 ", text)) or _suspect(gold):
+        return False
+    if _BOUND.search(text) and not re.search(r"[<>\[(]|\\(?:[lg]eq?|in|cup|infty)(?![a-z])", gold):
+        return True
+    return _suspect(text)
+
+
+def _suspect(text: str) -> bool:
+    beside = [m.strip() for m in _TEXT.findall(text)]
+    plain = _TEXT.sub(lambda m: f" {m[1]} ", text)
+    if _DOUBT.search(plain) or any(re.search(r"[0-9]", t) and t != text for t in beside if _TEXT.sub("", text).strip()):
+        return True
+    words = [w for w in _A_WORD.findall(plain) if len(w) > 2 or w in ("no", "if")]  # mn and bn are products
+    return any(kind_of(w) in tuple("hcDti") and (w == "mod" or not _FUNCTIONS.fullmatch(w)) for w in words)
 
 
 def _unbraced(text: str) -> str:
@@ -80,18 +125,22 @@ def normal(text: str) -> str:
     text = re.sub(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![a-zA-Z]))", "", text)
     text = _BARE_FRACTION.sub(lambda m: "\\frac{{{}}}{{{}}}".format(*(g for g in m.groups() if g is not None)), text)
     text = re.sub(r"\\sqrt\s*([0-9a-zA-Z])", r"\\sqrt{\1}", text)
+    text = _TEXT.sub(lambda m: m[1] if len(m[1].strip()) == 1 and m[1].strip() not in _UNIT_LETTERS else m[0], text)
     texts = [m.strip() for m in _TEXT.findall(text)]
     without = _UNIT_TEXT.sub(" ", text).strip()
     if re.search(r"[0-9a-zA-Z]", without) and not any(t.lower() in ("and", "or") for t in texts):
         text = without  # a unit
     else:
         text = _TEXT.sub(lambda m: "," if m[1].strip().lower() in ("and", "or") else m[1], text)
-    text = re.sub(r"(?:\s*,)+", ",", re.sub(r"\s+(?:and|or)\s+", ",", text)).strip().rstrip(".").strip()
+    text = re.sub(r"(?:\s*,)+", ",", re.sub(r"\s+(?:and|or)\s+", ",", text)).strip().rstrip(".,").strip()
     unit = _UNIT.fullmatch(text)
     if unit and all(word.lower() in _UNITS for word in re.findall(r"[a-zA-Z]+", unit[2])):
         text = unit[1]
     if name := _NAME.match(text):
         text = text[name.end() :].strip()
+    text = _NAMED.sub("", re.sub(r"(?<=[0-9])_(?:10|\{10\})$", "", text))
+    if _WORDS.fullmatch(text.lower()):
+        text = spelled(text)
     if _MIXED.fullmatch(text) is None:  # the space of "1 1/2" counts
         text = re.sub(r"\s+", "", text)
     if _THOUSANDS.fullmatch(text):
@@ -160,6 +209,8 @@ def decide(first: str, second: str) -> bool | None:
     """Whether two normal answers are the same, by the cheap rules; None where only the symbolic check can tell."""
     if first == second:
         return True
+    if _TOO_LARGE.fullmatch(first) and "^" not in second:
+        return False
     if max(len(first), len(second)) > LONGEST or not first or not second:
         return False
     one, two = rational(first), rational(second)
@@ -222,13 +273,19 @@ class Equality:
 
     def __init__(self, seconds: float = 3.0):
         self.verifier = Verifier(seconds)
-        self.known: dict[tuple[str, str], bool] = {}
+        self.known: dict[tuple[str, str], bool | None] = {}
 
-    def __call__(self, pairs: list[tuple[str, str]]) -> list[bool]:
-        """For every (answer, gold), whether they are the same; a check that runs out of its time is a no."""
+    def __call__(self, pairs: list[tuple[str, str]]) -> list[bool | None]:
+        """For every (answer, gold), whether they are the same; None for an answer that is unclear or undecided.
+
+        A check that runs out of its time is undecided. What the budget did not reach is asked again in the next call.
+        """
+        for pair in self.verifier.cut:
+            self.known.pop(pair, None)
         normals = [(normal(answer), normal(gold)) for answer, gold in pairs]
+        clear = [not _hesitates(*pair, *n) for pair, n in zip(pairs, normals, strict=True)]
         todo = {}
-        for pair in dict.fromkeys(normals):
+        for pair in dict.fromkeys(n for n, is_clear in zip(normals, clear, strict=True) if is_clear):
             if pair not in self.known:
                 decided = decide(*pair)
                 if decided is None:
@@ -236,4 +293,14 @@ class Equality:
                 else:
                     self.known[pair] = decided
         self.known.update(zip(todo, self.verifier(list(todo)), strict=True))
-        return [self.known[pair] for pair in normals]
+        return [self.known[n] if is_clear else None for n, is_clear in zip(normals, clear, strict=True)]
+
+
+def _hesitates(answer: str, gold: str, first: str, second: str) -> bool:
+    """Whether an answer must not be compared: it is unclear, or has a comma that may be a decimal one."""
+    if len(answer) > LONGEST or answer == gold:
+        return False
+    comma = re.fullmatch(r"(-?[0-9]+),([0-9]{1,2})", first)
+    if comma and (value := rational(second)) is not None and value == Fraction(f"{comma[1]}.{comma[2]}"):
+        return True
+    return unclear(unwrap(answer), unwrap(gold))

@@ -20,7 +20,61 @@ _PREFIX = re.compile(
     r"(?:so[, ]\s?|thus[, ]\s?)?(?:the|my|our)?\s{0,2}(?:final |correct )?(?:answer|result) is[: ]\s{0,3}",
     re.IGNORECASE,
 )
-_RETRACTED = re.compile(r"\b(?:actually|wait|correction|recheck)\b", re.IGNORECASE)
+_RETRACTED = re.compile(
+    r"\b(?:actually|wait|correction|recheck|maybe|perhaps|alternatively|(?<=[.!?] )or)\b", re.IGNORECASE
+)
+
+# What denies, doubts or changes a box from right beside it. A bound is none of it: "so there are at least \\boxed{5}".
+_BESIDE = (
+    re.compile(
+        r"(?:\b(?:not|never|negative|minus|maybe|perhaps|possibly|half of|twice|[a-z]+n['’]t)|≠|√|\\(?:neq?|not|neg)|=\s?[-−])"
+        r"\s?\$*\s?$",
+        re.IGNORECASE,
+    ),
+    re.compile(
+        r"\s?\$*\s?(?:\^.{0,9}|!(?=[\^!])|\b(?:hundred|thousand|million|billion|dozen|squared|cubed)\b"
+        r"|,?\s?\b(?:or|maybe|perhaps)\b.{0,30}|\b(?:isn['’]t|is (?:not|wrong|incorrect))\b.{0,20})",
+        re.IGNORECASE,
+    ),
+)
+# The kinds of words, a letter each, that decide whether an answer is understood. What a number counts needs no list:
+# a word that is in none is a noun or filler (w).
+_KINDS = {
+    # h: it leaves open which answer is meant, or says that something is none
+    "h": """maybe perhaps possibly probably presumably likely unlikely guess unsure uncertain might may
+        otherwise alternatively unless actually correction recheck sorry no not never neither nor none
+        nobody nothing cannot isnt arent wasnt werent doesnt dont didnt cant wont false wrong incorrect except excluding
+        instead rather but something somewhere""",
+    # c: it makes another number of the one beside it
+    "c": """half halves halved third thirds quarter fourth fourths fifths sixths sevenths eighths ninths tenth tenths
+        twelfths hundredth hundredths thousandths twice thrice double doubled triple tripled quadruple quadrupled
+        squared cubed sqrt root roots log ln sin cos tan exp factorial reciprocal inverse mod modulo power negative
+        divided multiplied gross hundred hundreds thousand thousands million millions billion billions trillion
+        trillions lakh lakhs crore crores bn mn below ish fold short shy""",
+    "D": "dozen dozens",
+    "r": "or either",
+    "j": "and vs versus",
+    "k": "to",
+    "i": "if",
+    "p": "in at per for of after by every each with on from during within among until out",
+    "d": "over under above nearly almost exceeds exceeding beyond past",
+    "l": "less fewer more greater higher lower",
+    "t": "than",
+    "T": "times",
+    "o": "plus",
+    "-": "minus",
+    "s": "st nd rd th",  # right behind a number
+    "%": "percent",
+    "q": """two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen
+        eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety zero""",
+}
+_KIND = {word: kind for kind, words in _KINDS.items() for word in words.split()}
+
+
+def kind_of(word: str) -> str:
+    """The kind of a word, as `_KINDS` has them; "w" for a noun or filler."""
+    word = word.lower()
+    return "h" if word.endswith(("n't", "n’t")) else _KIND.get(word, "w")
 
 
 def braced(text: str, at: int) -> str | None:
@@ -44,6 +98,24 @@ def boxed(text: str) -> str | None:
 
     Of several in a row ("\boxed{5} and \boxed{6}") all, with commas between them.
     """
+    found = _last_boxes(text)
+    return found[2] if found else None
+
+
+def boxed_as_said(text: str) -> str | None:
+    r"""What is boxed, with the words and signs right beside the box that change it: "not \boxed{5}", "\boxed{5} hundred"."""
+    found = _last_boxes(text)
+    if found is None:
+        return None
+    start, end, inside = found
+    before, after = _BESIDE[0].search(text[max(0, start - 40) : start]), _BESIDE[1].match(text[end : end + 40])
+    if not before and not after:
+        return inside
+    return f"{before[0] if before else ''}{inside}{after[0] if after else ''}".replace("$", "").strip()
+
+
+def _last_boxes(text: str) -> tuple[int, int, str] | None:
+    """(start, end, what is inside) of the last box, or of the last boxes in a row."""
     spans: list[tuple[int, int, str]] = []
     for match in list(MARKS["boxed"].finditer(text))[-20:]:
         at = match.end()
@@ -60,14 +132,16 @@ def boxed(text: str) -> str | None:
         if found and not re.fullmatch(r"[\s$,;]{0,6}(?:and|or)?[\s$,;]{0,6}", text[end : spans[i + 1][0]]):
             break
         found.append(inside)
-    return ", ".join(reversed(found)) if found else None
+    if not found:
+        return None
+    return spans[-len(found)][0], spans[-1][1], ", ".join(reversed(found))
 
 
 def candidates(response: str) -> Iterator[str]:
     """The marked final answers of a response: the last of every kind of mark, the surest kind first."""
     for kind, pattern in MARKS.items():
         if kind == "boxed":
-            found = boxed(response)
+            found = boxed_as_said(response)
         else:
             ends = [match.end() for match in pattern.finditer(response)][-20:]
             found = next((text for end in reversed(ends) if (text := _after(response, end))), None)
@@ -81,7 +155,7 @@ def _after(response: str, at: int) -> str | None:
         text = line.strip(" \t*_\r")
         text = re.sub(r"^[-•] (?=\S)", "", text) if i else text  # a bullet
         if text.strip(".$") and not _FRAME.fullmatch(text):
-            return boxed(text) or _concluded(text) or None
+            return boxed_as_said(text) or _concluded(text) or None
     return None
 
 

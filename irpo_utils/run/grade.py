@@ -103,6 +103,6 @@ def main(arguments: list[str]) -> int:
     if options.flexible:
         say(f"strict:   {summary(grade(task, responses, problems, processes=processes))}")
     if task.undecided:
-        say(f"{task.undecided} answers took the symbolic check too long and count as wrong")
+        say(f"{task.undecided} answers took the symbolic check too long and are unparsed")
     say(f"{'flexible' if options.flexible else 'strict'}: {summary(verdicts)}  [{len(verdicts)} responses]")
     return 0

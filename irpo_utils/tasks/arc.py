@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Set
 from typing import ClassVar
 
-from ..answers.marks import LONGEST, candidates
+from ..answers.marks import LONGEST, candidates, kind_of
 from .base import Problem
 from .records import RecordTask
 
 LETTERS = "ABCDE"
+UNCLEAR = "?"  # of an answer that is not understood
 PROMPT = (
     "Answer the question below by choosing one of the options. Reason step by step first. When you are done, finish "
     'with a line of the form "Final answer: (X)", with the letter of your option in place of X.\n\n'
@@ -26,19 +28,40 @@ _LETTER = re.compile(
 _LEAD = re.compile(
     r"^(?:it is|it's|i (?:choose|pick|select)|answer:|the (?:correct |best )?(?:option|choice|answer) is)\s{1,3}", re.I
 )
+_SEVERAL = re.compile(r"(?:both|either)\b.*\b(?:and|or)\b", re.I)
 _DENIED = re.compile(r"[)\s]{0,3}(?:isn't|(?:is|was|cannot be)\s(?:not|wrong|incorrect|false))\b", re.I)
 _OTHER = re.compile(
     r"(?<!not )(?:\b(?:or|and)\s{1,3}(?:maybe |perhaps |possibly )?\(?|[,/&+]\s{0,3}\(?|^\s{0,3}\(|^\s{1,3})"
     r"([A-E])(?=\)|\s*(?:$|[.,;/&]|or\b|and\b))"
 )
+# Behind a letter: what begins a reason, or rules another option out. What stands there may name any option.
+_REASON = re.compile(
+    r"\b(?:because|since|as|due to|which|that|so|where|while|whereas|for)\b|(?:\bnot|\brather than|\binstead of|\bnor) \(?[A-E]\b|[.;:] ",
+    re.I,
+)
+_NAMED = re.compile(r"(?<![\w'’])\(?([B-E])(?![\w'’])|\(A\)|\bA[).]*$")
+_ALONE = re.compile(r"[\s).,;:/|&~>+-]*(?:then |however )?\(?([A-E])[\s.)]*$")
+_WORDS = re.compile(r"[a-z]+(?:['’]t)?")
+_DENIALS = frozenset(["not", "no", "never", "none", "nothing", "nobody", "neither", "nor", "cannot", "without"])
 _BRACKETED = re.compile(r"\(([A-E])\)")
 _NOISE = re.compile(r"\\text(?:bf|rm|it)?\b|\\math(?:rm|bf)\b|[$*`{}\\]|\\[()\[\]]")
-_AFTER_A = re.compile(r"\s*(?:$|[.,;:)\]\-–—(]|because\b|since\b|is\b|as\b)", re.I)
+_AFTER_A = re.compile(r"\s*(?:$|[=.,;:)\]\-–—(]|because\b|since\b|is\b|as\b)", re.I)
 
 
 def plain_text(text: str) -> str:
     """An option's text as it is compared: lower case, without punctuation at the ends, articles and doubled spaces."""
     return re.sub(r"\s+", " ", re.sub(r"^(?:an?|the)\s+", "", text.lower().strip(" \t\n.,;:!?\"'"))).strip()
+
+
+def _hedged(text: str, own: Set[str] = frozenset()) -> bool:
+    """Whether words leave open what is meant, or begin by denying it.
+
+    A "not" further on may be what an option says, and so may the words of its `own` text.
+    """
+    words = [word for word in _WORDS.findall(text.lower()) if word not in own]
+    denials = [word in _DENIALS or word.endswith(("n't", "n’t")) for word in words]
+    unsure = any(kind_of(word) in ("h", "i") and not denied for word, denied in zip(words, denials, strict=True))
+    return "?" in text or unsure or any(denials[:2])
 
 
 def _names(line: str, option: str) -> bool:
@@ -97,34 +120,54 @@ class ARC(RecordTask):
 
     def _by_text(self, text: str, options: list[str]) -> str | None:
         wanted = plain_text(text)
-        found = [letter for letter, option in zip(LETTERS, options, strict=False) if plain_text(option) == wanted]
+        texts = [plain_text(_NOISE.sub("", option)) for option in options]
+        found = [letter for letter, option in zip(LETTERS, texts, strict=False) if option == wanted]
         return found[0] if len(found) == 1 else None
 
     def choice(self, text: str, options: list[str]) -> str | None:
-        """The letter of the option that a marked answer names, by its text or by its label."""
+        """The letter of the option that a marked answer names, by its text or by its label; None for none or several.
+
+        "?" stands for an answer that is not understood: it names an option, and words beside it that may change that.
+        """
         text = _NOISE.sub("", unicodedata.normalize("NFKC", text[:LONGEST])).strip().strip("\"'“”")
         if (letter := self._by_text(text, options)) is not None:
             return letter
         text = _LEAD.sub("", text)
         behind = re.fullmatch(r"(.+?)\s?\(([A-E])\)[.!]?", text)  # "a cat (B)"
-        if behind and self._by_text(behind[1], options) == behind[2]:
-            return behind[2]
+        if behind and (by_text := self._by_text(behind[1], options)) is not None:
+            return by_text if by_text == behind[2] else UNCLEAR
         match = _LETTER.match(text)
         if not match:
-            return None
+            return UNCLEAR if _NAMED.search(text) and not _SEVERAL.match(text) else None
         label, rest = match[1] or match[2], text[match.end() :]
         bare = match[1] is None
+        alone = _ALONE.fullmatch(rest)
+        others = set(_OTHER.findall(rest[:40]) + ([alone[1]] if alone else [])) - {label.upper()}
+        if others and not label.isdigit():
+            return None  # "(A) or (B)" and "A/B" choose nothing
         if bare and (
             (label.islower() and rest.strip(" .)")) or (label in "Aa" and not self._may_follow(label, rest, options))
         ):
-            return None  # the article: "A storm"
+            return UNCLEAR if _hedged(rest) or _NAMED.search(rest) else None  # the article: "A storm"
         letter = LETTERS[int(label) - 1] if label.isdigit() else label.upper()
         if bare and label.isdigit() and rest.strip(" .)") and not rest.startswith((")", ".", ":")):
             return None  # a quantity: "3 meters"
         if _DENIED.match(rest):
             return None
-        others = set(_OTHER.findall(rest[:40])) - {letter}
-        return None if others else letter  # "(A) or (B)" and "A/B" choose nothing
+        return letter if self._understood(rest, letter, options) else UNCLEAR
+
+    def _understood(self, rest: str, letter: str, options: list[str]) -> bool:
+        """Whether what stands behind a letter leaves it as it is: an option's text, a reason, or other plain words."""
+        behind = re.sub(r"^[\s().:\]},–-]+", "", rest).rstrip(") ")
+        texts = [plain_text(_NOISE.sub("", option)) for option in options]
+        for option in sorted(texts, key=len, reverse=True):
+            if option and plain_text(behind).startswith(option):
+                behind = plain_text(behind)[len(option) :]
+                break
+        claim = _REASON.split(behind, maxsplit=1)[0]
+        named = {m[1] or "A" for m in _NAMED.finditer(claim)} - {letter}
+        own = dict(zip(LETTERS, texts, strict=False)).get(letter, "")
+        return not named and not _hedged(claim, set(_WORDS.findall(own)))
 
     def _may_follow(self, label: str, rest: str, options: list[str]) -> bool:
         return bool(_AFTER_A.match(rest)) or (bool(options) and plain_text(rest) == plain_text(options[0]))
@@ -134,7 +177,7 @@ class ARC(RecordTask):
         found = list(candidates(response))
         for text in found:
             if (letter := self.choice(text, options)) is not None:
-                return letter
+                return text[:LONGEST] if letter == UNCLEAR else letter
         first = found[0] if found else None
         lines = response.rstrip()[-LONGEST:].splitlines()
         last = lines[-1].strip() if lines else ""
@@ -149,7 +192,9 @@ class ARC(RecordTask):
             return named[-1] if named else by_text.pop() if len(by_text) == 1 else None
         return first[:LONGEST] if first else None
 
-    def equal(self, answer: str, problem: Problem) -> bool:
+    def equal(self, answer: str, problem: Problem) -> bool | None:
+        if answer not in tuple(LETTERS) and self.choice(answer, problem.meta.get("options") or []) == UNCLEAR:
+            return None
         return answer == problem.answer
 
     def chance(self, problem: Problem) -> float:

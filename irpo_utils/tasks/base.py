@@ -34,7 +34,7 @@ class Task(ABC):
     """
 
     notes: Sequence[str] = ()  # what a reader should know of the data, such as problems that were left out
-    undecided: int = 0  # answers that count as wrong because their check was given up
+    undecided: int = 0  # answers that are neither right nor wrong because their check was given up
     own_processes: ClassVar[bool] = False  # whether `equal_all` starts processes itself, so that `grade` should not
 
     def __init__(self, config: TaskConfig):
@@ -56,10 +56,10 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def equal(self, answer: str, problem: Problem) -> bool:
-        """Whether an extracted answer is the problem's."""
+    def equal(self, answer: str, problem: Problem) -> bool | None:
+        """Whether an extracted answer is the problem's; None where nobody can tell, which is unparsed too."""
 
-    def equal_all(self, answers: Sequence[str], problems: Sequence[Problem]) -> list[bool]:
+    def equal_all(self, answers: Sequence[str], problems: Sequence[Problem]) -> list[bool | None]:
         """`equal` for every answer [n] and the problem beside it; for a task that is faster with many at once."""
         return [self.equal(answer, problem) for answer, problem in zip(answers, problems, strict=True)]
 

@@ -18,7 +18,7 @@ SHARE = 5_000
 
 
 class Verdict(NamedTuple):
-    """What was read out of a response, and whether it is right: True, False, or None where nothing was to be read."""
+    """What was read out of a response, and whether it is right: True, False, or None where nothing was understood."""
 
     extracted: str | None
     correct: bool | None
@@ -58,7 +58,8 @@ def _grade(task: Task, flexible: bool, rows: list[tuple[str, Problem]]) -> list[
     extracted = [task.extract(response, problem, flexible=flexible) for response, problem in rows]
     found = [(answer, problem) for answer, (_, problem) in zip(extracted, rows, strict=True) if answer is not None]
     right = iter(task.equal_all([answer for answer, _ in found], [problem for _, problem in found]))
-    return [Verdict(answer, None if answer is None else next(right)) for answer in extracted]
+    verdicts = [None if answer is None else next(right) for answer in extracted]
+    return [Verdict(None if v is None else a, v) for a, v in zip(extracted, verdicts, strict=True)]
 
 
 def reward(task: Task, response: str, problem: Problem) -> float | None:

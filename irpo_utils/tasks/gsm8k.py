@@ -6,7 +6,7 @@ import re
 from typing import ClassVar
 
 from ..answers.marks import candidates
-from ..answers.numbers import last_number, number, plain
+from ..answers.numbers import NOTHING, last_number, number, plain, read, states
 from .base import Problem
 from .records import RecordTask
 
@@ -43,13 +43,15 @@ class GSM8K(RecordTask):
     def extract(self, response: str, problem: Problem, flexible: bool = False) -> str | None:
         first = None
         for text in candidates(response):
-            value = number(text)
-            if value is not None:
-                return plain(value)
+            reading = read(text)
+            if reading is not None and reading.sure:
+                return plain(reading.values[0])
+            if reading != NOTHING:
+                return text
             first = first or text
         if first is None and flexible and (value := last_number(response)) is not None:
             return plain(value)
         return first
 
-    def equal(self, answer: str, problem: Problem) -> bool:
-        return answer == problem.answer or ((value := number(answer)) is not None and value == number(problem.answer))
+    def equal(self, answer: str, problem: Problem) -> bool | None:
+        return answer == problem.answer or states(answer, number(problem.answer))

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from ..answers.marks import candidates
-from ..answers.numbers import last_number, number, plain
+from ..answers.numbers import last_number, number, plain, states
 from ..settings import TaskConfig
 from .base import Problem
 from .records import RecordTask, alike
@@ -54,10 +54,10 @@ class JsonLines(RecordTask):
             return plain(value)
         return found
 
-    def equal(self, answer: str, problem: Problem) -> bool:
+    def equal(self, answer: str, problem: Problem) -> bool | None:
         gold = number(problem.answer)
         if gold is not None and plain_number(problem.answer):
-            return number(answer) == gold
+            return states(answer, gold)
         return normal(answer) == normal(problem.answer)
 
 

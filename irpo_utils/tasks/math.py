@@ -98,15 +98,15 @@ class MATH(RecordTask):
                 return plain(value)
         return None
 
-    def equal(self, answer: str, problem: Problem) -> bool:
+    def equal(self, answer: str, problem: Problem) -> bool | None:
         return self.same([(answer, problem.answer)])[0]
 
-    def equal_all(self, answers: list[str], problems: list[Problem]) -> list[bool]:
+    def equal_all(self, answers: list[str], problems: list[Problem]) -> list[bool | None]:
         return self.same([(a, p.answer) for a, p in zip(answers, problems, strict=True)])
 
     @property
     def undecided(self) -> int:
-        """How many answers the symbolic check gave up on; they count as wrong."""
+        """How many answers the symbolic check gave up on; they are neither right nor wrong."""
         return self.same.verifier.gave_up
 
     def vote(self, answer: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from typing import ClassVar
 
+from ..answers.marks import kind_of
 from ..answers.numbers import number
 from .base import Problem
 from .gsm8k import GSM8K
@@ -31,7 +32,8 @@ class MMLUMath(GSM8K):
         listed = re.sub(r"\s", "", text)
         return listed if number(text) is None and re.fullmatch(r"-?\d+(,-?\d+)+", listed) else super().gold(text)
 
-    def equal(self, answer: str, problem: Problem) -> bool:
+    def equal(self, answer: str, problem: Problem) -> bool | None:
         if number(problem.answer) is None:
-            return re.sub(r"[\s$(){}\\]|\.$", "", answer) == problem.answer
+            listed = re.sub(r"[\s$(){}\[\]\\]|\.$", "", re.sub(r",? and ", ",", answer))
+            return listed == problem.answer or (None if any(kind_of(w) in "hcr" for w in answer.split()) else False)
         return super().equal(answer, problem)

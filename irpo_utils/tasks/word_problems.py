@@ -189,7 +189,9 @@ class WordProblems(Task):
     def extract(self, response: str, problem: Problem, flexible: bool = False) -> str | None:
         return marked_answer(response)
 
-    def equal(self, answer: str, problem: Problem) -> bool:
+    def equal(self, answer: str, problem: Problem) -> bool | None:
+        if not re.fullmatch(r"[0-9]{1,9}|odd|even", answer):  # nothing that the seed model was taught to answer
+            return None
         return answer == problem.answer
 
     def check_steps(self, problem: Problem, response: str) -> list[tuple[str, str]]:

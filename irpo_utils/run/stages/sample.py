@@ -58,7 +58,7 @@ class SampleStage(Stage):
         found.sort(key=lambda s: (rank[s.problem], s.sample))
         Record.write(self.path("samples.jsonl"), found)
         if task.undecided:
-            print(f"{task.undecided} answers took the symbolic check too long and count as wrong", file=sys.stderr)
+            print(f"{task.undecided} answers took the symbolic check too long and are unparsed", file=sys.stderr)
 
     def result(self) -> list[Sample]:
         """The samples; none of a round on gold solutions alone."""
