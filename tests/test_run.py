@@ -228,6 +228,18 @@ def test_bad_commands(arguments, message):
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
 
 
+def test_problems_in_words_that_the_embedded_model_has_never_seen_are_refused(tmp_path):
+    files = {split: tmp_path / f"{split}.jsonl" for split in ("train", "test")}
+    for split, file in files.items():
+        rows = [f'{{"question": "What percentage is {i} of {split}?", "answer": {i}}}' for i in range(20)]
+        file.write_text("\n".join(rows))
+    sources = [f"task.{split}={file}" for split, file in files.items()]
+    done = drive("micro", "run=test-words", "task.name=jsonl", *sources, "task.train_size=10", "task.dev_size=5")
+    assert done.returncode == 2 and "the embedded model does not know" in done.stderr
+    assert "Name a model, as in model.path=/models/my-llm" in done.stderr
+    assert not (OUTPUTS / "test-words").exists()
+
+
 def test_a_failing_stage_is_one_error(tmp_path):
     remove_run("test-fail")
     done = drive("micro", "run=test-fail", "sampling.max_new_tokens=2")  # nothing can finish, so no pair can be made

@@ -388,3 +388,14 @@ def test_a_task_has_defaults_for_what_it_need_not_write(tmp_path):
     assert task.equal_all(["0", "0"], [one, two]) == [True, False]
     assert (task.vote("0"), task.undecided, list(task.notes), task.own_processes) == ("0", 0, [], False)
     assert task.chance(one) is task.check_steps(one, "0") is task.check_lines(one, "0") is None
+
+
+def test_numbers_and_other_fields_in_records_are_fine(tmp_path):
+    rows = [{"id": i, "source": "mine", "question": f"What is {i} + {n}?", "answer": i + n} for n in (0.5, 1) for i in range(6)]  # fmt: skip
+    for name, part in (("train", rows[:9]), ("test", rows[9:])):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps(row) for row in part))
+    files = {name: (str(tmp_path / f"{name}.jsonl"),) for name in ("train", "test")}
+    task = get_task(TaskConfig(name="jsonl", **files, train_size=0, dev_size=2, test_size=0))
+    problems = check_task(task, "jsonl")
+    assert {p.answer for p in problems["test"]} == {"4", "5", "6"}
+    assert all(task.equal(p.answer, p) for split in problems.values() for p in split)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ..files import (
     NOTEBOOKS,
+    PACKAGE,
     ConfigError,
     MissingArtefact,
     load_object,
@@ -24,7 +25,7 @@ from ..files import (
 )
 from ..methods.parts import SAMPLERS
 from ..tasks import check_task, get_task
-from ..tasks.base import Problem
+from ..tasks.base import Problem, Task
 from .config import Config, dump, flatten, read_config
 from .notebooks import QUIET, StageFailed, run_notebook
 from .presets import key_values, load_preset
@@ -106,11 +107,34 @@ def check_inputs(config: Config, jobs: int = 1) -> list[str]:
         lines = [", ".join(f"{len(p)} {split} problems" for split, p in problems.items())]
         lines = [f"{config.task.name}: {lines[0]}", *task.notes, *check_gold(config, problems)]
         if config.model.path == "seed":
+            check_words(task, problems["train"])
             return lines
         # torch takes seconds to import, and the embedded model fits anywhere.
         return lines + load_object("irpo_utils.run.estimate:check_model")(config, task, problems, jobs)
     except ValueError as error:
         raise ConfigError(str(error)) from None
+
+
+def check_words(task: Task, problems: list[Problem]) -> None:
+    """Raise a ValueError for problems in words that the embedded model, whose vocabulary is small, has never seen."""
+    from tokenizers import Tokenizer  # with what it draws in, longer to import than all of the above
+
+    tokenizer = Tokenizer.from_file(str(PACKAGE / "assets" / "seed_model" / "tokenizer.json"))
+    unknown, ids = tokenizer.token_to_id("<unk>"), []
+    words: dict[str, None] = {}
+    for problem in problems[:200]:
+        prompt = task.prompt(problem)
+        encoded = tokenizer.encode(prompt)
+        ids += encoded.ids
+        words |= {
+            prompt[slice(*at)].strip(): None for i, at in zip(encoded.ids, encoded.offsets, strict=True) if i == unknown
+        }
+    share = ids.count(unknown) / len(ids)
+    if share > 0.2:
+        raise ValueError(
+            f"model.path: the embedded model does not know {share:.0%} of the words of these prompts "
+            f"({', '.join(list(words)[:5])}, ...); it reads word_problems alone. Name a model, as in model.path=/models/my-llm"
+        )
 
 
 def check_simulator(config: Config) -> None:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from ..files import ConfigError, load_object, source_of
 from ..settings import TaskConfig
-from .base import SPLITS, Problem, Task
+from .base import SPLITS, BadRecord, Problem, Task
 
 # Task name -> "module:Class". `task.name=path/to/file.py:Class` names a class of your own.
 TASKS = {
@@ -54,6 +54,8 @@ def _one_error(name: str) -> Iterator[None]:
     try:
         yield
     except (Exception, SystemExit) as error:
+        if isinstance(error, BadRecord):
+            raise ConfigError(str(error)) from None
         raise ConfigError(f"task.name: {name} fails: {type(error).__name__}: {error}") from error
 
 

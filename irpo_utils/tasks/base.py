@@ -12,6 +12,10 @@ from ..settings import TaskConfig
 SPLITS = ("train", "dev", "test")
 
 
+class BadRecord(ValueError):
+    """A source or a record of problems cannot be used; the message names it and says what to change."""
+
+
 class CannotGrade(ValueError):
     """This machine lacks what a task needs to grade; the message says what, and how to get it."""
 

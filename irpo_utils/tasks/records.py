@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import gzip
 import hashlib
 import json
@@ -14,7 +15,7 @@ from typing import Any, ClassVar
 
 from ..files import ROOT, resolve
 from ..settings import TaskConfig
-from .base import Problem, Task
+from .base import BadRecord, Problem, Task
 
 FORMS = (".jsonl", ".json", ".jsonl.gz", ".parquet")
 
@@ -30,9 +31,9 @@ def read_file(path: Path, where: str) -> list[tuple[str, dict[str, Any]]]:
     The place names file and line. Raises ValueError.
     """
     if path.is_dir():
-        raise ValueError(f"{where}: {path} is a folder; name a file in it")
+        raise BadRecord(f"{where}: {path} is a folder; name a file in it")
     if not path.exists():
-        raise ValueError(f"{where}: {path} is missing")
+        raise BadRecord(f"{where}: {path} is missing")
     if path.suffix == ".parquet":
         import pyarrow
         import pyarrow.parquet
@@ -40,22 +41,22 @@ def read_file(path: Path, where: str) -> list[tuple[str, dict[str, Any]]]:
         try:
             rows = pyarrow.parquet.read_table(path).to_pylist()
         except (pyarrow.ArrowException, OSError) as error:
-            raise ValueError(f"{where}: {path} is no Parquet file: {error}") from None
+            raise BadRecord(f"{where}: {path} is no Parquet file: {error}") from None
         return [(f"{path}, record {i}", row) for i, row in enumerate(rows, 1)]
     try:
         packed = path.read_bytes()
         text = (gzip.decompress(packed) if path.suffix == ".gz" else packed).decode("utf-8-sig")
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(f"{where}: {path} is no whole gzip file: {error}") from None
+        raise BadRecord(f"{where}: {path} is no whole gzip file: {error}") from None
     except UnicodeDecodeError:
-        raise ValueError(f"{where}: {path} is no UTF-8 text; unpack it if it is compressed, or convert it") from None
+        raise BadRecord(f"{where}: {path} is no UTF-8 text; unpack it if it is compressed, or convert it") from None
     found = []
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
                 record = json.loads(line)
             except (ValueError, RecursionError):
-                raise ValueError(
+                raise BadRecord(
                     f"{path}, line {number}: not JSON; expected one object a line, without a list around them"
                 ) from None
             found.append((f"{path}, line {number}", record))
@@ -72,7 +73,7 @@ def read_hub(source: str, where: str) -> list[tuple[str, dict[str, Any]]]:
         rows = datasets.load_dataset(name, configuration or None, split=split or "train")
     except Exception as error:  # the hub's library raises anything from ConnectionError to KeyError
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise ValueError(
+        raise BadRecord(
             f"{where}: the data set {source!r} could not be loaded from the hub ({reason}); "
             f"give a local file instead, as in {where}=path/to/file.jsonl"
         ) from None
@@ -97,7 +98,7 @@ class RecordTask(Task):
 
     sources: ClassVar[dict[str, list[str]]] = {}
     fields: tuple[str, ...] = ()  # what a record must have
-    optional: tuple[str, ...] | None = None  # with it, a record may have these fields and no others
+    optional: tuple[str, ...] = ()  # what it may have; other fields are let be, unless they look like one of these
     graded_on: ClassVar[str] = '"gold": "answer"'  # what `grade` wants beside a response
     named: dict[str, Problem] | None = None  # problems by task_id, for a task that `grade` gives one
 
@@ -133,13 +134,13 @@ class RecordTask(Task):
         where = f"task.{split}"
         sources = getattr(self.config, split) or self.sources.get(split, [])
         if not sources:
-            raise ValueError(f"{where}: this task needs a file, as in {where}=path/to/file.jsonl")
+            raise BadRecord(f"{where}: this task needs a file, as in {where}=path/to/file.jsonl")
         found: list[tuple[str, Any]] = []
         for source in sources:
             found += read_file(resolve(source), where) if is_file(source) else read_hub(source, where)
         rows = [(place, row) for place, row in found if not isinstance(row, dict) or self.belongs(split, row)]
         if not rows:
-            raise ValueError(f"{where}: {', '.join(sources)} has no problem in it")
+            raise BadRecord(f"{where}: {', '.join(sources)} has no problem in it")
         return rows
 
     def _read(self, split: str) -> list[Problem]:
@@ -158,7 +159,7 @@ class RecordTask(Task):
             try:
                 f"{p.question}{p.answer}{p.solution}".encode()
             except UnicodeEncodeError:
-                raise ValueError(
+                raise BadRecord(
                     f"{where}: the record {p.id} has characters that are no text (half of a surrogate pair)"
                 ) from None
         return sorted(problems.values(), key=lambda p: hashlib.sha256(f"{seed}/{p.question}".encode()).digest())
@@ -166,20 +167,22 @@ class RecordTask(Task):
     def _checked(self, place: str, name: str, record: Any) -> Problem:
         wanted = ", ".join(f'"{field}"' for field in self.fields)
         if not isinstance(record, dict) or not set(self.fields) <= set(record):
-            raise ValueError(f"{place}: expected an object with {wanted}")
-        if self.optional is not None and (extra := set(record) - {*self.fields, *self.optional}):
-            raise ValueError(
-                f"{place}: no field is called {min(extra)!r}; there is {wanted} and {', '.join(self.optional)}"
-            )
+            raise BadRecord(f"{place}: expected an object with {wanted}")
+        for field in [f for f in self.optional if f not in record]:
+            if near := difflib.get_close_matches(field, set(record) - {*self.fields, *self.optional}, 1, 0.8):
+                raise BadRecord(f"{place}: no field is called {near[0]!r}; did you mean {field!r}?")
+        answer = record.get("answer")
+        if isinstance(answer, int | float) and not isinstance(answer, bool):
+            record = record | {"answer": str(answer)}
         for field in ("question", "answer", "problem", "solution", "answerKey"):
             value = record.get(field)
             empty_ok = field == "solution" and field not in self.fields and value in (None, "")
             if field in record and not empty_ok and not (isinstance(value, str) and value.strip()):
-                raise ValueError(f"{place}: {field} must be text that is not empty")
+                raise BadRecord(f"{place}: {field} must be text that is not empty")
         try:
             return self.problem(name, record)
         except ValueError as error:
-            raise ValueError(f"{place}: {error}") from None
+            raise BadRecord(f"{place}: {error}") from None
 
     @cached_property
     def splits(self) -> dict[str, list[Problem]]:
@@ -195,19 +198,19 @@ class RecordTask(Task):
         kept = [p for p in kept if alike(p.question) not in shown]
         for split, left in (("train", kept), *((("dev", dev),) if self.config.dev else ())):
             if not left:
-                raise ValueError(f"task.{split}: no problem is left, since all its questions are in another split too")
+                raise BadRecord(f"task.{split}: no problem is left, since all its questions are in another split too")
         if not self.config.dev:
             dev, kept = self._hold_out(kept)
         found = {"train": kept, "dev": dev, "test": test}
         for split, problems in found.items():
             size = getattr(self.config, f"{split}_size")
             if size > len(problems):
-                raise ValueError(
+                raise BadRecord(
                     f"task.{split}_size: {size} is more than the {len(problems)} problems there are; 0 takes all"
                 )
             found[split] = problems[: size or None]
             if not found[split]:
-                raise ValueError(f"task.{split}: no problem is left; it shares all questions with another split")
+                raise BadRecord(f"task.{split}: no problem is left; it shares all questions with another split")
         return found
 
     def _hold_out(self, problems: list[Problem]) -> tuple[list[Problem], list[Problem]]:
@@ -219,7 +222,7 @@ class RecordTask(Task):
                 if len(problems) > 1
                 else ", and one more to train on; give more problems"
             )
-            raise ValueError(f"task.dev_size: {count} of the {len(problems)} training problems cannot be held out{few}")
+            raise BadRecord(f"task.dev_size: {count} of the {len(problems)} training problems cannot be held out{few}")
         dev = problems[:count]
         held_out = {alike(p.question) for p in dev}
         return dev, [p for p in problems[count:] if alike(p.question) not in held_out]
