@@ -139,7 +139,7 @@ def test_own_answers_compare_as_numbers_or_text(tmp_path, answer, gold, same):
     [
         ({"train": ["{oops"]}, "train.jsonl, line 1: not JSON"),
         ({"train": ['{"question": "q", "answer": "a"}', '{"question": "q"}']}, "train.jsonl, line 2: expected"),
-        ({"dev": ['{"question": "q", "answer": 3}']}, "dev.jsonl, line 1: answer must be text"),
+        ({"dev": ['{"question": "q", "answer": true}']}, "dev.jsonl, line 1: answer must be text"),
         ({"dev": ["[1]"]}, "dev.jsonl, line 1: expected"),
         ({"dev": ['{"question": "train 1+1?", "answer": "2"}']}, "task.train: no problem is left"),
         ({"test": []}, "test.jsonl has no problem"),
