@@ -71,7 +71,9 @@ _FACTORS |= {"twice": Fraction(2), "double": Fraction(2), "triple": Fraction(3),
 _TAKEN_BACK = re.compile(r".*\b(?:actually|correction|recheck|sorry)\b", re.IGNORECASE)
 _DENIED = re.compile(r"not \$?[-+]?[0-9][0-9.,]*(?: [a-z]+)?", re.IGNORECASE)
 _ASIDE = re.compile(r"(?<![*/+^=(-])(?<![*/+^=(-]\s)\(([^()]*)\)(?!\s?[*/+^=(0-9-])")
-_USUAL = re.compile(r"\$?(-?[0-9]{1,3}(?:,[0-9]{3}){1,5}|-?[0-9]{1,20}(?:\.[0-9]{1,20})?)%?")
+_USUAL = re.compile(
+    r"\*{0,2}\$?(-?[0-9]{1,3}(?:,[0-9]{3}){1,5}|-?[0-9]{1,20}(?:\.[0-9]{1,20})?)%?((?: [a-zA-Z]{2,20}){0,4})\*{0,2}"
+)
 _GOES_ON = re.compile(r"[0-9]\s?(?:\.\.\.|\\[lc]?dots)")
 _PRODUCT = re.compile(r"[0-9]\([^()a-zA-Z=]*[0-9]")
 _LETTER = re.compile(r"[^\W\d_]")
@@ -271,7 +273,8 @@ def _letter_kind(letter: str, before: str, behind: str) -> str:
 
 def read(text: str) -> Reading | None:
     """What an answer says; None if it holds a number and is not understood."""
-    if usual := _USUAL.fullmatch(text):  # most answers
+    usual = _USUAL.fullmatch(text)  # most answers: "18", "$1,080", "**5 apples**"
+    if usual and (not usual[2] or _counts(usual[2])):
         plainly = usual[1].replace(",", "")
         return Reading((Fraction(plainly if "." in plainly else int(plainly)),), True)
     text = _tidy(text)
@@ -289,6 +292,11 @@ def read(text: str) -> Reading | None:
     for aside in asides:
         found = found and _with_aside(found, aside)
     return found
+
+
+def _counts(words: str) -> bool:
+    """Whether words behind a number are nothing but what it counts."""
+    return all(kind_of(word) in ("w", "p") for word in words.split()) and not _BOUNDS.search(words)
 
 
 def _with_aside(found: Reading, aside: str) -> Reading | None:
