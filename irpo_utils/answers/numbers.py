@@ -71,7 +71,9 @@ _FACTORS |= {"twice": Fraction(2), "double": Fraction(2), "triple": Fraction(3),
 _TAKEN_BACK = re.compile(r".*\b(?:actually|correction|recheck|sorry)\b", re.IGNORECASE)
 _DENIED = re.compile(r"not \$?[-+]?[0-9][0-9.,]*(?: [a-z]+)?", re.IGNORECASE)
 _ASIDE = re.compile(r"(?<![*/+^=(-])(?<![*/+^=(-]\s)\(([^()]*)\)(?!\s?[*/+^=(0-9-])")
-_USUAL = re.compile(r"\$?(-?[0-9]{1,3}(?:,[0-9]{3}){1,5}|-?[0-9]{1,20}(?:\.[0-9]{1,20})?)%?")
+_USUAL = re.compile(
+    r"\*{0,2}\$?(-?[0-9]{1,3}(?:,[0-9]{3}){1,5}|-?[0-9]{1,20}(?:\.[0-9]{1,20})?)%?((?: [a-zA-Z]{2,20}){0,4})\*{0,2}"
+)
 _GOES_ON = re.compile(r"[0-9]\s?(?:\.\.\.|\\[lc]?dots)")
 _PRODUCT = re.compile(r"[0-9]\([^()a-zA-Z=]*[0-9]")
 _LETTER = re.compile(r"[^\W\d_]")
@@ -90,6 +92,7 @@ _SIGNS = {
 _COMMANDS = {"times": "×", "cdot": "*", "div": "/", "approx": "=", "pm": "±", "not": "?", "neg": "?", "sim": ""}
 _COMMANDS |= dict.fromkeys(("ne", "neq", "le", "leq", "ge", "geq", "lt", "gt"), "≠")
 _UNIT_LETTERS = frozenset("mgslhtLNVWJKCFMGT")
+_ORDINALS = frozenset(["third", "fourth", "sixth", "seventh", "eighth", "ninth", "tenth"])
 _BEFORE_ORDINALS = frozenset(["the", "this", "that", "his", "her", "their", "its", "first", "second", "other", "last"])
 _WORD = r"[^\W\d_]+(?:['’][^\W\d_]+)*(?:\s?\^\s?\{?[23]\}?(?![0-9])|(?<=[A-Za-z])[0-9](?![0-9.,]))?"
 _TOKEN = re.compile(
@@ -162,7 +165,6 @@ def _tidy(text: str) -> str:
     text = text if text.isascii() else _ascii(text)
     text = re.sub(r"\s{1,}", " ", _NOISE.sub(_blank, text.replace("{,}", ",").replace(",\\!", ",")))
     text = _STARS.sub(" ", text.strip().rstrip("$"))
-
     if "\\" in text:
         text = _FRACTION.sub(lambda m: " {}/{} ".format(*(g for g in m.groups() if g)), text)
     text = re.sub(r"\s{2,}", " ", text).strip()
@@ -232,17 +234,9 @@ def _tokens(text: str) -> list[_Token]:
             if dollar:
                 out.append(_Token("$", "$"))
         elif group == "token_word":
-            kind = (
-                ("w" if found == "May" else kind_of(found))
-                if len(found) > 1
-                else _letter_kind(found, before, text[match.end() :])
+            kind = _word_kind(
+                found, out[-1] if out else None, text[match.start() - 1 : match.start()], text[match.end() :]
             )
-            if (kind == "c" and before and out[-1].text.lower() in _BEFORE_ORDINALS) and text[match.end() :][
-                :3
-            ] != " of":
-                kind = "w"  # "the third day"
-            if kind == "s":  # "5th"; "st" alone is a word
-                kind = "s" if before == "n" and text[match.start() - 1] != " " else "w"
         else:
             found = _COMMANDS.get(match["command"], "\\") if group == "command" else found
             kind = _SIGNS.get(found, "z")
@@ -252,6 +246,20 @@ def _tokens(text: str) -> list[_Token]:
         if kind and not dollar:
             out.append(_Token(kind, found, value))
     return out
+
+
+def _word_kind(word: str, last: _Token | None, joint: str, behind: str) -> str:
+    """The kind of a word between the token before it, the character that joins them, and the text behind it."""
+    before = last.kind if last else ""
+    if len(word) == 1:
+        return _letter_kind(word, before, behind)
+    kind = "w" if word == "May" else kind_of(word)
+    if kind == "s":
+        return "s" if before == "n" and joint != " " else "w"  # "5th"; "st" alone is a word
+    if kind == "c" and last and not behind.startswith(" of"):
+        graders = before == "n" and word.lower() in _ORDINALS and behind.startswith(" ")
+        return "w" if graders or last.text.lower() in _BEFORE_ORDINALS else kind  # "the third day", "5 third graders"
+    return kind
 
 
 def _letter_kind(letter: str, before: str, behind: str) -> str:
@@ -265,7 +273,8 @@ def _letter_kind(letter: str, before: str, behind: str) -> str:
 
 def read(text: str) -> Reading | None:
     """What an answer says; None if it holds a number and is not understood."""
-    if usual := _USUAL.fullmatch(text):  # nine answers in ten
+    usual = _USUAL.fullmatch(text)  # most answers: "18", "$1,080", "**5 apples**"
+    if usual and (not usual[2] or _counts(usual[2])):
         plainly = usual[1].replace(",", "")
         return Reading((Fraction(plainly if "." in plainly else int(plainly)),), True)
     text = _tidy(text)
@@ -283,6 +292,11 @@ def read(text: str) -> Reading | None:
     for aside in asides:
         found = found and _with_aside(found, aside)
     return found
+
+
+def _counts(words: str) -> bool:
+    """Whether words behind a number are nothing but what it counts."""
+    return all(kind_of(word) in ("w", "p") for word in words.split()) and not _BOUNDS.search(words)
 
 
 def _with_aside(found: Reading, aside: str) -> Reading | None:

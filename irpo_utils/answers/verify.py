@@ -4,7 +4,7 @@ math-verify's own limits are signals, which work in a main thread only and do no
 (`python -m irpo_utils.answers.verify`) loads math-verify once and forks a child, which reads a pair a line, writes 1 or
 0 and the CPU time it took, and dies when its timer fires; the worker forks the next one in milliseconds.
 
-Every check first gets `QUICK` seconds, which nine honest ones in ten do not need. Those that need more share a budget,
+Every check first gets `QUICK` seconds, which honest ones hardly ever exceed. Those that need more share a budget,
 the shortest first, with `seconds` at most for each. So an answer that takes less than `QUICK` is decided whatever stands
 beside it, and as long as the budget lasts, every verdict is what a limit of `seconds` alone would give. Where it does
 not last, the checks that are left are undecided, which is neither right nor wrong, and are counted. All of these limits
@@ -32,11 +32,13 @@ MEMORY = 2 << 30  # bytes of address space of a worker
 
 # Seconds of CPU time: a check's first try, and what a file or a batch of samples may take beyond that, for all of its
 # checks together. 20,000 checks that never end take QUICK each and the budget once.
-QUICK = 0.05
+QUICK = 0.2
 BUDGET = 120.0
-# What is known to take long has no first try: powers of powers of powers, factorials of large numbers, deep nests.
+# What is known to take long has no first try: powers of powers of powers, powers and factorials of large numbers, sums
+# and products, deep nests.
 _COSTLY = re.compile(
-    r"\^[^=,]{0,40}?\^[^=,]{0,40}?\^|[0-9]{4,}\)?\}?!|[!)}]!|\^\s?\{?\s?[0-9]{5,}|(?:[({][^(){}]{0,9}){25}"
+    r"\^[^=,]{0,40}?\^[^=,]{0,40}?\^|[0-9]{4,}\)?\}?!|[!)}]!|\^\s?\{?\s?[0-9]{4,}|\)\s?\^\s?\{?\s?[0-9]{2,}"
+    r"|\\(?:sum|prod|int)(?![a-z])|binom\{?[0-9]{4,}|(?:[({][^(){}]{0,9}){12}"
 )
 
 
