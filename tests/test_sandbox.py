@@ -1,6 +1,9 @@
 """Programs in the sandbox: hostile ones get the right verdict and leave nothing, and without walls none is run."""
 
+import ctypes.util
+import errno
 import os
+import platform
 import shutil
 import signal
 import socket
@@ -8,13 +11,16 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
 from hostile_programs import ATTACKS, CHEATS, DEATHS, TESTS, programs
 
-from irpo_utils.extras.code import sandbox
+from irpo_utils.extras.code import sandbox, syscalls, test_runner
 from irpo_utils.extras.code.sandbox import ACCEPTED, ISOLATED, Job, Refused, Sandbox
 
 ADD = ("add",)
@@ -24,6 +30,15 @@ ADD = ("add",)
 def walls(execution):
     if execution != ISOLATED:
         pytest.skip("bwrap is not installed or does not work here, so that nothing that could do harm is run")
+
+
+@pytest.fixture
+def filtered(walls):
+    """The filter of system calls, and pyseccomp, that made it."""
+    try:
+        return syscalls.seccomp_filter(), pytest.importorskip("pyseccomp")
+    except syscalls.Missing as why:
+        pytest.skip(f"there is no filter of system calls: {why}")
 
 
 @pytest.fixture
@@ -94,6 +109,83 @@ def test_the_walls_are_what_stops_an_attack(host):
     chosen = [p for p in programs(**host) if p.name in names]
     assert len(chosen) == 2
     assert Sandbox(ACCEPTED)([Job(p.program, TESTS, ADD) for p in chosen]) == [False, False]
+
+
+def join_session_keyring():
+    ctypes.CDLL(None).syscall(test_runner.KEYCTL[os.uname().machine], 1, None)
+
+
+ERRNOS = """
+import ctypes
+libc = ctypes.CDLL(None, use_errno=True)
+def errno(number, *args):
+    return ctypes.get_errno() if libc.syscall(ctypes.c_long(number), *map(ctypes.c_long, args)) < 0 else 0
+"""
+
+
+def test_every_call_on_the_list_is_denied(filtered):
+    _, seccomp = filtered
+    numbers = {}
+    for number in range(syscalls.NUMBERS):
+        with suppress(ValueError):
+            numbers[seccomp.resolve_syscall(seccomp.Arch.NATIVE, number).decode()] = number
+    denied = [number for name, number in numbers.items() if name in syscalls.DENIED]
+    assert len(denied) >= 70
+    tests = [
+        *(f"assert errno({number}, *[-1] * 6) == {errno.EPERM}" for number in denied),
+        *(f"assert errno({n}, *[-1] * 6) == {errno.ENOSYS}" for n in (numbers["clone3"], 600, syscalls.NUMBERS + 1)),
+        *(f"assert errno({numbers['socket']}, {n}, 1, 0) == {errno.EAFNOSUPPORT}" for n in (2, 10, 16, 40, 1 << 32)),
+        *(f"assert errno({numbers['clone']}, {1 << n}, 0, 0, 0, 0) == {errno.ENOSYS}" for n in (17, *range(25, 31))),
+        f"assert errno({numbers['getpid']}) == 0",
+    ]
+    box = Sandbox(workers=1)
+    assert box([Job(ERRNOS, "\n".join(tests), ("errno",))]) == [True] and box.filter
+    wrong = [Job(ERRNOS, test, ("errno",)) for test in (tests[-1].replace("== 0", f"== {errno.EPERM}"), "assert 0")]
+    assert box(wrong) == [False, False]
+
+
+def without_pyseccomp(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyseccomp", None)
+    return "pyseccomp is not installed: pip install pyseccomp"
+
+
+def without_libseccomp(monkeypatch):
+    monkeypatch.delitem(sys.modules, "pyseccomp", raising=False)
+    found = ctypes.util.find_library
+    monkeypatch.setattr(ctypes.util, "find_library", lambda name: None if name == "seccomp" else found(name))
+    return "libseccomp cannot be used: .*libseccomp; apt install libseccomp2"
+
+
+def on_another_processor(monkeypatch):
+    monkeypatch.setattr(platform, "machine", lambda: "riscv64")
+    return "it is made for x86_64 and aarch64, and this is riscv64"
+
+
+def with_a_filter_that_the_kernel_refuses(monkeypatch):
+    monkeypatch.setattr(syscalls, "seccomp_filter", lambda: bytes(8))
+    return "bwrap does not work with it: .*SECCOMP"
+
+
+@pytest.mark.parametrize(
+    "how", [without_pyseccomp, without_libseccomp, on_another_processor, with_a_filter_that_the_kernel_refuses]
+)
+def test_without_a_filter_a_warning_says_so_once_and_keys_are_not_shared(how, walls, host, monkeypatch):
+    if how is without_libseccomp:
+        pytest.importorskip("pyseccomp")
+    why = how(monkeypatch)
+    sandbox.warn_once.cache_clear()
+    chosen = [p for p in programs(**host) if p.name.startswith("shares a kernel key") or p.name == "threads"]
+    assert len(chosen) == 5
+    with pytest.warns(UserWarning, match=f"without a filter of system calls .{why}.*All of the kernel is open"):
+        box = Sandbox()
+        _ = box.command
+    assert not box.filter
+    with ThreadPoolExecutor(1, initializer=join_session_keyring) as thread:  # as a login does; keyrings are a thread's
+        passed = list(thread.map(box.run, [Job(p.program, TESTS, ADD) for p in chosen]))
+    assert passed == [p.right for p in chosen]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _ = Sandbox().command
 
 
 def test_a_fork_bomb_is_contained_and_the_next_program_runs(walls):

@@ -13,6 +13,7 @@ Standard library only, and quick to import: it starts anew for every program.
 from __future__ import annotations
 
 import builtins
+import errno
 import json
 import os
 import resource
@@ -22,6 +23,7 @@ import time
 from types import ModuleType
 
 LONGEST = 4 << 20  # bytes of a message
+KEYCTL = {"x86_64": 250, "aarch64": 219, "riscv64": 219, "loongarch64": 219, "ppc64le": 271, "s390x": 280}
 TYPES = {t.__name__: t for t in (bool, int, float, complex, str, bytes, list, tuple, dict, set, frozenset)}
 
 
@@ -230,6 +232,8 @@ def restrict(limits):
         os.setgroups([])
         os.setgid(limits["user"])
         os.setuid(limits["user"])
+    if limits["keyring"]:
+        join_keyring()
     closed = control(4, 0) == 0 and control(1, 9) == 0  # after setuid, which would undo both
     if limits["isolated"] and not closed:
         raise OSError("the test runner's memory cannot be closed to the program")
@@ -246,6 +250,22 @@ def control(option, value):
         return ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
     except (ImportError, OSError, AttributeError):
         return None
+
+
+def join_keyring():
+    """Join a session keyring of its own, so that a program does not read keys that another one added.
+
+    The C library has no function for it. Raises OSError.
+    """
+    import ctypes
+
+    number = KEYCTL.get(os.uname().machine)
+    if number is None:
+        raise OSError(f"how to join a keyring on {os.uname().machine} is not known")
+    libc = ctypes.CDLL(None, use_errno=True)
+    # A kernel without keyrings, or one whose keyrings are closed to this process, shares none.
+    if libc.syscall(number, 1, None) < 0 and ctypes.get_errno() not in (errno.ENOSYS, errno.EPERM):
+        raise OSError(ctypes.get_errno(), "no session keyring of its own")
 
 
 def main():
