@@ -148,7 +148,53 @@ HARMLESS_DEATHS = [
 _OBJECT = (
     "def __eq__(self, other): return True\n    def __ne__(self, other): return False\n    def __hash__(self): return 0"
 )
+# Says to the test runner what it likes, in the place of an answer.
+_FORGES = """\
+def add(a, b):
+    import sys
+    frame = sys._getframe()
+    while 'outbox' not in frame.f_locals: frame = frame.f_back
+    frame.f_globals['write'](frame.f_locals['outbox'], REPLY)
+    return 0
+"""
+REPLIES = {
+    "a function of the library": ["ok", {"far": ["operator", "add"]}, []],
+    "a function that ends the test runner": ["ok", {"far": ["os", "_exit"]}, []],
+    "a type that is none": ["ok", {"type": "exec"}, []],
+    "a class that is no value": ["ok", {"os.system": ["true"]}, []],
+    "a box that is not there": ["ok", {"again": 99}, []],
+    "a change of a box that is not there": ["ok", 0, [[0, []], [-1, []], [99, []]]],
+    "a change of everything": ["ok", 0, [["0", {}], "x", None]],
+    "a number too large": ["ok", {"decimal.Decimal": ["1e999999999999999999"]}, []],
+    "a fraction of nothing": ["ok", {"fractions.Fraction": [0, 0]}, []],
+    "a date that is none": ["ok", {"datetime.datetime": [0, 99, -1]}, []],
+    "a tuple without a class": ["ok", {"Named": [1, 2]}, []],
+    "a default that is the test runner's": ["ok", {"defaultdict": [], "with": {"type": "exec"}}, []],
+    "no answer": ["passed", None, []],
+    "an error that is none": ["error", None, []],
+    "an error without a class": ["error", {"tuple": [[], 5]}, []],
+    "an error that ends all": ["error", {"tuple": [["SystemExit"], [0]]}, []],
+    "an answer for every test": ["ok", {"Named": [5], "with": 0}, []],
+    "no list": {},
+}
 CHEATS = {
+    **{f"forges {name}": _FORGES.replace("REPLY", repr(reply)) for name, reply in REPLIES.items()},
+    **{
+        f"{kind} that equals everything": f"{head}\nclass E({base}):\n    {_OBJECT}\ndef add(a, b): return E({args})"
+        for kind, head, base, args in (
+            ("a named tuple", "from collections import namedtuple", "namedtuple('N', 'x')", "5"),
+            ("a Decimal", "from decimal import Decimal", "Decimal", "4"),
+            ("a Fraction", "from fractions import Fraction", "Fraction", "4"),
+            ("a date", "from datetime import date", "date", "1, 1, 1"),
+            ("a deque", "from collections import deque", "deque", ""),
+            ("an OrderedDict", "from collections import OrderedDict", "OrderedDict", ""),
+            ("an int of an enum", "from enum import IntEnum", "IntEnum", "'N', 'x'"),
+        )
+    },
+    "a dataclass that equals everything": f"from dataclasses import dataclass\n@dataclass(eq=False)\nclass E:\n    x: int\n    {_OBJECT}\ndef add(a, b): return E(5)",
+    "a Fraction with other parts": "from fractions import Fraction\nFraction.numerator = property(lambda x: [5])\ndef add(a, b): return Fraction(4)",
+    "clears its arguments": "def add(a, b):\n    if type(a) is list:\n        a.clear()\n        b.clear()\n    return a",
+    "a module that the tests use": "class math:\n    isclose = staticmethod(lambda *a: True)\ndef add(a, b): return math",
     **{
         f"a {kind} that equals everything": f"class E({kind}):\n    {_OBJECT}\ndef add(a, b): return E()"
         for kind in ("object", "int", "float", "str", "list", "tuple", "dict", "set", "bytes", "complex")
