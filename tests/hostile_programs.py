@@ -80,6 +80,28 @@ ATTACKS = {
     "mounts": "import ctypes\nif ctypes.CDLL(None).mount(b'none', b'/tmp', b'tmpfs', 0, b'') != -1: worked()",
     "lifts the limits": "import resource\nfor name in ('RLIMIT_AS', 'RLIMIT_CPU', 'RLIMIT_NPROC', 'RLIMIT_FSIZE'):\n    try: resource.setrlimit(getattr(resource, name), (-1, -1))\n    except (ValueError, OSError): continue\n    worked()",
     "asks for 100 GB": "try: x = bytearray(100 << 30)\nexcept MemoryError: pass\nelse: worked()",
+    # what has no walls but a filter of system calls; as root some of it worked without one
+    "shares a kernel key": "for ring in (-3, -4, -5):\n    if call('keyctl', 10, ring, b'user', b'irpo-test', 0) >= 0: worked()\nfor ring in (-3, -4, -5): call('add_key', b'user', b'irpo-test', b'kept', 4, ring)",
+    "makes a socket to the host of a virtual machine": "import socket\ntry: socket.socket(40, socket.SOCK_STREAM)\nexcept OSError: pass\nelse: worked()",
+    "makes sockets of every family": "import socket\nfor family in range(2, 50):\n    for kind in (1, 2, 3, 5):\n        try: socket.socket(family, kind)\n        except OSError: continue\n        worked()",
+    "makes a socket with a high bit": "if call('socket', (1 << 32) + 40, 1, 0) >= 0 or call('socket', (1 << 32) + 2, 1, 0) >= 0: worked()",
+    "makes an io_uring": "import ctypes\nif call('io_uring_setup', 1, ctypes.create_string_buffer(120)) >= 0: worked()",
+    "traces a child": "import os\npid = os.fork()\nif not pid: os._exit(call('ptrace', 0, 0, 0, 0) == 0)\nif os.waitpid(pid, 0)[1]: worked()",
+    "reads memory by process": "import ctypes, os\nb = ctypes.create_string_buffer(8)\nv = (ctypes.c_ulong * 2)(ctypes.addressof(b), 8)\nif call('process_vm_readv', os.getpid(), v, 1, v, 1, 0) >= 0: worked()",
+    "makes a user namespace": "if call('unshare', 0x10000000) >= 0: worked()",
+    "makes every other namespace": "for flag in (0x20000, 0x80, 0x2000000, 0x4000000, 0x8000000, 0x20000000, 0x40000000):\n    if call('unshare', 0x10000000 | flag) >= 0: worked()",
+    "clones into a user namespace": "import os\npid = call('clone', 0x10000000 | 17, 0, 0, 0, 0)\nif pid == 0: os._exit(0)\nif pid > 0: worked()",
+    "clones into a user namespace by clone3": "import ctypes, os\npid = call('clone3', (ctypes.c_uint64 * 8)(0x10000000, 0, 0, 0, 17), 64)\nif pid == 0: os._exit(0)\nif pid > 0: worked()",
+    "joins its own namespace": "import ctypes, os\npid = os.getpid()\nfd = call('pidfd_open', pid, 0)\nif call('setns', fd, 0x10000000) >= 0: worked()",
+    "opens a performance counter": "import ctypes\nif call('perf_event_open', (ctypes.c_uint64 * 16)(1 | 128 << 32, 0, 0, 0, 0, 0b1100001), 0, -1, -1, 0) >= 0: worked()",
+    "loads a BPF map": "import ctypes\nif call('bpf', 0, (ctypes.c_uint32 * 16)(2, 4, 4, 1), 64) >= 0: worked()",
+    "handles page faults": "if call('userfaultfd', 1) >= 0: worked()",
+    "makes a shared segment": "if call('shmget', 0, 1 << 30, 0o1600) >= 0: worked()",
+    "makes a message queue": "if call('msgget', 0, 0o1600) >= 0: worked()",
+    "changes how the kernel runs it": "if call('personality', 0x40000) >= 0: worked()",
+    "opens a file system": "if call('fsopen', b'tmpfs', 0) >= 0: worked()",
+    "makes a file handle": "import ctypes\nif call('name_to_handle_at', -100, b'/tmp', (ctypes.c_uint32 * 40)(128), ctypes.byref(ctypes.c_int()), 0) >= 0: worked()",
+    "compares processes": "import os\nif call('kcmp', os.getpid(), os.getpid(), 1, 0, 0) >= 0: worked()",
     "ignores all signals": "import signal\nfor s in range(1, 65):\n    try: signal.signal(s, signal.SIG_IGN)\n    except (OSError, ValueError): pass",
 }  # fmt: skip
 # Those that can do no harm without walls, and meet no limit that is missing there.
@@ -126,7 +148,53 @@ HARMLESS_DEATHS = [
 _OBJECT = (
     "def __eq__(self, other): return True\n    def __ne__(self, other): return False\n    def __hash__(self): return 0"
 )
+# Says to the test runner what it likes, in the place of an answer.
+_FORGES = """\
+def add(a, b):
+    import sys
+    frame = sys._getframe()
+    while 'outbox' not in frame.f_locals: frame = frame.f_back
+    frame.f_globals['write'](frame.f_locals['outbox'], REPLY)
+    return 0
+"""
+REPLIES = {
+    "a function of the library": ["ok", {"far": ["operator", "add"]}, []],
+    "a function that ends the test runner": ["ok", {"far": ["os", "_exit"]}, []],
+    "a type that is none": ["ok", {"type": "exec"}, []],
+    "a class that is no value": ["ok", {"os.system": ["true"]}, []],
+    "a box that is not there": ["ok", {"again": 99}, []],
+    "a change of a box that is not there": ["ok", 0, [[0, []], [-1, []], [99, []]]],
+    "a change of everything": ["ok", 0, [["0", {}], "x", None]],
+    "a number too large": ["ok", {"decimal.Decimal": ["1e999999999999999999"]}, []],
+    "a fraction of nothing": ["ok", {"fractions.Fraction": [0, 0]}, []],
+    "a date that is none": ["ok", {"datetime.datetime": [0, 99, -1]}, []],
+    "a tuple without a class": ["ok", {"Named": [1, 2]}, []],
+    "a default that is the test runner's": ["ok", {"defaultdict": [], "with": {"type": "exec"}}, []],
+    "no answer": ["passed", None, []],
+    "an error that is none": ["error", None, []],
+    "an error without a class": ["error", {"tuple": [[], 5]}, []],
+    "an error that ends all": ["error", {"tuple": [["SystemExit"], [0]]}, []],
+    "an answer for every test": ["ok", {"Named": [5], "with": 0}, []],
+    "no list": {},
+}
 CHEATS = {
+    **{f"forges {name}": _FORGES.replace("REPLY", repr(reply)) for name, reply in REPLIES.items()},
+    **{
+        f"{kind} that equals everything": f"{head}\nclass E({base}):\n    {_OBJECT}\ndef add(a, b): return E({args})"
+        for kind, head, base, args in (
+            ("a named tuple", "from collections import namedtuple", "namedtuple('N', 'x')", "5"),
+            ("a Decimal", "from decimal import Decimal", "Decimal", "4"),
+            ("a Fraction", "from fractions import Fraction", "Fraction", "4"),
+            ("a date", "from datetime import date", "date", "1, 1, 1"),
+            ("a deque", "from collections import deque", "deque", ""),
+            ("an OrderedDict", "from collections import OrderedDict", "OrderedDict", ""),
+            ("an int of an enum", "from enum import IntEnum", "IntEnum", "'N', 'x'"),
+        )
+    },
+    "a dataclass that equals everything": f"from dataclasses import dataclass\n@dataclass(eq=False)\nclass E:\n    x: int\n    {_OBJECT}\ndef add(a, b): return E(5)",
+    "a Fraction with other parts": "from fractions import Fraction\nFraction.numerator = property(lambda x: [5])\ndef add(a, b): return Fraction(4)",
+    "clears its arguments": "def add(a, b):\n    if type(a) is list:\n        a.clear()\n        b.clear()\n    return a",
+    "a module that the tests use": "class math:\n    isclose = staticmethod(lambda *a: True)\ndef add(a, b): return math",
     **{
         f"a {kind} that equals everything": f"class E({kind}):\n    {_OBJECT}\ndef add(a, b): return E()"
         for kind in ("object", "int", "float", "str", "list", "tuple", "dict", "set", "bytes", "complex")
@@ -176,14 +244,33 @@ HONEST = {
     "recursion": "def add(a, b, deep=300): return a + b if not deep else add(a, b, deep - 1)",
     "runs as a script only": "def add(a, b): return a + b\nif __name__ == '__main__':\n    while True: pass",
     "uses the temporary folder": "import tempfile\ndef add(a, b):\n    with tempfile.TemporaryFile('w+') as f:\n        f.write('x')\n    return a + b",
+    "threads": "from concurrent.futures import ThreadPoolExecutor\ndef add(a, b):\n    with ThreadPoolExecutor(2) as pool: return list(pool.map(lambda x: x, [a + b, 0]))[0]",
+    "a child process": "import os, pickle\ndef add(a, b):\n    reader, writer = os.pipe()\n    pid = os.fork()\n    if pid == 0:\n        os.write(writer, pickle.dumps(a + b))\n        os._exit(0)\n    os.waitpid(pid, 0)\n    return pickle.loads(os.read(reader, 1000))",
+    "multiprocessing": "import multiprocessing as m\ndef work(pipe, a, b): pipe.send(a + b)\ndef add(a, b):\n    here, there = m.get_context('fork').Pipe()\n    child = m.get_context('fork').Process(target=work, args=(there, a, b))\n    child.start()\n    found = here.recv()\n    child.join()\n    return found",
+    "subprocess": "import json, subprocess, sys\ndef add(a, b):\n    run = [sys.executable, '-c', f'import json; print(json.dumps({a!r} + {b!r}))']\n    return json.loads(subprocess.run(run, capture_output=True, check=True).stdout)",
+    "asyncio": "import asyncio\nasync def later(a, b):\n    await asyncio.sleep(0.01)\n    return a + b\ndef add(a, b): return asyncio.run(later(a, b))",
+    "a local socket": "import pickle, socket\ndef add(a, b):\n    here, there = socket.socketpair()\n    here.send(pickle.dumps(a + b))\n    return pickle.loads(there.recv(1000))",
     "a dataclass": "from dataclasses import dataclass\n@dataclass\nclass P:\n    a: object\n    b: object\n    def sum(self): return self.a + self.b\ndef add(a, b): return P(a, b).sum()",
 }  # fmt: skip
 
 
-HEAD = """\
+# System calls' numbers on x86_64 and on aarch64.
+CALLS = {
+    "add_key": (248, 217), "keyctl": (250, 219), "socket": (41, 198), "io_uring_setup": (425, 425),
+    "ptrace": (101, 117), "clone": (56, 220), "process_vm_readv": (310, 270), "unshare": (272, 97), "clone3": (435, 435),
+    "pidfd_open": (434, 434), "setns": (308, 268), "perf_event_open": (298, 241), "bpf": (321, 280), "userfaultfd": (323, 282),
+    "shmget": (29, 194), "msgget": (68, 186), "personality": (135, 92), "fsopen": (430, 430), "kcmp": (312, 272),
+    "name_to_handle_at": (303, 264),
+}  # fmt: skip
+HEAD = f"""\
 def worked():
     import os
     os._exit(1)
+def call(name, *args):
+    import ctypes, os
+    number = {CALLS!r}[name][os.uname().machine == 'aarch64']
+    args = [ctypes.c_long(x) if isinstance(x, int) else x for x in args]
+    return ctypes.CDLL(None).syscall(ctypes.c_long(number), *args)
 def delete(folder):
     import shutil
     left = [50]

@@ -165,6 +165,11 @@ def test_hostile_text_takes_no_time(name):
         ("import math\nassert math.isclose(f(2), 3)", ("f",)),
         ("root = Node(1)\nassert height(root) == 1", ("Node", "height")),
         ("assert all(f(x) for x in [1])", ("f",)),
+        ("assert math.isclose(f(2), 3)", ("f",)),  # a module's, imported or not
+        ("assert f(2) == collections.OrderedDict() and os.path.join(f(1), 'a') == math.pi", ("f",)),
+        ("assert copy([1]) == [1] and copy.copy(1) == 1", ("copy",)),  # no module is called
+        ("string = 'a'\nassert f(string.upper())", ("f",)),
+        ("def same(a, b):\n    return a == b\nassert same(f(1), 2) and sorted(f(2), key=lambda x: -x)", ("f",)),
     ],
 )
 def test_only_the_program_s_own_names_are_taken_from_it(tests, names):
@@ -177,7 +182,37 @@ def test_a_program_does_not_lend_the_tests_its_builtins(execution):
     assert not task_of("mbpp", execution).equal(cheat, problem_of("mbpp", record))
 
 
-ODD = {"367", "533", "601", "927", "847", *(f"HumanEval/{i}" for i in (32, 33, 38, 50, 115))}
+@pytest.mark.parametrize("name", ["mbpp", "humaneval"])
+@pytest.mark.parametrize(
+    ("tests", "program", "right"),
+    [
+        ("math.isclose({f}(2, 2), 4.0)", "def add(a, b): return a + b", True),
+        ("math.isclose({f}(2, 2), 4.0)", "import math\ndef add(a, b): return a + b", True),
+        ("math.isclose({f}(2, 2), 4.0)", "class math:\n    isclose = lambda *a: True\ndef add(a, b): return 5", False),
+        ("{f}(2, 2) == operator.add(2, 2)", "class operator:\n    add = lambda *a: 5\ndef add(a, b): return 5", False),
+        ("{f}('a', 'b') == urllib.parse.unquote('a%62')", "urllib = 5\ndef add(a, b): return a + b", True),
+        ("{f}(sys.version_info.major, 0) == 3", "def add(a, b): return a + b", True),
+        ("{f}(sys.version_info.major, 0) == 3", "sys = 5\ndef add(a, b): return 4", False),
+    ],
+)
+def test_a_module_that_the_tests_do_not_import_is_the_library_s_own(name, tests, program, right, execution):
+    if name == "mbpp":
+        record = MBPP | {"test_list": ["assert " + tests.format(f="add")]}
+    else:
+        record = HUMANEVAL | {"test": "def check(candidate):\n    assert " + tests.format(f="candidate")}
+    assert task_of(name, execution).equal(program, problem_of(name, record)) is right
+
+
+def test_a_module_of_the_prompt_s_own_is_not_replaced(execution):
+    prompt = "class calendar:\n    days = 8\n\n" + HUMANEVAL["prompt"]
+    record = HUMANEVAL | {
+        "prompt": prompt,
+        "test": "def check(candidate):\n    assert candidate(4, 4) == calendar.days",
+    }
+    assert task_of("humaneval", execution).equal(prompt + "    return a + b", problem_of("humaneval", record))
+
+
+ODD = {"367", "533", "596", "601", "927", "847", *(f"HumanEval/{i}" for i in (32, 33, 38, 50, 115))}
 
 
 def check_golds(name, problems, execution, forms):

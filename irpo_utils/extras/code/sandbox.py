@@ -1,18 +1,25 @@
 """Run a program on its tests in an isolated child process, and believe only the tests.
 
 `bwrap` (bubblewrap) isolates: namespaces of its own for processes, network, IPC and host name, no capabilities, and a
-file system that holds Python and the system's libraries, read-only, and an empty /tmp in memory. Inside, there are
-limits on CPU time, memory, processes, open files and file size; outside, one on the wall clock. What a program prints
-goes to /dev/null. When the test runner ends or is killed, the kernel kills whatever is left in its process namespace.
+file system that holds Python and the system's libraries, read-only, and an empty /tmp in memory. A seccomp filter
+(`syscalls.py`) keeps it from what has no walls, such as kernel keyrings, and from large parts of the kernel: io_uring,
+BPF, ptrace, further namespaces, mounts, shared segments, and every socket but a local one. Inside, there are limits on
+CPU time, memory, processes, open files and file size; outside, one on the wall clock. What a program prints goes to
+/dev/null. When the test runner ends or is killed, the kernel kills whatever is left in its process namespace.
 Why the verdict cannot be forged is in `test_runner.py`.
 
 Not covered:
-* Flaws of the kernel. No system call is filtered, and as root a program may still make user namespaces.
-* Memory in sum. It is limited for each process, so that `PROCESSES` of them can hold that many times `MEMORY`. Shared
-  segments or a user namespace's own file systems can hold more, until the wall clock ends it. A cgroup around the whole
-  run would limit it.
+* Flaws of the kernel in the calls that the filter allows: files, memory, processes, threads, pipes and local sockets.
+* Memory in sum. It is limited for each process, so that `PROCESSES` of them can hold that many times `MEMORY`. Files in
+  memory (`memfd_create`) that no process maps, and what waits in pipes and sockets, can hold more, until the wall clock
+  ends it. A cgroup around the whole run would limit it.
 * Timing. The CPU's caches and the clock are the host's, and a program near its limit may pass on an idle machine alone.
 * Meaning. A program that fits the tests without solving the task passes, as does one that calls on chance and is lucky.
+
+Without libseccomp or pyseccomp, or on other processors than x86_64 and aarch64, there is no filter, and a warning says
+so. Then the test runner joins a session keyring of its own, so that no key is shared. Flaws of the whole kernel are not
+covered, a program may make sockets of every family (those of AF_VSOCK reach the host of a virtual machine), as root it
+may make user namespaces, and shared segments or a user namespace's own file systems can hold memory beyond the limits.
 
 `execution="i-accept-the-risk"` goes without bwrap: the same test runner and limits in a plain child process, in a
 temporary folder, killed with its process group. Such a program can read and delete files, use the network and signal
@@ -30,15 +37,17 @@ import signal
 import subprocess
 import sys
 import tempfile
+import warnings
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext, suppress
-from functools import cached_property, partial
+from contextlib import contextmanager, nullcontext, suppress
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
 
 from ...settings import EXECUTIONS
 from ...tasks.base import CannotGrade
-from . import test_runner
+from . import syscalls, test_runner
 
 ISOLATED, ACCEPTED = EXECUTIONS
 MEMORY = 512 << 20  # bytes of address space of a process
@@ -76,6 +85,7 @@ class Sandbox:
     def __init__(self, execution: str = ISOLATED, cpu: int = 3, wall: float = 15.0, workers: int | None = None):
         self.execution, self.cpu, self.wall = execution, cpu, wall
         self.workers = workers or min(8, os.cpu_count() or 1)
+        self.filter = b""  # of system calls, as bwrap reads it; `command` makes it
 
     def __call__(self, jobs: list[Job]) -> list[bool]:
         """For every job, whether its program passes its tests."""
@@ -100,13 +110,30 @@ class Sandbox:
         if bwrap is None:
             raise Refused(f"bwrap is not installed. {hint}")
         command = [bwrap, *isolation(python), "--", *runner]
+        unfiltered = ""
         try:
-            passed, why = self._attempt(command, PROBE), "a program that is right fails in it"
-        except RuntimeError as error:
-            passed, why = False, str(error)
-        if not passed:
-            raise Refused(f"bwrap does not work on this machine ({why}). {hint}")
+            self.filter = syscalls.seccomp_filter()
+        except syscalls.Missing as error:
+            unfiltered = str(error)
+        wrong = self._wrong(command)
+        if wrong and self.filter:
+            self.filter, unfiltered = b"", f"bwrap does not work with it: {wrong}"
+            wrong = self._wrong(command)
+        if wrong:
+            raise Refused(f"bwrap does not work on this machine ({wrong}). {hint}")
+        if unfiltered:
+            warn_once(
+                f"programs run without a filter of system calls ({unfiltered}). All of the kernel is open to them, and "
+                "sockets of every family; what that means stands at the top of extras/code/sandbox.py"
+            )
         return command
+
+    def _wrong(self, command: list[str]) -> str:
+        """Why a program that is right does not pass; empty if it does."""
+        try:
+            return "" if self._attempt(command, PROBE) else "a program that is right fails in it"
+        except RuntimeError as error:
+            return str(error)
 
     def run(self, job: Job) -> bool:
         """Whether a program passes its tests. Raises RuntimeError where the test runner does not start, three times."""
@@ -121,6 +148,7 @@ class Sandbox:
         isolated = self.execution == ISOLATED
         limits = {
             "isolated": isolated,
+            "keyring": isolated and not self.filter,
             # A user that nobody is, so that a limit on its processes counts those of this program alone.
             "user": (1 << 30) + secrets.randbelow(1 << 29) if isolated and os.getuid() == 0 else 0,
             "processes": PROCESSES if isolated else 0,
@@ -131,9 +159,12 @@ class Sandbox:
         frames = [job.program.encode("utf-8", "surrogatepass"), tests.encode()]
         request = b"".join(len(frame).to_bytes(4, "big") + frame for frame in frames)
         temporary = partial(tempfile.TemporaryDirectory, prefix="irpo-", ignore_cleanup_errors=True)
-        with nullcontext("/") if isolated else temporary() as folder:  # isolated, it has a /tmp of its own
+        # Isolated, it has a /tmp of its own.
+        with nullcontext("/") if isolated else temporary() as folder, readable(self.filter) as fds:
+            filtered = [part for fd in fds for part in ("--seccomp", str(fd))]
             process = subprocess.Popen(
-                [*command, json.dumps(limits)],
+                [*command[:1], *filtered, *command[1:], json.dumps(limits)],
+                pass_fds=fds,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -156,6 +187,26 @@ class Sandbox:
             last = err.decode(errors="replace").strip().splitlines()[-1:] or [f"exit status {process.returncode}"]
             raise RuntimeError(f"the test runner does not start: {last[0]}")
         return reports == [b"ready", b"passed"]
+
+
+@contextmanager
+def readable(data: bytes) -> Iterator[tuple[int, ...]]:
+    """A descriptor to read `data` from; none if it is empty. A pipe holds 64 KB, and a filter is smaller than that."""
+    if not data:
+        yield ()
+        return
+    reader, writer = os.pipe()
+    try:
+        with open(writer, "wb") as file:
+            file.write(data)
+        yield (reader,)
+    finally:
+        os.close(reader)
+
+
+@cache
+def warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=2)
 
 
 def isolation(python: str) -> list[str]:

@@ -13,6 +13,7 @@ import ast
 import builtins
 import hashlib
 import re
+import sys
 from collections.abc import Iterator
 from functools import cached_property
 from typing import Any, ClassVar
@@ -89,8 +90,47 @@ def called(tests: str) -> tuple[str, ...]:
     """The names that tests take from the program: free ones, and a builtin's only where there is no other.
 
     A program may not lend the tests its own `set` or `sorted`, which would see what is expected; but "sum" is also what
-    some upstream tests call. Raises ValueError for tests that are no Python.
+    some upstream tests call. Nor does it lend them its own `math` (see `modules`). Raises ValueError for tests that are
+    no Python.
     """
+    nodes, free = _parsed(tests)
+    borrowed = modules(tests)
+    own = tuple(name for name in free if not hasattr(builtins, name) and name not in borrowed)
+    found = own or tuple(n.func.id for n in nodes if isinstance(n, ast.Call) and isinstance(n.func, ast.Name))[:1]
+    if not found:
+        raise ValueError("the tests call nothing of the program")
+    return found
+
+
+def modules(tests: str) -> dict[str, list[str]]:
+    """The modules of the standard library that tests use and do not import, each with the dotted names below it.
+
+    A free name is a module's where the tests take nothing but attributes from it: `math.isclose(f(2), 3)`. One that
+    they call, as in `copy(x)`, is the program's.
+    """
+    nodes, free = _parsed(tests)
+    below = {id(n.value) for n in nodes if isinstance(n, ast.Attribute)}
+    otherwise = {n.id for n in nodes if isinstance(n, ast.Name) and id(n) not in below}
+    found = {name: [] for name in free if name in sys.stdlib_module_names and name not in otherwise}
+    for node in nodes:
+        dotted = ast.unparse(node.value) if isinstance(node, ast.Attribute) else ""
+        root, *rest = dotted.split(".")
+        if rest and root in found and all(part.isidentifier() for part in rest):
+            found[root].append(dotted)
+    return found
+
+
+def imports(tests: str) -> str:
+    """Source that imports `modules`, but for those that are there. What is below one need not be a module itself."""
+    lines = []
+    for name, below in modules(tests).items():
+        lines.append(f"if {name!r} not in globals():\n    import {name}\n")
+        lines += [f"try:\n    import {dotted}\nexcept ImportError:\n    pass\n" for dotted in dict.fromkeys(below)]
+    return "".join(lines)
+
+
+def _parsed(tests: str) -> tuple[list[ast.AST], dict[str, None]]:
+    """The nodes of tests, and the names that they use and do not bind. Raises ValueError."""
     try:
         nodes = list(ast.walk(ast.parse(tests)))
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
@@ -99,12 +139,9 @@ def called(tests: str) -> tuple[str, ...]:
     bound |= {
         (a.asname or a.name).split(".")[0] for n in nodes if isinstance(n, ast.Import | ast.ImportFrom) for a in n.names
     }
-    free = dict.fromkeys(n.id for n in nodes if isinstance(n, ast.Name) and n.id not in bound)
-    own = tuple(name for name in free if not hasattr(builtins, name))
-    found = own or tuple(n.func.id for n in nodes if isinstance(n, ast.Call) and isinstance(n.func, ast.Name))[:1]
-    if not found:
-        raise ValueError("the tests call nothing of the program")
-    return found
+    bound |= {n.arg for n in nodes if isinstance(n, ast.arg)}
+    bound |= {n.name for n in nodes if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)}
+    return nodes, dict.fromkeys(n.id for n in nodes if isinstance(n, ast.Name) and n.id not in bound)
 
 
 def indented(body: str) -> str:
@@ -244,7 +281,7 @@ def _mbpp(record: dict) -> Problem:
     tests = [plain_lines(t).strip() for t in tests]
     source = "\n".join([plain_lines(setup), *tests])
     number = str(record["task_id"])
-    meta = {"task_id": number, "tests": source, "names": list(called(source)), "before": ""}
+    meta = {"task_id": number, "tests": source, "names": list(called(source)), "before": imports(source)}
     question = QUESTION.format(text=text.strip(), tests="\n".join(tests))
     return Problem(f"mbpp-{number}", question, code, f"```python\n{code.strip()}\n```", meta)
 
@@ -259,8 +296,9 @@ def _humaneval(record: dict) -> Problem:
     source = f"{tests}\ncheck({name})"
     called(source)
     # Functions of the prompt that the tests call (`poly` in HumanEval/32) are the prompt's, whatever a program defines.
+    before = f"{prompt}\n{imports(source)}" if modules(source) else prompt
     number = str(record["task_id"])
-    meta = {"task_id": number, "tests": source, "names": [name], "before": prompt, "prompt": prompt}
+    meta = {"task_id": number, "tests": source, "names": [name], "before": before, "prompt": prompt}
     whole = prompt + plain_lines(gold)
     return Problem(number, HEADER.format(prompt=prompt.rstrip()), whole, f"```python\n{whole.strip()}\n```", meta)
 
