@@ -63,6 +63,7 @@ class Words:
     """A tokenizer that writes every word as a token of its own."""
 
     chat_template, eos_token_id, unk_token_id = None, 0, None
+    added_tokens_decoder = {}  # noqa: RUF012 (of a stand-in)
 
     def __init__(self):
         self.words = ["<end>"]

@@ -21,7 +21,8 @@ def encode_prompts(task: Task, tokenizer: PreTrainedTokenizerBase, problems: lis
     prompts = {p.id: task.prompt(p) for p in problems}
     if not tokenizer.chat_template:
         return {name: text_ids(tokenizer, text, bos=True) for name, text in prompts.items()}
-    before, after = (len(part) for part in chat_prompt(tokenizer, PLACE).split(PLACE))
+    around = chat_prompt(tokenizer, PLACE).split(PLACE)
+    before, after = len(around[0]), len(around[-1])
     texts = {name: chat_prompt(tokenizer, text) for name, text in prompts.items()}
     return {name: text_ids(tokenizer, text, before, len(text) - after) for name, text in texts.items()}
 
