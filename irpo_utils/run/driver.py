@@ -192,9 +192,8 @@ def start(preset: str, settings: list[str], replaces: bool = False) -> None:
     notes = check_inputs(config, jobs)
     if resource.getrlimit(resource.RLIMIT_NOFILE)[0] < OPEN_FILES:
         raise ConfigError(f"a run has up to {OPEN_FILES} files open; allow them with ulimit -n {OPEN_FILES}")
-    with locked(
-        run / ".lock", patience=5.0
-    ) as lock:  # what a driver has left that was killed is gone in a second or two
+    # What is left of a driver that was killed is gone in a second or two.
+    with locked(run / ".lock", patience=5.0) as lock:
         plans = [plan(config, run, method, seed) for method, seed in method_seeds(config)]
         notes += changes(run, config, plans, replaces)
         write_text(run / "config.yaml", dump(config))
@@ -203,10 +202,10 @@ def start(preset: str, settings: list[str], replaces: bool = False) -> None:
             f"{run.name}: {', '.join(config.methods)}; {config.seeds} seed(s), {config.iterations} iterations -> {relative(run)}"
         )
         failures = run_in_turn(plans) if jobs == 1 else run_side_by_side(run, method_seeds(config), jobs, lock)
-        finish(run, config, failures)
+        conclude(run, config, failures)
 
 
-def finish(run: Path, config: Config, failures: list[str]) -> None:
+def conclude(run: Path, config: Config, failures: list[str]) -> None:
     """The report, and what came of it on one screen. Raises StageFailed if something had failed."""
     stopped = "\n".join([*failures, "the same command goes on from there"])
     try:
@@ -248,7 +247,11 @@ def changes(run: Path, config: Config, plans: list[list[Stage]], replaces: bool)
     """
     if not (run / "config.yaml").exists():
         return []
-    lines, seconds, names = changed_parameters(read_config(run / "config.yaml"), config), 0.0, {}
+    try:
+        lines = changed_parameters(read_config(run / "config.yaml"), config)
+    except ConfigError:
+        lines = ["this run was started by another version of the project"]
+    seconds, names = 0.0, {}
     for stages in plans:
         redone = False
         for stage in stages:

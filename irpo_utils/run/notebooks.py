@@ -62,6 +62,8 @@ def run_notebook(source: Path, target: Path, parameters: dict, threads: int, use
             os.replace(part, failed)
             where += f", executed: {relative(failed)}"
         raise StageFailed(f"{error.ename}: {error.evalue.strip() or 'no message'}\n({where})") from error
+    except OSError as error:  # papermill's own writing, which does not say where
+        raise OSError(error.errno, error.strerror, str(part)) from None
     except DeadKernelError:
         raise StageFailed(
             f"the process that ran {source.name} was ended from outside, often for want of memory "
