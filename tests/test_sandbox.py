@@ -63,7 +63,7 @@ def strangers() -> set[int]:
     found = set()
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            runner = b"What runs inside the sandbox" in (folder / "cmdline").read_bytes()
+            runner = b"# test_runner.py" in (folder / "cmdline").read_bytes()
             if runner or os.readlink(folder / "ns/pid") != os.readlink("/proc/self/ns/pid"):
                 found.add(int(folder.name))
         except OSError:

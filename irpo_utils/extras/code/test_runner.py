@@ -1,11 +1,16 @@
-"""What runs inside the sandbox: the test runner, and the program in a process of its own. Started by source.
+"""What runs inside the sandbox: the test runner, and the program in a process of its own. Started by its bytecode.
 
 The test runner forks before it reads the tests. The program is loaded in the fork, and the tests run in the test
 runner. A name that they take from the program is a stand-in, whose calls go over a pipe as data and come back as data.
 So the program's process never holds an expected value, an assertion or the verdict's descriptor. There is nothing in it
-to patch, and what comes back is compared by the test runner's own `==`. What is no data (an object of a class of the
-program's) stays there and is named by a number. The tests see none of the program's own operators, so that such an
-object equals nothing but itself.
+to patch, and what comes back is compared by the test runner's own `==`.
+
+* A value of the standard library's (`BOXES`, `PARTS`) comes back as parts, of which the test runner makes it anew.
+* An argument that can change (a box) comes back with the answer, if it did change, and is changed here as well.
+* What is no data (an object of a class of the program's) stays there and is named by a number. The tests may ask it for
+  what `Far` has. They see none of its own comparisons and arithmetic, so that it equals nothing but itself.
+
+Which right programs fail for that is said in the README, under "Code".
 
 Standard library only, and quick to import: it starts anew for every program.
 """
@@ -21,7 +26,6 @@ import signal
 import sys
 import time
 from collections import Counter, OrderedDict, defaultdict, deque
-from importlib import import_module
 from operator import delitem, getitem, is_not, setitem
 from types import ModuleType
 
@@ -80,7 +84,7 @@ class Far:
         return type(value) in (Far, Named) and self._ask("isinstance", value, self)
 
     def __iter__(self):
-        """One item at a time, since there may be no end to them; of many some at once, at most a 64th more than used."""
+        """One item at a time, since there may be no end to them. Of many some at once: a 64th more than were used."""
         iterator, used, ended = self._ask("iter", self), 0, None
         while not ended:
             items, ended = self._ask("take", iterator, 1 + used // 64)
@@ -296,7 +300,7 @@ def serve(program, inbox, outbox):
         return numbers[id(value)]
 
     def find(number):
-        return held[number] if type(number) is int else getattr(import_module(number[0]), number[1])
+        return held[number] if type(number) is int else getattr(__import__(number[0]), number[1])
 
     module = ModuleType("solution")  # not "__main__": what a program does when it is run as one is no part of it
     sys.modules["solution"] = module
@@ -424,7 +428,7 @@ def _number(value):
     if type(value) is Far:
         return value._number
     module, name = getattr(value, "__module__", None), getattr(value, "__qualname__", None)
-    known = callable(value) and isinstance(module, str) and module.split(".")[0] in sys.stdlib_module_names
+    known = callable(value) and isinstance(module, str) and module in sys.stdlib_module_names
     if known and getattr(sys.modules.get(module), name, None) is value:
         return [module, name]
     raise TypeError("the tests pass the program something that is no data")
