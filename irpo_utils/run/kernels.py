@@ -19,7 +19,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +55,6 @@ class Forker:
     """
 
     def __init__(self, threads: int):
-        self.threads = threads
         self._channel, theirs = socket.socketpair()
         self._process = subprocess.Popen(
             [sys.executable, "-m", __name__, str(theirs.fileno())],
@@ -65,21 +66,17 @@ class Forker:
             start_new_session=True,
         )
         theirs.close()
-        self._answers = self._channel.makefile()
+        self._answers, self._turn = self._channel.makefile(), threading.Lock()
 
     def fork(self, arguments: list[str], env: dict[str, str], cwd: str, modules: Iterable[str]) -> Forked:
         """A kernel with command-line `arguments`, in a process that has imported `modules` (those that there are)."""
         request = {"arguments": arguments, "env": env, "cwd": cwd, "modules": list(modules)}
-        self._channel.sendall((json.dumps(request) + "\n").encode())
-        answer = self._answers.readline()
+        with self._turn:
+            self._channel.sendall((json.dumps(request) + "\n").encode())
+            answer = self._answers.readline()
         if not answer:
             raise RuntimeError("the process that kernels are forked from is gone; the same command goes on")
         return Forked(int(answer))
-
-    def close(self) -> None:
-        self._channel.close()
-        self._answers.close()
-        self._process.wait()
 
 
 class Forked:
@@ -116,19 +113,20 @@ class Forked:
         self.send_signal(signal.SIGKILL)
 
 
-_forker: Forker | None = None
+@cache
+def forker(threads: int) -> Forker:
+    return Forker(threads)
+
+
+_first = threading.Lock()  # notebooks may be run in several threads
 
 
 class ForkedProvisioner(LocalProvisioner):
     async def launch_kernel(self, cmd: list[str], **kwargs: Any) -> Any:
-        global _forker
         env, cwd = kwargs["env"], kwargs.get("cwd") or os.getcwd()
-        threads = int(env["OMP_NUM_THREADS"])
-        if _forker is not None and _forker.threads != threads:
-            _forker.close()
-            _forker = None
-        _forker = _forker or Forker(threads)
-        self.process = _forker.fork(cmd[cmd.index("ipykernel_launcher") + 1 :], env, str(cwd), self.parent.modules)
+        with _first:
+            source = forker(int(env["OMP_NUM_THREADS"]))
+        self.process = source.fork(cmd[cmd.index("ipykernel_launcher") + 1 :], env, str(cwd), self.parent.modules)
         self.pid = self.pgid = self.process.pid
         self.cwd = cwd
         return self.connection_info
