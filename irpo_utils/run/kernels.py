@@ -92,15 +92,19 @@ class Forked:
             self.returncode = 1
 
     def poll(self) -> int | None:
-        if self.returncode is None and select.select([self._end], [], [], 0)[0]:
-            os.close(self._end)
-            self.returncode = 1  # another process is its parent, and knows which it was
-        return self.returncode
+        return self._ended(0)
 
     def wait(self) -> int:
+        return self._ended(None)
+
+    def _ended(self, patience: float | None) -> int | None:
         if self.returncode is None:
-            select.select([self._end], [], [])
-        return self.poll()
+            end = select.poll()  # select itself knows the first 1,024 files alone
+            end.register(self._end, select.POLLIN)
+            if end.poll(patience):
+                os.close(self._end)
+                self.returncode = 1  # another process is its parent, and knows which it was
+        return self.returncode
 
     def send_signal(self, number: int) -> None:
         if self.poll() is None:
