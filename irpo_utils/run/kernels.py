@@ -30,7 +30,16 @@ from jupyter_client.provisioning import LocalProvisioner
 
 from ..files import ROOT
 
-FORKS = sys.platform == "linux" and not Path("/proc/driver/nvidia").exists()
+
+def can_fork() -> bool:
+    """Whether kernels are forked here: on a Linux that can tell when another process's child ends, without a GPU."""
+    if sys.platform != "linux" or Path("/proc/driver/nvidia").exists():
+        return False
+    try:
+        os.close(os.pidfd_open(os.getpid()))
+    except OSError:
+        return False
+    return True
 
 
 def imported(source: Path) -> list[str]:
@@ -142,7 +151,7 @@ class Manager(AsyncKernelManager):
     modules: tuple[str, ...] = ()
 
     async def _async_pre_start_kernel(self, **kwargs: Any) -> Any:
-        if FORKS and self.provisioner is None:
+        if self.provisioner is None and can_fork():
             self.kernel_id = self.kernel_id or os.urandom(8).hex()
             self.provisioner = ForkedProvisioner(kernel_id=self.kernel_id, kernel_spec=self.kernel_spec, parent=self)
         return await super()._async_pre_start_kernel(**kwargs)
