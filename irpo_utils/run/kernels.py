@@ -1,7 +1,7 @@
 """Kernels for the driver's notebooks that are forked from one process which has imported their libraries already.
 
-PyTorch, transformers and peft take ten seconds to import, longer than many a stage takes. A run starts one process that
-imports what its notebooks import and forks a kernel for each of them, in a quarter of a second.
+PyTorch, transformers and peft take ten seconds of a CPU to import, longer than many a stage takes. A run starts one process
+that imports what its notebooks import, and forks a kernel for each of them.
 
 On Linux, and where no GPU is: a process forked from one that has looked at CUDA cannot use it, and with a GPU the stages are
 long. Elsewhere every kernel is started anew. What a notebook computes is the same.
@@ -47,7 +47,10 @@ def imported(source: Path) -> list[str]:
     found: dict[str, None] = {}
     for cell in json.loads(source.read_text())["cells"]:
         lines = "".join(cell["source"]).splitlines() if cell["cell_type"] == "code" else []
-        tree = ast.parse("\n".join(line for line in lines if not line.lstrip().startswith(("%", "!"))))
+        try:
+            tree = ast.parse("\n".join(line for line in lines if not line.lstrip().startswith(("%", "!"))))
+        except SyntaxError:  # which the kernel will report
+            continue
         for node in ast.walk(tree):
             if isinstance(node, ast.Import):
                 found |= dict.fromkeys(alias.name for alias in node.names)
