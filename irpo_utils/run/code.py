@@ -5,11 +5,15 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
+import sys
+import time
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
 from ..files import PACKAGE
 
+STARTED = time.time()  # when this process loaded the package
 # Modules that keep results, or name what makes them: what they choose stands in the key as parameters.
 BOOKKEEPING = (
     "files",
@@ -57,6 +61,15 @@ def module_file(name: str) -> Path | None:
         if name and path.is_file():
             return path
     return None
+
+
+def edited_since_import(files: Iterable[str]) -> list[str]:
+    """Which of the package's `files` ("model/losses.py") this process has loaded, and somebody has written since.
+
+    What runs is then not what the file says, nor the key, which is made from the file.
+    """
+    loaded = [f for f in files if f"irpo_utils.{f.removesuffix('.py').replace('/', '.')}" in sys.modules]
+    return [file for file in loaded if (PACKAGE / file).stat().st_mtime > STARTED]
 
 
 @cache

@@ -26,7 +26,7 @@ from typing import Any
 from jupyter_client import AsyncKernelManager
 from jupyter_client.provisioning import LocalProvisioner
 
-from ..files import ROOT
+from ..files import PACKAGE, ROOT
 
 FORKS = sys.platform == "linux" and not Path("/proc/driver/nvidia").exists()
 
@@ -45,6 +45,11 @@ def imported(source: Path) -> list[str]:
     return list(found)
 
 
+def package_state() -> list[tuple[str, int]]:
+    """The package's files and when they were written: a process that imported it before one of them is out of date."""
+    return sorted((str(path), path.stat().st_mtime_ns) for path in PACKAGE.rglob("*.py"))
+
+
 class Forker:
     """The process that kernels are forked from. It ends when this one does, and its kernels a second later.
 
@@ -53,7 +58,7 @@ class Forker:
     """
 
     def __init__(self, threads: int):
-        self.threads = threads
+        self.threads, self.package = threads, package_state()
         self._channel, theirs = socket.socketpair()
         self._process = subprocess.Popen(
             [sys.executable, "-m", __name__, str(theirs.fileno())],
@@ -124,7 +129,7 @@ class ForkedProvisioner(LocalProvisioner):
         global _forker
         env, cwd = kwargs["env"], kwargs.get("cwd") or os.getcwd()
         threads = int(env["OMP_NUM_THREADS"])
-        if _forker is not None and _forker.threads != threads:
+        if _forker is not None and (_forker.threads, _forker.package) != (threads, package_state()):
             _forker.close()
             _forker = None
         _forker = _forker or Forker(threads)
