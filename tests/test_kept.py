@@ -1,15 +1,18 @@
 """What a run has stays: until a stage is done anew, beside a change, and where a method cannot go on."""
 
 import json
+import os
 import shutil
+from types import SimpleNamespace
 
 import pytest
 from conftest import OUTPUTS, drive, remove_run
 
-from irpo_utils.files import ConfigError, MissingArtefact, file_hash, relative
-from irpo_utils.run import lab
+from irpo_utils.files import PACKAGE, ROOT, ConfigError, MissingArtefact, file_hash, relative
+from irpo_utils.run import code, kernels, lab, store
 from irpo_utils.run.beside import opened
-from irpo_utils.run.stages import PairsStage, SampleStage, TrainStage, finished
+from irpo_utils.run.driver import changes
+from irpo_utils.run.stages import PairsStage, SampleStage, TrainStage, finished, method_seeds, plan
 from irpo_utils.run.store import open_run
 
 
@@ -73,6 +76,11 @@ def test_a_mistyped_run_is_no_new_run(tmp_path):
         with pytest.raises(ConfigError, match=r"tinny is no run \(there is: "):
             SampleStage(name)
     assert not (tmp_path / "tinny").exists() and not (OUTPUTS / "tinny").exists()
+    for name in ("micro", "outputs/lab/micro"):
+        with pytest.raises(ConfigError, match="micro is no run"):
+            opened(name)
+    assert not (ROOT / "micro").exists() and not (OUTPUTS / "lab" / "micro").exists()
+    assert open_run(tmp_path / "trial", "micro").task.train_size == 48
 
 
 def test_a_change_opens_a_run_beside_and_takes_what_it_does_not_touch(run):
@@ -89,7 +97,62 @@ def test_a_change_opens_a_run_beside_and_takes_what_it_does_not_touch(run):
     assert {path: file_hash(path) for path in run.rglob("*") if path.is_file()} == before
     with pytest.raises(ConfigError, match=r"did you mean 'train\.beta'"):
         opened(run, ["train.betta=1"])
+    with pytest.raises(ConfigError, match=r'overrides: a list, as \["train\.beta=0\.3"\]'):
+        opened(run, "train.beta=0.3")
     assert opened(run) == run
+
+
+def test_a_run_beside_one_that_was_changed_since_is_not_taken_for_it(run):
+    other = opened(run, ["train.beta=0.3"])
+    (run / "config.yaml").write_text((run / "config.yaml").read_text().replace("  k: 2", "  k: 1"))
+    with pytest.raises(ConfigError, match=r"one of the two runs was changed since \(pairs\.k 2 -> 1\)"):
+        opened(run, ["train.beta=0.3"])
+    assert opened(other) == other and PairsStage(other).is_done()
+
+
+def test_a_stage_that_another_process_has_done_in_the_meantime_is_shown(run, monkeypatch, capsys):
+    stage, manifest = PairsStage(run), PairsStage(run).manifest_path()
+    text = manifest.read_text()
+    manifest.unlink()
+    monkeypatch.setattr(store, "take", lambda lock, patience: manifest.write_text(text))  # while this one waits
+    monkeypatch.setattr(store, "lock_at", lambda path: SimpleNamespace(release=lambda: None))
+    stage.begin()
+    assert "02_pairs is done, and shown as it is" in capsys.readouterr().out and not stage.at_work
+
+
+def test_a_cell_that_is_run_twice_does_not_shorten_the_time(run, monkeypatch):
+    stage = PairsStage(run).begin(again=True)
+    clock = iter([0.0, 30.0, 30.0, 31.0])
+    monkeypatch.setattr(store.time, "monotonic", lambda: next(clock, 31.0))
+    stage.run()
+    stage.run()
+    assert stage.finish()["seconds"] == 31.0
+
+
+def test_code_that_was_edited_after_it_was_loaded_is_not_named_as_what_ran(run, monkeypatch):
+    loaded = (PACKAGE / "methods" / "select.py").stat().st_mtime
+    monkeypatch.setattr(code, "STARTED", loaded - 1)
+    with pytest.raises(ConfigError, match=r"methods/select\.py.* was changed after this kernel had loaded it; restart"):
+        PairsStage(run).begin(again=True)
+    assert PairsStage(run).is_done()
+
+
+def test_the_process_that_kernels_are_forked_from_is_known_to_be_out_of_date(tmp_path, monkeypatch):
+    monkeypatch.setattr(kernels, "PACKAGE", tmp_path)
+    (tmp_path / "losses.py").write_text("a = 1\n")
+    before = kernels.package_state()
+    assert kernels.package_state() == before
+    os.utime(tmp_path / "losses.py", (1, 1))
+    assert kernels.package_state() != before
+
+
+def test_what_is_done_again_is_what_takes_from_what_changed(run):
+    config = open_run(run)
+    more = config.but(evaluation=config.evaluation.but(samples=8))
+    plans = [plan(more, run, *each) for each in method_seeds(more)]
+    lines = changes(run, more, plans, replaces=False)
+    assert lines[0] == "changed since this run's last start: evaluation.samples 32 -> 8"
+    assert lines[1].startswith("done again: 4 finished stages")  # the evaluations: M_0, irpo twice, sft_gold
 
 
 def test_a_model_behind_one_that_is_not_done_is_not_reported(run):
@@ -160,4 +223,10 @@ def test_the_lab_s_copies_follow_their_notebooks_and_keep_what_was_written(tmp_p
         (notebooks / f"{name}.ipynb").write_text("2")
     (line,) = lab.copies()
     assert "a.ipynb was changed, so the new one is" in line and not lab.copies()
-    assert [(copies / f"{n}.ipynb").read_text() for n in ("a", "a-new", "b")] == ["mine", "2", "2"]
+    (new,) = copies.glob("a-*.ipynb")
+    assert [path.read_text() for path in (copies / "a.ipynb", new, copies / "b.ipynb")] == ["mine", "2", "2"]
+    new.write_text("mine too")
+    for text in ("3", "2"):  # a newer one, and back
+        (notebooks / "a.ipynb").write_text(text)
+        lab.copies()
+    assert new.read_text() == "mine too" and (copies / "a.ipynb").read_text() == "mine"

@@ -201,12 +201,11 @@ def timing_table(run: Path, config: Config) -> pd.DataFrame:
     seen: dict[Path, tuple[str, int, float]] = {}
     for method, seed in method_seeds(config):
         for stage in plan(config, run, method, seed):
-            notebook = stage.folder / f"{stage.name}.ipynb"
-            if notebook.exists():
-                seconds = json.loads(notebook.read_text())["metadata"].get("papermill", {}).get("duration")
-            else:  # a stage run in JupyterLab has its manifest only
-                seconds = (stage.manifest() or {}).get("seconds")
-            seen[stage.manifest_path()] = (stage.name, stage.iteration, round(seconds or 0.0, 1))
+            notebook, seconds = stage.folder / f"{stage.name}.ipynb", (stage.manifest() or {}).get("seconds") or 0.0
+            if notebook.exists():  # of a stage that was done in JupyterLab none is, or one that shows what was there
+                page = json.loads(notebook.read_text())["metadata"].get("papermill", {}).get("duration")
+                seconds = max(seconds, page or 0.0)
+            seen[stage.manifest_path()] = (stage.name, stage.iteration, round(seconds, 1))
     return pd.DataFrame(list(seen.values()), columns=["stage", "iteration", "seconds"])
 
 

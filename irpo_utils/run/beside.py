@@ -8,8 +8,8 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..files import MissingArtefact, relative, resolve, write_text
-from .config import Config, configured, dump, flatten
+from ..files import ConfigError, MissingArtefact, relative, resolve, write_text
+from .config import Config, configured, differences, dump, flatten
 from .presets import key_values
 from .stages import method_seeds, plan
 from .store import Stage, open_run
@@ -21,10 +21,11 @@ def opened(run: str | Path, overrides: Sequence[str] = ()) -> Path:
     The other run starts with the stages of this one that the change does not touch. Asked for again, it is found again.
 
     Raises:
-        ConfigError: there is no such run, or an override is unknown or mistyped.
+        ConfigError: there is no such run, an override is unknown or mistyped, or the other run is not what it was.
     """
-    folder = resolve(run)
-    config = open_run(folder)
+    if isinstance(overrides, str):
+        raise ConfigError(f'overrides: a list, as ["{overrides}"], got {overrides!r}')
+    folder, config = resolve(run), open_run(run)
     wanted = configured(flatten(config.model_dump(mode="json")), key_values(overrides).items())
     if wanted == config:
         return folder
@@ -32,6 +33,11 @@ def opened(run: str | Path, overrides: Sequence[str] = ()) -> Path:
     if not (other / "config.yaml").exists():
         write_text(other / "config.yaml", dump(wanted))
         print(f"{relative(other)}: a run of its own, with {', '.join(overrides)}")
+    elif found := differences(open_run(other), wanted):
+        raise ConfigError(
+            f"overrides: {relative(other)} is there, and one of the two runs was changed since ({'; '.join(found)}); "
+            f'go on with it as run = "{relative(other)}" without overrides, or rename it to open another'
+        )
     take_over(folder, config, other, wanted)
     return other
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
+import sys
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
@@ -57,6 +59,24 @@ def module_file(name: str) -> Path | None:
         if name and path.is_file():
             return path
     return None
+
+
+def written() -> dict[str, int]:
+    """The package's files ("model/losses.py"), and when each was written."""
+    return {path.relative_to(PACKAGE).as_posix(): path.stat().st_mtime_ns for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+_WHEN_IMPORTED = written()
+
+
+def edited_since_import(files: Iterable[str]) -> list[str]:
+    """Which of the package's `files` this process has loaded, and somebody has written since.
+
+    What runs is then not what the file says, nor the key, which is made from the file.
+    """
+    now = written()
+    loaded = [f for f in files if f"irpo_utils.{f.removesuffix('.py').replace('/', '.')}" in sys.modules]
+    return [file for file in loaded if now.get(file) != _WHEN_IMPORTED.get(file)]
 
 
 @cache

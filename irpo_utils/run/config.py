@@ -241,6 +241,12 @@ def value_of(config: Settings, name: str) -> Any:
     return config
 
 
+def differences(before: Config, now: Config) -> list[str]:
+    """What differs between two configurations, as "train.lr 0.001 -> 0.002"; nothing if they are alike."""
+    old, new = (flatten(config.model_dump(mode="json")) for config in (before, now))
+    return [f"{k} {old.get(k)} -> {new.get(k)}" for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
+
+
 def read_config(path: Path) -> Config:
     """A configuration from a YAML file.
 

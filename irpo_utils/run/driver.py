@@ -9,6 +9,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 
 from ..files import (
@@ -26,7 +28,7 @@ from ..files import (
 from ..methods.parts import SAMPLERS
 from ..tasks import check_task, get_task
 from ..tasks.base import Problem, Task
-from .config import Config, dump, flatten, read_config
+from .config import Config, differences, dump, read_config
 from .notebooks import QUIET, StageFailed, run_notebook
 from .presets import key_values, load_preset
 from .stages import finished, method_seeds, plan
@@ -248,21 +250,18 @@ def changes(run: Path, config: Config, plans: list[list[Stage]], replaces: bool)
     if not (run / "config.yaml").exists():
         return []
     try:
-        lines = changed_parameters(read_config(run / "config.yaml"), config)
+        found = differences(read_config(run / "config.yaml"), config)
+        lines = [f"changed since this run's last start: {'; '.join(found)}"] if found else []
     except ConfigError:
         lines = ["this run was started by another version of the project"]
-    seconds, names = 0.0, {}
-    for stages in plans:
-        redone = False
-        for stage in stages:
-            manifest = stage.manifest()
-            redone = redone or stage.why_not_done()  # what follows a stage that is done again, is too
-            if manifest and redone and stage.manifest_path() not in names:
-                names[stage.manifest_path()] = stage.label()
-                seconds += manifest.get("seconds", 0.0)
+    seconds, names = 0.0, []
+    for stage, found, before in with_reasons(plans):
+        if (found or before) and (manifest := stage.manifest()):
+            names.append(stage.label())
+            seconds += manifest.get("seconds", 0.0)
     if not names:
         return lines
-    first = "; ".join([*list(names.values())[:3], *(["..."] if len(names) > 3 else [])])
+    first = "; ".join([*names[:3], *(["..."] if len(names) > 3 else [])])
     lines.append(f"done again: {len(names)} finished stages that took {seconds:.0f} s ({first})")
     if seconds > LONG and not replaces:
         changed = "\n".join(lines)
@@ -273,13 +272,6 @@ def changes(run: Path, config: Config, plans: list[list[Stage]], replaces: bool)
     return lines
 
 
-def changed_parameters(before: Config, now: Config) -> list[str]:
-    """A line that names what differs between a run's configuration and the one asked for; none if nothing does."""
-    old, new = (flatten(config.model_dump(mode="json")) for config in (before, now))
-    found = [f"{k} {old.get(k)} -> {new.get(k)}" for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
-    return [f"changed since this run's last start: {'; '.join(found)}"] if found else []
-
-
 def estimate(preset: str, settings: list[str]) -> None:
     """Say whether a run fits into memory; run nothing."""
     config, _, jobs = configure(preset, settings)
@@ -288,18 +280,24 @@ def estimate(preset: str, settings: list[str]) -> None:
 
 def why(run: Path, config: Config) -> None:
     """Say of every stage of a run whether it is done, and if not why."""
-    seen, awaited = set(), {}  # a file -> the stage to run that it comes from, directly or through others
-    for method, seed in method_seeds(config):
-        for stage in plan(config, run, method, seed):
-            if stage.manifest_path() in seen:
-                continue
-            seen.add(stage.manifest_path())
-            found = stage.why_not_done()
-            before = next((awaited[path] for path, _ in stage.reads().values() if path in awaited), None)
-            if first := (stage if found else before):
-                awaited |= {stage.path(name): first for name in stage.writes()}
-            done = f"done, but {nearby(before, stage)} before it is not" if before else "done"
-            print(f"{relative(executed(stage)).removesuffix('.ipynb')}: {'; '.join(found) or done}")
+    for stage, found, before in with_reasons(plan(config, run, *each) for each in method_seeds(config)):
+        done = f"done, but {nearby(before, stage)} before it is not" if before else "done"
+        print(f"{relative(executed(stage)).removesuffix('.ipynb')}: {'; '.join(found) or done}")
+
+
+def with_reasons(plans: Iterable[list[Stage]]) -> Iterator[tuple[Stage, list[str], Stage | None]]:
+    """Each stage once, why it is not done, and a stage not done that its inputs come from, directly or through others."""
+    awaited: dict[Path, Stage] = {}  # a file -> the stage to run that it comes from
+    seen = set()
+    for stage in chain.from_iterable(plans):
+        if stage.manifest_path() in seen:
+            continue
+        seen.add(stage.manifest_path())
+        found = stage.why_not_done()
+        before = next((awaited[path] for path, _ in stage.reads().values() if path in awaited), None)
+        if first := (stage if found else before):
+            awaited |= {stage.path(name): first for name in stage.writes()}
+        yield stage, found, before
 
 
 def nearby(stage: Stage, other: Stage) -> str:

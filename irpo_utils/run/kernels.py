@@ -29,6 +29,7 @@ from jupyter_client import AsyncKernelManager
 from jupyter_client.provisioning import LocalProvisioner
 
 from ..files import ROOT
+from .code import written
 
 
 def can_fork() -> bool:
@@ -130,7 +131,8 @@ class Forked:
 
 
 @cache
-def forker(threads: int) -> Forker:
+def forker(threads: int, package: tuple[tuple[str, int], ...]) -> Forker:
+    """One for every number of threads; and a new one where the package was edited, since the old one has imported it."""
     return Forker(threads)
 
 
@@ -141,7 +143,7 @@ class ForkedProvisioner(LocalProvisioner):
     async def launch_kernel(self, cmd: list[str], **kwargs: Any) -> Any:
         env, cwd = kwargs["env"], kwargs.get("cwd") or os.getcwd()
         with _first:
-            source = forker(int(env["OMP_NUM_THREADS"]))
+            source = forker(int(env["OMP_NUM_THREADS"]), tuple(written().items()))
         self.process = source.fork(cmd[cmd.index("ipykernel_launcher") + 1 :], env, str(cwd), self.parent.modules)
         self.pid = self.pgid = self.process.pid
         self.cwd = cwd

@@ -26,10 +26,12 @@ def copies() -> list[str]:
         copy, now = FOLDER / source.name, file_hash(source)
         if copied.get(source.name) == now and copy.exists():
             continue
-        if copy.exists() and file_hash(copy) != copied.get(source.name):
-            copy = copy.with_stem(f"{copy.stem}-new")
+        changed = copy.exists() and file_hash(copy) != copied.get(source.name)
+        if changed:
+            copy = FOLDER / f"{source.stem}-{now[:6]}.ipynb"  # one for each version: it may be changed too
             lines.append(f"{relative(FOLDER / source.name)} was changed, so the new one is {relative(copy)}")
-        shutil.copyfile(source, copy)
+        if not (changed and copy.exists()):
+            shutil.copyfile(source, copy)
         copied[source.name] = now
     write_json(record, copied)
     return lines
@@ -37,7 +39,8 @@ def copies() -> list[str]:
 
 def main(arguments: list[str]) -> None:
     """Become JupyterLab, at the project's root; `arguments` are its own."""
-    print(*copies(), sep="\n", end="", file=sys.stderr)
+    for line in copies():
+        print(line, file=sys.stderr)
     first = relative(FOLDER / "quickstart.ipynb")
     command = [sys.executable, "-m", "jupyterlab", f"--ServerApp.root_dir={ROOT}", first, *arguments]
     os.chdir(ROOT)

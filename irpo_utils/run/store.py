@@ -46,7 +46,7 @@ from ..settings import ModelConfig, Section
 from ..tasks import TASKS
 from ..tasks.base import Problem, Task
 from ..tasks.records import is_file
-from .code import closure, imports, module_file, module_hash, notebook_hash
+from .code import closure, edited_since_import, imports, module_file, module_hash, notebook_hash
 from .config import Config, dump, read_config
 from .presets import load_preset, presets
 
@@ -74,16 +74,19 @@ def open_run(folder: str | Path, preset: str = "") -> Config:
     Raises:
         ConfigError: there is no such run, or it is one of the published ones.
     """
-    folder = resolve(folder)
+    if not str(folder).strip():
+        raise ConfigError("run: the folder of a run, got none")
+    named, folder = Path(folder), resolve(folder)
     path = folder / "config.yaml"
-    if PUBLISHED in folder.parents:
+    if PUBLISHED.resolve() in folder.resolve().parents:
         raise ConfigError(f"run: {relative(folder)} is published as it is; take a run of your own, as outputs/tiny")
     if not path.exists():
-        if (preset or folder.name) not in presets():
+        astray = folder.parent != OUTPUTS and not named.is_absolute()  # "tiny", where outputs/tiny is meant
+        if astray or (preset or folder.name) not in presets():
             there = ", ".join(sorted(relative(p.parent) for p in OUTPUTS.glob("*/config.yaml"))) or "none yet"
             raise ConfigError(
                 f"run: {relative(folder)} is no run (there is: {there}); "
-                f"./run_all.sh tiny run={folder.name} makes one, and outputs/tiny starts by itself"
+                "./run_all.sh tiny run=NAME makes outputs/NAME, and outputs/tiny starts by itself"
             )
         write_text(path, dump(load_preset(preset or folder.name)))
     return read_config(path)
@@ -104,8 +107,6 @@ class Stage:
     def __init__(
         self, run: str | Path, method: str = "irpo", seed: int = 0, iteration: int = 1, config: Config | None = None
     ):
-        if not str(run).strip():
-            raise ConfigError("run: the folder of a run, got none")
         for key, value in (("seed", seed), ("iteration", iteration)):
             if type(value) is not int or value < 0:
                 raise ConfigError(f"{key}: expected a whole number from 0 on, got {value!r}")
@@ -352,7 +353,7 @@ class Stage:
         What an earlier run of the stage has left stays until `finish` puts the new outputs in its place.
 
         Raises:
-            ConfigError: the method has no such stage in this round.
+            ConfigError: the method has no such stage in this round, or its code was edited after this process loaded it.
             MissingArtefact: an input is missing. Busy: another process is at work on this stage.
         """
         wanted = self.choices.stages if self.iteration else ["04_evaluate"]
@@ -362,12 +363,18 @@ class Stage:
         self._key = self.key()
         if "torch" not in sys.modules:
             os.environ["OMP_NUM_THREADS"] = str(self.config.threads)
-        if not again and self.is_done():
-            print(f"{relative(self.folder)}: {self.name} is done, and shown as it is; again = True does it anew")
+        if edited := edited_since_import(self._key["code"]):
+            raise ConfigError(
+                f"code: {', '.join(edited)} was changed after this kernel had loaded it; restart the kernel"
+            )
+        if not again and self._is_shown():
             return self
         self._lock = lock_at(self.folder / f".{self.name}.lock")
         # A kernel whose driver was killed lives on for about a second; give it the time to notice.
         take(self._lock, patience=20.0)
+        if not again and self._is_shown():  # another process has done it in the meantime
+            self._lock.release()
+            return self
         mark = self.partial_folder() / "key.json"
         if not mark.exists() or mark.read_text() != json.dumps(self._key, indent=1) + "\n":
             shutil.rmtree(self.partial_folder(), ignore_errors=True)
@@ -377,13 +384,21 @@ class Stage:
         self.path("").mkdir(exist_ok=True)
         return self
 
+    def _is_shown(self) -> bool:
+        """Whether the stage is done; says so."""
+        if not self.is_done():
+            return False
+        begun = " (and was begun)" if (self.partial_folder() / "key.json").exists() else ""
+        print(f"{relative(self.folder)}: {self.name} is done, and shown as it is; again = True does it anew{begun}")
+        return True
+
     def run(self, **options: Any) -> Any:
         """Do it, unless it is done; returns what it has left. `options` are those of the stage's `make`."""
         self.check_begun()
         if self.at_work:
             started = time.monotonic()
             self.make(**options)
-            self._seconds = time.monotonic() - started
+            self._seconds += time.monotonic() - started  # a cell may be run twice
         return self.result()
 
     def check_begun(self) -> None:

@@ -54,7 +54,9 @@ def finished(run: Path) -> tuple[Config, list[str]]:
     whole = [method for method in config.methods if method not in left_out]
     if not whole:
         line = next(iter(left_out.values()))
-        raise MissingArtefact(f"no method of {relative(run)} is finished ({line}); run ./run_all.sh, or that notebook")
+        raise MissingArtefact(
+            f"no method of {relative(run)} is finished ({line}); run that notebook, or the run's command"
+        )
     return (config.but(methods=whole) if left_out else config), list(left_out.values())
 
 
