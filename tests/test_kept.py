@@ -1,5 +1,6 @@
 """What a run has stays: until a stage is done anew, beside a change, and where a method cannot go on."""
 
+import importlib
 import json
 import os
 import shutil
@@ -8,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 from conftest import OUTPUTS, drive, remove_run
 
-from irpo_utils.files import PACKAGE, ROOT, ConfigError, MissingArtefact, file_hash, relative
-from irpo_utils.run import code, kernels, lab, store
+from irpo_utils.files import ROOT, ConfigError, MissingArtefact, file_hash, relative
+from irpo_utils.run import code, lab, store
 from irpo_utils.run.beside import opened
 from irpo_utils.run.driver import changes
 from irpo_utils.run.stages import PairsStage, SampleStage, TrainStage, finished, method_seeds, plan
@@ -130,20 +131,20 @@ def test_a_cell_that_is_run_twice_does_not_shorten_the_time(run, monkeypatch):
 
 
 def test_code_that_was_edited_after_it_was_loaded_is_not_named_as_what_ran(run, monkeypatch):
-    loaded = (PACKAGE / "methods" / "select.py").stat().st_mtime
-    monkeypatch.setattr(code, "STARTED", loaded - 1)
+    importlib.import_module("irpo_utils.methods.select")
+    monkeypatch.setitem(code._WHEN_IMPORTED, "methods/select.py", 0)
     with pytest.raises(ConfigError, match=r"methods/select\.py.* was changed after this kernel had loaded it; restart"):
         PairsStage(run).begin(again=True)
     assert PairsStage(run).is_done()
 
 
-def test_the_process_that_kernels_are_forked_from_is_known_to_be_out_of_date(tmp_path, monkeypatch):
-    monkeypatch.setattr(kernels, "PACKAGE", tmp_path)
+def test_an_edit_of_the_package_is_seen(tmp_path, monkeypatch):
+    monkeypatch.setattr(code, "PACKAGE", tmp_path)
     (tmp_path / "losses.py").write_text("a = 1\n")
-    before = kernels.package_state()
-    assert kernels.package_state() == before
+    before = code.written()
+    assert code.written() == before
     os.utime(tmp_path / "losses.py", (1, 1))
-    assert kernels.package_state() != before
+    assert code.written() != before
 
 
 def test_what_is_done_again_is_what_takes_from_what_changed(run):
