@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import shutil
+import socket
 from types import SimpleNamespace
 
 import pytest
@@ -147,13 +148,23 @@ def test_an_edit_of_the_package_is_seen(tmp_path, monkeypatch):
     assert code.written() != before
 
 
+def test_a_driver_that_is_stopped_while_libraries_are_imported_leaves_no_kernel(monkeypatch):
+    channel, theirs = socket.socketpair()
+    request = {"arguments": [], "env": {}, "cwd": ".", "modules": []}
+    channel.sendall((json.dumps(request) + "\n").encode())
+    channel.close()
+    monkeypatch.setattr(kernels.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(kernels.os, "fork", lambda: pytest.fail("a kernel that nobody waits for"))
+    kernels.serve(theirs)
+
+
 def test_what_is_done_again_is_what_takes_from_what_changed(run):
     config = open_run(run)
     more = config.but(evaluation=config.evaluation.but(samples=8))
     plans = [plan(more, run, *each) for each in method_seeds(more)]
     lines = changes(run, more, plans, replaces=False)
     assert lines[0] == "changed since this run's last start: evaluation.samples 32 -> 8"
-    assert lines[1].startswith("done again: 4 finished stages")  # the evaluations: M_0, irpo twice, sft_gold
+    assert lines[1].startswith("done again: up to 4 finished stages")  # the evaluations: M_0, irpo twice, sft_gold
 
 
 def test_a_model_behind_one_that_is_not_done_is_not_reported(run):
@@ -189,7 +200,7 @@ def test_much_finished_work_is_not_replaced_unasked(micro_run):
         done = drive(*command, "--yes")
         assert done.returncode == 0, done.stderr
         assert "changed since this run's last start: iterations 2 -> 1; methods ['irpo', 'sft_gold'] -> ['irpo']; pairs.k 2 -> 1" in done.stdout  # fmt: skip
-        assert "done again: 3 finished stages" in done.stdout
+        assert "done again: up to 3 finished stages" in done.stdout
     finally:
         remove_run("test-kept")
 

@@ -262,7 +262,7 @@ def changes(run: Path, config: Config, plans: list[list[Stage]], replaces: bool)
     if not names:
         return lines
     first = "; ".join([*names[:3], *(["..."] if len(names) > 3 else [])])
-    lines.append(f"done again: {len(names)} finished stages that took {seconds:.0f} s ({first})")
+    lines.append(f"done again: up to {len(names)} finished stages that took {seconds:.0f} s ({first})")
     if seconds > LONG and not replaces:
         changed = "\n".join(lines)
         raise ConfigError(
@@ -340,4 +340,7 @@ def run_alone(run: Path, method: str, seed: int, parent: int) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, daemon=True).start()
-    run_stages(plan(read_config(run / "config.yaml"), run, method, seed))
+    try:
+        run_stages(plan(read_config(run / "config.yaml"), run, method, seed))
+    except StageFailed as error:  # whose it is, between the lines of others
+        raise StageFailed(f"{method}, seed {seed}: {error}") from error

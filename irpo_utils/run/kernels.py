@@ -179,10 +179,13 @@ def serve(channel: socket.socket) -> None:
             for module in request["modules"]:
                 with contextlib.suppress(Exception):  # the kernel itself will say it where it matters
                     importlib.import_module(module)
+            if select.select([channel], [], [], 0)[0]:  # it was closed while libraries were imported
+                return
             pid = os.fork()
             if not pid:
                 break
-            channel.sendall(f"{pid}\n".encode())
+            with contextlib.suppress(BrokenPipeError):  # then there is no further request
+                channel.sendall(f"{pid}\n".encode())
         else:
             return
     become_kernel(request)
