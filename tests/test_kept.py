@@ -11,7 +11,7 @@ import pytest
 from conftest import OUTPUTS, drive, remove_run
 
 from irpo_utils.files import ROOT, ConfigError, MissingArtefact, file_hash, relative
-from irpo_utils.run import code, lab, store
+from irpo_utils.run import code, kernels, lab, store
 from irpo_utils.run.beside import opened
 from irpo_utils.run.driver import changes
 from irpo_utils.run.stages import PairsStage, SampleStage, TrainStage, finished, method_seeds, plan
