@@ -242,3 +242,21 @@ def test_the_lab_s_copies_follow_their_notebooks_and_keep_what_was_written(tmp_p
         (notebooks / "a.ipynb").write_text(text)
         lab.copies()
     assert new.read_text() == "mine too" and (copies / "a.ipynb").read_text() == "mine"
+
+
+def test_inputs_that_change_while_a_stage_is_at_work_are_not_named_as_what_it_was_made_of(run, capsys):
+    stage = PairsStage(run).begin(again=True)
+    drawn = run / "m0" / "seed_0" / "samples.jsonl"
+    text = drawn.read_text()
+    drawn.write_text(text.replace("\n", " \n"))
+    with pytest.raises(
+        ConfigError, match=r"inputs have changed since begin\(\); run that cell and stage\.run\(\) again"
+    ):
+        stage.run()
+    stage = PairsStage(run).begin()
+    assert "02_pairs is done again: input samples" in capsys.readouterr().out
+    stage.run()
+    drawn.write_text(text)
+    with pytest.raises(ConfigError, match="inputs have changed since begin"):
+        stage.finish()
+    assert PairsStage(run).is_done()

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..files import ConfigError, MissingArtefact, relative, resolve, write_text
+from ..files import ConfigError, MissingArtefact, locked, relative, resolve, write_text
 from .config import Config, configured, differences, dump, flatten
 from .presets import key_values
 from .stages import method_seeds, plan
@@ -38,7 +38,8 @@ def opened(run: str | Path, overrides: Sequence[str] = ()) -> Path:
             f"overrides: {relative(other)} is there, and one of the two runs was changed since ({'; '.join(found)}); "
             f'go on with it as run = "{relative(other)}" without overrides, or rename it to open another'
         )
-    take_over(folder, config, other, wanted)
+    with locked(other / ".opened.lock", patience=60.0):  # two notebooks may be opened at once
+        take_over(folder, config, other, wanted)
     return other
 
 
@@ -71,6 +72,7 @@ def is_same(stage: Stage, twin: Stage) -> bool:
 
 
 def copy(twin: Stage, stage: Stage) -> None:
+    """Copy what `twin` has left, and its executed notebook, to where `stage` would leave it."""
     stage.folder.mkdir(parents=True, exist_ok=True)
     for name in (*twin.writes(), f"{twin.name}.ipynb"):
         source = twin.folder / name

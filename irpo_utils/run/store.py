@@ -379,6 +379,8 @@ class Stage:
         if not mark.exists() or mark.read_text() != json.dumps(self._key, indent=1) + "\n":
             shutil.rmtree(self.partial_folder(), ignore_errors=True)
             write_json(mark, self._key)
+        if not again and self.manifest_path().exists():
+            print(f"{self.name} is done again: {'; '.join(self.why_not_done())}")
         self.at_work = True
         self._seconds = 0.0
         self.path("").mkdir(exist_ok=True)
@@ -396,6 +398,7 @@ class Stage:
         """Do it, unless it is done; returns what it has left. `options` are those of the stage's `make`."""
         self.check_begun()
         if self.at_work:
+            self._check_unchanged()
             started = time.monotonic()
             self.make(**options)
             self._seconds += time.monotonic() - started  # a cell may be run twice
@@ -405,6 +408,14 @@ class Stage:
         """Raise a ConfigError for a stage whose folder is not taken."""
         if not hasattr(self, "_key"):
             raise ConfigError(f"{self.name}: run the cell with begin() first")
+
+    def _check_unchanged(self) -> None:
+        """Raise a ConfigError where the result would not be what the key names."""
+        for part, now in (("parameters", self._parameters()), ("inputs", self.inputs())):
+            if now != self._key[part]:
+                raise ConfigError(
+                    f"{self.name}: {part} have changed since begin(); run that cell and stage.run() again"
+                )
 
     def partial_folder(self) -> Path:
         return self.folder / f".{self.name}.partial"
@@ -438,10 +449,7 @@ class Stage:
             raise ConfigError(
                 f"{self.name}: {', '.join(missing)} is not there yet; run the cell with stage.run() first"
             )
-        if self._parameters() != self._key["parameters"]:
-            raise ConfigError(
-                f"{self.name}: parameters have changed since begin(); run that cell and stage.run() again"
-            )
+        self._check_unchanged()
         outputs = {name: file_hash(self.path(name)) for name in self.writes()}
         manifest = {"key": self._key, "outputs": outputs, "seconds": round(self._seconds, 2), **facts}
         self.manifest_path().unlink(missing_ok=True)
