@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 from conftest import ROOT
 from hostile_programs import ATTACKS, CHEATS, DEATHS, TESTS, programs
@@ -71,17 +72,30 @@ def strangers() -> set[int]:
     return found
 
 
+def folders_of_programs() -> set[str]:
+    return {name for name in os.listdir(tempfile.gettempdir()) if name.startswith("irpo-")}
+
+
 def nothing_left(before: set[int], folders: set[str]) -> bool:
-    for _ in range(50):  # the kernel takes a namespace down in its own time
-        left = strangers() - before
-        if not left and not {f for f in os.listdir(tempfile.gettempdir()) if f.startswith("irpo-")} - folders:
+    """Whether all that has come goes again; other tests' programs, which may run beside these, come and go as well."""
+    processes, left = strangers() - before, folders_of_programs() - folders
+    for _ in range(100):  # the kernel takes a namespace down in its own time
+        if not processes and not left:
             return True
         time.sleep(0.1)
+        processes &= strangers()
+        left &= folders_of_programs()
     return False
 
 
+def descendants(process: subprocess.Popen) -> int:
+    with suppress(psutil.NoSuchProcess):
+        return len(psutil.Process(process.pid).children(recursive=True))
+    return 0
+
+
 def grade(chosen, execution, **limits):
-    before, folders = strangers(), {f for f in os.listdir(tempfile.gettempdir()) if f.startswith("irpo-")}
+    before, folders = strangers(), folders_of_programs()
     passed = Sandbox(execution, **limits)([Job(p.program, TESTS, ADD) for p in chosen])
     wrong = [(p.name, p.right) for p, found in zip(chosen, passed, strict=True) if found != p.right]
     assert not wrong, wrong
@@ -189,13 +203,12 @@ def test_without_a_filter_a_warning_says_so_once_and_keys_are_not_shared(how, wa
 
 
 def test_a_fork_bomb_is_contained_and_the_next_program_runs(walls):
-    before = strangers()
     box = Sandbox(cpu=1, wall=2.0, workers=1)
     assert not box.run(Job(FORKS, TESTS, ADD))
     most = 0
     run = subprocess.Popen([sys.executable, "-c", BOMB], cwd=ROOT, stdout=subprocess.PIPE)
     while run.poll() is None:
-        most = max(most, len(strangers() - before))
+        most = max(most, descendants(run))
         time.sleep(0.05)
     assert 2 <= most <= sandbox.PROCESSES + 3
     assert box.run(Job("def add(a, b): return a + b", TESTS, ADD))
@@ -210,11 +223,11 @@ def test_nothing_outlives_a_grader_that_is_killed(walls):
     job = "Job('import time; time.sleep(1000)', '', ())"
     code = f"from irpo_utils.extras.code.sandbox import *; Sandbox(wall=3.0).run({job})"
     grader = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
-    while not len(strangers() - before) >= 2:
+    while not descendants(grader) >= 2:
         time.sleep(0.05)
     grader.send_signal(signal.SIGKILL)
     grader.wait()
-    assert nothing_left(before, set(os.listdir(tempfile.gettempdir())))
+    assert nothing_left(before, folders_of_programs())
 
 
 @pytest.mark.parametrize("how", ["missing", "broken"])

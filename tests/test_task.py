@@ -181,7 +181,7 @@ def test_problems_in_memory_with_others_to_test_on():
     ("problems", "test", "message"),
     [
         ([{"question": "q"}], None, 'train problem 1: expected an object with "question", "answer"'),
-        ([SUMS[0], {"question": "q", "answer": 5}], None, "train problem 2: answer must be text"),
+        ([SUMS[0], {"question": "q", "answer": [5]}], None, "train problem 2: answer must be text"),
         (SUMS, [{"question": "q", "answer": "5", "solution": "Final answer: 6"}], "test problem 1: .* ends in '6'"),
         (SUMS[:1], None, "0 problems are left to train on and 1 to test on"),
         (SUMS, [], "20 problems are left to train on and 0 to test on"),
