@@ -24,7 +24,7 @@ from irpo_utils.files import ROOT, file_hash, read_yaml, remove
 from irpo_utils.run.stages import method_seeds, plan
 from irpo_utils.run.store import Stage, open_run
 
-PAGES = ("metrics.csv", "table.txt")
+REPORT = ("metrics.csv", "table.txt")
 
 
 def stages_of(run: Path) -> list[Stage]:
@@ -137,7 +137,7 @@ class Trials:
         second, again = self.command(with_faults=False)
         wrong = differences(self.stages, self.run, self.whole)
         wrong += [
-            n for n in PAGES if not (self.run / n).exists() or file_hash(self.run / n) != file_hash(self.whole / n)
+            n for n in REPORT if not (self.run / n).exists() or file_hash(self.run / n) != file_hash(self.whole / n)
         ]
         if second:
             wrong.append(f"the second time: {again[-400:]}")

@@ -25,9 +25,14 @@ BOOKKEEPING = (
 )
 
 
+def parsed(source: str) -> ast.Module:
+    """The syntax tree of a module, or of a notebook's cells without IPython's own lines."""
+    return ast.parse("\n".join("" if line.lstrip().startswith(("%", "!")) else line for line in source.splitlines()))
+
+
 def meaning(source: str) -> str:
     """The source's syntax tree without comments, layout and docstrings: what changes when the program does."""
-    tree = ast.parse("\n".join("" if line.lstrip().startswith(("%", "!")) else line for line in source.splitlines()))
+    tree = parsed(source)
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
         if (

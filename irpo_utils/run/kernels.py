@@ -29,7 +29,7 @@ from jupyter_client import AsyncKernelManager
 from jupyter_client.provisioning import LocalProvisioner
 
 from ..files import ROOT
-from .code import written
+from .code import parsed, written
 
 
 def can_fork() -> bool:
@@ -47,9 +47,8 @@ def imported(source: Path) -> list[str]:
     """The modules that a notebook's cells import."""
     found: dict[str, None] = {}
     for cell in json.loads(source.read_text())["cells"]:
-        lines = "".join(cell["source"]).splitlines() if cell["cell_type"] == "code" else []
         try:
-            tree = ast.parse("\n".join(line for line in lines if not line.lstrip().startswith(("%", "!"))))
+            tree = parsed("".join(cell["source"]) if cell["cell_type"] == "code" else "")
         except SyntaxError:  # which the kernel will report
             continue
         for node in ast.walk(tree):

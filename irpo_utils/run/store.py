@@ -55,8 +55,6 @@ VERSIONS = ("torch", "transformers", "tokenizers", "peft", "bitsandbytes", "acce
 MATH_VERSIONS = ("math-verify", "latex2sympy2_extended", "sympy")  # of what checks LaTeX answers
 # What of a model's folder makes the model.
 MODEL_FILES = (".safetensors", ".json", ".model", ".txt", ".jinja", ".py")
-
-
 PUBLISHED = OUTPUTS / "reference"
 
 
@@ -367,12 +365,13 @@ class Stage:
             raise ConfigError(
                 f"code: {', '.join(edited)} was changed after this kernel had loaded it; restart the kernel"
             )
-        if not again and self._is_shown():
+        if not again and self._is_shown(self.why_not_done()):
             return self
         self._lock = lock_at(self.folder / f".{self.name}.lock")
         # A kernel whose driver was killed lives on for about a second; give it the time to notice.
         take(self._lock, patience=20.0)
-        if not again and self._is_shown():  # another process has done it in the meantime
+        found = self.why_not_done()
+        if not again and self._is_shown(found):  # another process has done it in the meantime
             self._lock.release()
             return self
         mark = self.partial_folder() / "key.json"
@@ -380,15 +379,15 @@ class Stage:
             shutil.rmtree(self.partial_folder(), ignore_errors=True)
             write_json(mark, self._key)
         if not again and self.manifest_path().exists():
-            print(f"{self.name} is done again: {'; '.join(self.why_not_done())}")
+            print(f"{self.name} is done again: {'; '.join(found)}")
         self.at_work = True
         self._seconds = 0.0
         self.path("").mkdir(exist_ok=True)
         return self
 
-    def _is_shown(self) -> bool:
-        """Whether the stage is done; says so."""
-        if not self.is_done():
+    def _is_shown(self, found: list[str]) -> bool:
+        """Whether the stage is done, nothing being `found` that keeps it from that; says so."""
+        if found:
             return False
         begun = " (and was begun)" if (self.partial_folder() / "key.json").exists() else ""
         print(f"{relative(self.folder)}: {self.name} is done, and shown as it is; again = True does it anew{begun}")
