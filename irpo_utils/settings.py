@@ -37,8 +37,8 @@ class Section(BaseModel):
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(
-            f"{name}: a run's parameters are fixed; give another on the command line, as in "
-            "./run_all.sh tiny run=mine train.lr=1e-3, or edit the run's config.yaml and begin the stage again"
+            f"{name}: a run's parameters are fixed; change one in the cell of parameters, as in "
+            'overrides = ["train.lr=1e-3"], or on the command line, ./run_all.sh tiny run=mine train.lr=1e-3'
         )
 
     def but(self, **changes: Any) -> Self:
@@ -204,9 +204,8 @@ class Settings(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     seeds: Annotated[int, Field(ge=1, le=10_000)] = 1
     iterations: Annotated[int, Field(ge=1, le=10_000)] = 3
-    threads: Annotated[int, Field(ge=1, le=1024)] = (
-        2  # CPU threads of a stage; part of what makes a rerun bit-identical
-    )
+    # CPU threads of a stage; part of what makes a rerun bit-identical.
+    threads: Annotated[int, Field(ge=1, le=1024)] = 2
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

@@ -182,7 +182,7 @@ def check_loaded(
 
 def stored_weights(config: ModelConfig) -> Iterator[tuple[str, torch.Tensor]]:
     """The weights in a model's files, by name: four bits do not show that they were made from a NaN."""
-    folder = Path(base_path(config)).expanduser()
+    folder = Path(base_path(config))
     if not folder.is_dir():
         folder = Path(snapshot_download(config.path, allow_patterns="*.safetensors", local_files_only=True))
     for file in sorted(folder.glob("*.safetensors")):
