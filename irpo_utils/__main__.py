@@ -15,9 +15,10 @@ from .methods.recipes import catalogue
 from .run.config import Config, dump, read_config
 from .run.driver import estimate, run_alone, start, why
 from .run.presets import presets
-from .run.store import run_folder
+from .run.store import is_run, run_folder
 
 HELP = """usage: ./run_all.sh [preset] [key=value ...]     run the loop, skip what is done, write outputs/<run>/report.html
+       ./run_all.sh RUN [key=value ...]           go on with outputs/RUN as it was started, by another preset or a notebook
        ./run_all.sh why RUN                       say of every stage whether it is done, and if not why
        ./run_all.sh lab                           open JupyterLab on working copies of the notebooks
        ./run_all.sh --list                        show the presets, the methods and every parameter with its default
@@ -105,7 +106,7 @@ def command(arguments: list[str]) -> int:
             raise MissingArtefact(f"outputs/{words[1]} is no run; see outputs/ for those there are")
         why(run, read_config(run / "config.yaml"))
     else:
-        named = words[:1] and "=" not in words[0]
+        named = words[:1] and ("=" not in words[0] or is_run(words[0]))
         preset, settings = (words[0], words[1:]) if named else ("tiny", words)
         if options.estimate:
             estimate(preset, settings)
@@ -130,7 +131,8 @@ def main(arguments: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
+        if "--method-seed" not in arguments:  # one of several, for which the driver speaks
+            print("stopped; the same command goes on from here", file=sys.stderr)
         return 130
     except (ConfigError, MissingArtefact, Busy, OSError, RuntimeError) as error:
         if debug:

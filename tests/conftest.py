@@ -1,13 +1,20 @@
 """Shared fixtures: the shipped seed model and a micro run made once by the driver."""
 
+import contextlib
+import io
 import os
+import shutil
+import signal
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from unittest import mock
 
 import pytest
+from filelock import FileLock
 
+from irpo_utils.__main__ import main
 from irpo_utils.extras.code.sandbox import ACCEPTED, ISOLATED, Refused, Sandbox
 from irpo_utils.model import load
 from irpo_utils.run.presets import load_preset
@@ -17,6 +24,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 ROOT = Path(__file__).parent.parent
 OUTPUTS = ROOT / "outputs"
 DATA = ROOT.parent / "shared" / "data"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take minutes come first, so that two processes end at about the same time."""
+    long = ("test_run", "test_faults", "test_real", "test_kept", "test_house", "test_own_parts", "test_family")
+    items.sort(key=lambda item: long.index(item.path.stem) if item.path.stem in long else len(long))
 
 
 @pytest.fixture(scope="session")
@@ -39,32 +52,44 @@ def task(config):
     return get_task(config.task)
 
 
-def drive(*arguments: str, **kwargs) -> subprocess.CompletedProcess:
+def drive_apart(*arguments: str) -> subprocess.CompletedProcess:
     """The driver in a process of its own, without a terminal or standard input."""
-    return subprocess.run(
-        [sys.executable, "-m", "irpo_utils", *arguments],
-        cwd=ROOT,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        **kwargs,
-    )
+    command = [sys.executable, "-m", "irpo_utils", *arguments]
+    return subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+
+
+def drive(*arguments: str) -> subprocess.CompletedProcess:
+    """The driver in this process: kernels are forked from one that stays, which has imported their libraries once."""
+    signals = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    out, err = io.StringIO(), io.StringIO()
+    try:
+        with mock.patch.dict(os.environ), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            status = main(list(arguments))
+    finally:
+        for number, handler in signals.items():
+            signal.signal(number, handler)
+    return subprocess.CompletedProcess(arguments, status, out.getvalue(), err.getvalue())
 
 
 def remove_run(name: str) -> None:
-    import shutil
-
     shutil.rmtree(ROOT / "outputs" / name, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
-def micro_run():
-    """A finished run of the micro preset with two methods, in a folder of its own."""
-    name = f"test-micro{os.environ.get('PYTEST_XDIST_WORKER', '')}"  # workers run side by side
+def micro_run(tmp_path_factory):
+    """A finished run of the micro preset with two methods, made once and copied for each of the processes that test."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "")
+    shared = tmp_path_factory.getbasetemp()
+    shared, name = (shared.parent if worker else shared) / "micro", f"test-micro{worker}"
     remove_run(name)
-    done = drive("micro", f"run={name}", "methods=irpo,sft_gold", "iterations=2", "jobs=2")
-    assert done.returncode == 0, done.stdout + done.stderr
-    yield OUTPUTS / name, done
+    with FileLock(f"{shared}.lock"):
+        if not shared.exists():
+            done = drive_apart("micro", f"run={name}", "methods=irpo,sft_gold", "iterations=2", "jobs=2")
+            assert done.returncode == 0, done.stdout + done.stderr
+            Path(f"{shared}.said").write_text(done.stdout)
+            shutil.move(OUTPUTS / name, shared)
+    shutil.copytree(shared, OUTPUTS / name)
+    yield OUTPUTS / name, Path(f"{shared}.said").read_text()
     remove_run(name)
 
 

@@ -10,10 +10,12 @@ from types import SimpleNamespace
 import pytest
 from conftest import OUTPUTS, drive, remove_run
 
+from irpo_utils.__main__ import main
 from irpo_utils.files import ROOT, ConfigError, MissingArtefact, file_hash, relative
 from irpo_utils.run import code, kernels, lab, store
 from irpo_utils.run.beside import opened
-from irpo_utils.run.driver import changes
+from irpo_utils.run.config import differences
+from irpo_utils.run.driver import changes, configure
 from irpo_utils.run.stages import PairsStage, SampleStage, TrainStage, finished, method_seeds, plan
 from irpo_utils.run.store import open_run
 
@@ -102,6 +104,18 @@ def test_a_change_opens_a_run_beside_and_takes_what_it_does_not_touch(run):
     with pytest.raises(ConfigError, match=r'overrides: a list, as \["train\.beta=0\.3"\]'):
         opened(run, "train.beta=0.3")
     assert opened(run) == run
+
+
+def test_the_driver_goes_on_with_a_run_beside_as_it_was_opened(micro_run, capsys):
+    other = opened(micro_run[0], ["train.beta=0.3"])
+    try:
+        config, folder, jobs = configure(other.name, ["jobs=2"])
+        assert (config.train.beta, folder, jobs) == (0.3, other, 2) and config == open_run(other)
+        assert differences(config, configure(other.name, ["train.beta=0.5"])[0]) == ["train.beta 0.3 -> 0.5"]
+        assert main(["--estimate", other.name]) == 0  # its name has a "=", as a parameter has
+        assert main(["--estimate", f"{other.name}4"]) == 2 and "no parameter" in capsys.readouterr().err
+    finally:
+        shutil.rmtree(other)
 
 
 def test_a_run_beside_one_that_was_changed_since_is_not_taken_for_it(run):

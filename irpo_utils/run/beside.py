@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..files import ConfigError, MissingArtefact, locked, relative, resolve, write_text
-from .config import Config, configured, differences, dump, flatten
+from .config import Config, differences, dump, read_config
 from .presets import key_values
 from .stages import method_seeds, plan
 from .store import Stage, open_run
@@ -26,7 +26,7 @@ def opened(run: str | Path, overrides: Sequence[str] = ()) -> Path:
     if isinstance(overrides, str):
         raise ConfigError(f'overrides: a list, as ["{overrides}"], got {overrides!r}')
     folder, config = resolve(run), open_run(run)
-    wanted = configured(flatten(config.model_dump(mode="json")), key_values(overrides).items())
+    wanted = read_config(folder / "config.yaml", key_values(overrides).items())
     if wanted == config:
         return folder
     other = folder.parent / other_name(folder.name, overrides)

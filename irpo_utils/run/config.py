@@ -247,15 +247,15 @@ def differences(before: Config, now: Config) -> list[str]:
     return [f"{k} {old.get(k)} -> {new.get(k)}" for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
 
 
-def read_config(path: Path) -> Config:
-    """A configuration from a YAML file.
+def read_config(path: Path, overrides: Iterable[tuple[str, str]] = ()) -> Config:
+    """A configuration from a YAML file, with `overrides` of the command line.
 
     Raises:
         ConfigError: the file is not YAML, or a parameter in it is unknown or mistyped.
     """
     raw = read_yaml(path)
     try:
-        return configured(raw)
+        return configured(raw, overrides)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
 

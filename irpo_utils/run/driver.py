@@ -32,7 +32,7 @@ from .config import Config, differences, dump, read_config
 from .notebooks import QUIET, StageFailed, run_notebook
 from .presets import key_values, load_preset
 from .stages import finished, method_seeds, plan
-from .store import Stage, run_folder
+from .store import Stage, is_run, run_folder
 
 
 def executed(stage: Stage) -> Path:
@@ -168,12 +168,19 @@ def check_gold(config: Config, problems: dict[str, list[Problem]]) -> list[str]:
 
 
 def configure(preset: str, settings: list[str]) -> tuple[Config, Path, int]:
-    """The configuration, the run's folder and the number of jobs that a command line asks for. Raises ConfigError."""
+    """The configuration, the run's folder and the number of jobs that a command line asks for. Raises ConfigError.
+
+    Args:
+        preset: a preset's name, or that of a run that is there, which goes on as it was started.
+    """
     texts = key_values(settings)
     run, jobs = texts.pop("run", preset), texts.pop("jobs", "1")
     if not jobs.isdecimal() or len(jobs) > 4 or int(jobs) < 1:
         raise ConfigError(f"jobs: expected a number of at least 1, got {jobs[:20]!r}")
-    config = load_preset(preset, [f"{name}={text}" for name, text in texts.items()])
+    if is_run(preset):
+        config = read_config(run_folder(preset) / "config.yaml", texts.items())
+    else:
+        config = load_preset(preset, [f"{name}={text}" for name, text in texts.items()])
     if (rounds := len(config.methods) * config.seeds * config.iterations) > 100_000:
         raise ConfigError(f"methods, seeds, iterations: {rounds:,} rounds; at most 100,000 in one run")
     return config, run_folder(run), int(jobs)

@@ -66,6 +66,11 @@ def run_folder(name: str) -> Path:
     return OUTPUTS / name
 
 
+def is_run(name: str) -> bool:
+    """Whether outputs/NAME is a run, and NAME is not a preset's name too."""
+    return name not in presets() and name in {path.parent.name for path in OUTPUTS.glob("*/config.yaml")}
+
+
 def open_run(folder: str | Path, preset: str = "") -> Config:
     """The configuration of a run. A folder that is not there yet starts as `preset`, or as the preset of its name.
 
