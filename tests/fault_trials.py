@@ -76,7 +76,7 @@ class Trials:
         self.run, self.whole, self.log = run, whole, folder / "log"
         self.faults = Faults(folder, run)
         self.stages = list({stage.manifest_path(): stage for stage in stages_of(run)}.values())
-        self.totals: dict[tuple[str, bool], dict[str, int]] = {}
+        self.totals: dict[str, dict[str, int]] = {}
 
     def do(self, stage: Stage, again: bool) -> int:
         # A stage of its own, as in a notebook that is run again.
@@ -94,20 +94,19 @@ class Trials:
         if not again:
             forget(stage)
 
-    def total(self, stage: Stage, again: bool, kind: str) -> int:
-        """How far the counter of a kind of fault comes in an undisturbed stage."""
-        key = (stage.label(), again)
-        if key not in self.totals:
-            self.prepare(stage, again)
+    def total(self, stage: Stage, kind: str) -> int:
+        """How far the counter of a kind of fault comes in an undisturbed stage (a few more where it is done again)."""
+        if stage.label() not in self.totals:
+            self.prepare(stage, again=False)
             self.faults.set()
-            assert self.do(stage, again) == 0, self.log.read_text()
-            self.totals[key] = {kind: self.faults.total(kind) for kind in KINDS}
-        return self.totals[key][kind]
+            assert self.do(stage, again=False) == 0, self.log.read_text()
+            self.totals[stage.label()] = {kind: self.faults.total(kind) for kind in KINDS}
+        return self.totals[stage.label()][kind]
 
     def of_a_stage(self, rng: random.Random) -> dict:
         stage, again = rng.choice(self.stages), rng.random() < 0.3
         kind = rng.choice([k for k in KINDS if k not in ("none", "terminate", "kill_driver")])
-        at = rng.randint(1, max(1, self.total(stage, again, kind)))
+        at = rng.randint(1, max(1, self.total(stage, kind)))
         self.prepare(stage, again)
         self.faults.set(kind, at)
         status, happened = self.do(stage, again), self.faults["happened"]

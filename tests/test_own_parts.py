@@ -45,7 +45,7 @@ def own(tmp_path):
 def test_a_method_of_ones_own_runs_like_any_other(own):
     """It starts from M_t and is held against M_0: `reference` is a choice beside `start`."""
     parts, recipes = own
-    command = ["micro", "run=test-own", f"recipes={recipes}", "methods=hardest_first,irpo", "iterations=2"]
+    command = ["micro", "run=test-own", f"recipes={recipes}", "methods=hardest_first", "iterations=2"]
     done = drive(*command, "hardest_first.train.beta=0.5")
     assert done.returncode == 0 and "Hardest pairs, hinge" in done.stdout, done.stdout + done.stderr
     run = ROOT / "outputs" / "test-own"
@@ -60,7 +60,7 @@ def test_a_method_of_ones_own_runs_like_any_other(own):
     assert json.loads((second / "training.json").read_text())["dpo_at_start"] is None
     parts.write_text(PARTS.replace("1 - (chosen", "2 - (chosen"))
     why = drive("why", "test-own")
-    assert f"03_train: input {parts}:hinge" in why.stdout and "irpo/seed_0/iteration_1/03_train: done" in why.stdout
+    assert f"03_train: input {parts}:hinge" in why.stdout and "m0/seed_0/01_sample: done" in why.stdout
 
 
 @pytest.mark.parametrize(
