@@ -164,6 +164,16 @@ def test_samples_do_not_depend_on_the_batch_and_do_on_the_seed(drawn):
     assert draw(max_rows=512, seed=4) != all_at_once
 
 
+def test_every_problem_sample_and_step_has_random_numbers_of_its_own(seed_model, tokenizer, task):
+    """Two problems in the same words would else be answered alike, and all problems be right or wrong together."""
+    ids = next(iter(encode_prompts(task, tokenizer, task.problems("train")[:1]).values()))
+    settings = dict(n=8, temperature=1.0, eos_id=tokenizer.eos_token_id, max_new_tokens=40)
+    first, second = drawn_from(seed_model, {"a": ids, "b": ids}, **settings).values()
+    assert first != second
+    numbers = np.concatenate([sampling.uniforms(seed, name, 3, 5).ravel() for seed in (0, 1) for name in ("a", "b")])
+    assert len(set(numbers)) == 2 * 2 * 3 * 5 and ((numbers >= 0) & (numbers < 1)).all()
+
+
 def test_recorded_logps_are_the_model_s_own(seed_model, tokenizer, task):
     prompts = encode_prompts(task, tokenizer, task.problems("train")[:4])
     settings = dict(n=4, temperature=1.0, eos_id=tokenizer.eos_token_id, max_new_tokens=64)
