@@ -149,7 +149,7 @@ class Trials:
         raw = read_yaml(self.whole / "config.yaml")
         methods = ",".join(raw["methods"])
         command = [sys.executable, "-m", "irpo_utils", "micro", f"run={self.run.name}", f"methods={methods}"]
-        command += [f"iterations={raw['iterations']}", f"jobs={min(2, len(raw['methods']))}"]
+        command += [f"iterations={raw['iterations']}", f"jobs={min(2, len(raw['methods']))}", "sipf.pairs.eta=1e-6"]
         env = {k: v for k, v in os.environ.items() if k not in ("LD_PRELOAD", "FAULTS_PAGE")}
         with open(self.log, "w") as log:
             process = subprocess.Popen(

@@ -18,23 +18,35 @@ pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or not compiler(), reason="faults are injected by a small C library: a compiler, and Linux"
 )
 RUN = OUTPUTS / "test-faults"
-COMMAND = ("micro", f"run={RUN.name}", "iterations=2", "jobs=2")
+COMMAND = (
+    "micro",
+    f"run={RUN.name}",
+    "iterations=2",
+    "jobs=2",
+    "sipf.pairs.eta=1e-6",
+)  # else micro is too small for SIPF
 
 
 def trials(folder, count: int, seed: int, *level: str) -> list[dict]:
     """What came of so many faults; see `fault_trials.py`."""
     faults = Faults(folder, RUN)
     command = [sys.executable, str(ROOT / "tests" / "fault_trials.py"), str(RUN), str(folder / "whole"), str(folder)]
-    done = subprocess.run(
+    rows, log = [], folder / "stderr"
+    with log.open("w") as stderr, subprocess.Popen(
         [*command, str(count), str(seed), *level],
         cwd=ROOT,
         env={**os.environ, "TRANSFORMERS_VERBOSITY": "error", "OMP_NUM_THREADS": "1", **faults.environment},
         stdin=subprocess.DEVNULL,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=stderr,
         text=True,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    ) as process:  # fmt: skip
+        for line in process.stdout:
+            if line.startswith("{"):
+                rows.append(json.loads(line))
+                print({key: rows[-1][key] for key in ("number", "where", "kind", "at", "wrong")}, flush=True)  # with -s
+    assert process.returncode == 0, log.read_text()[-2000:]
+    return rows
 
 
 @pytest.fixture
