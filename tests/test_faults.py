@@ -86,6 +86,6 @@ def test_after_a_fault_the_same_command_ends_with_the_same_bytes(whole):
 @pytest.mark.parametrize("whole", ["irpo,sipf"], indirect=True)
 def test_a_thousand_faults(whole):
     count = int(os.environ.get("FAULTS", "1000"))
-    commands = count // 20
+    commands = count // 40
     check(trials(whole, count - commands, 1), count - commands)
     check(trials(whole, commands, 2, "commands"), commands)
