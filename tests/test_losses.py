@@ -77,6 +77,8 @@ def test_the_table_says_what_each_loss_takes_and_whether_it_needs_a_reference(na
     if row.reference:
         with pytest.raises(ValueError, match="needs the reference's log-probabilities"):
             function(alone, **weights)
+        with pytest.raises(ValueError, match="needs the reference's log-probabilities"):
+            function(whole._replace(reference_chosen=None), **weights)
     else:
         assert torch.equal(function(alone, **weights).total, function(whole, **weights).total)
 

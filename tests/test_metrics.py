@@ -59,11 +59,61 @@ def test_summary_and_steps():
     assert steps["errors"]["half"] == {"careless": 0.5, "wrong": 0.5, "count": 2}
 
 
+verdicts = st.lists(st.tuples(st.sampled_from(["half", "finds"]), st.sampled_from(["right", "careless", "wrong"])))
+rewards = st.sampled_from([1.0, 0.0, None])
+
+
+@given(st.lists(st.tuples(verdicts, rewards), min_size=1, max_size=6))
+def test_steps_are_counted_over_all_solutions(solutions):
+    got = step_summary([steps for steps, _ in solutions], [reward for _, reward in solutions])
+    bad = [any(v != "right" for _, v in steps) for steps, _ in solutions]
+    assert got["steps_right"] == bad.count(False) / len(solutions)
+    lucky = sum(reward == 1 and b for (_, reward), b in zip(solutions, bad, strict=True))
+    assert got["right_for_wrong_reason"] == lucky / len(solutions)
+    for kind in {kind for steps, _ in solutions for kind, _ in steps}:
+        own = [v for steps, _ in solutions for k, v in steps if k == kind]
+        assert got["errors"][kind]["count"] == len(own)
+        assert got["errors"][kind]["careless"] == pytest.approx(own.count("careless") / len(own))
+        assert got["errors"][kind]["wrong"] == pytest.approx(1 - own.count("right") / len(own))
+
+
+drawn = st.lists(st.tuples(st.sampled_from(["6", "7", None]), rewards), min_size=16, max_size=16)
+
+
+@given(st.lists(st.tuples(rewards, rewards, drawn), min_size=1, max_size=5))
+def test_a_summary_counts_what_each_record_holds(rows):
+    records = [
+        {"greedy": g, "flexible": f, "answers": [a for a, _ in d], "rewards": [r for _, r in d]} for g, f, d in rows
+    ]
+    s, total = summarize(records), len(records)
+    assert (s["problems"], s["greedy"]) == (total, sum(g == 1 for g, _, _ in rows) / total)
+    assert s["greedy_unparsed"] == sum(g is None for g, _, _ in rows) / total
+    assert s["greedy_flexible"] == sum(f == 1 for _, f, _ in rows) / total
+    right = [[r == 1 for r in record["rewards"]] for record in records]
+    assert s["sampled"] == pytest.approx(sum(map(sum, right)) / (16 * total))
+    assert {name for name in s if name[-1].isdigit()} == {
+        f"{what}{k}" for what in ("maj", "pass") for k in (1, 2, 4, 8, 16)
+    }
+    for k in (1, 2, 4, 8, 16):
+        assert s[f"pass{k}"] == pytest.approx(sum(pass_at_k(sum(w), 16, k) for w in right) / total)
+        votes = [majority(record["answers"], w, k) for record, w in zip(records, right, strict=True)]
+        assert s[f"maj{k}"] == pytest.approx(sum(votes) / total)
+        assert s[f"pass{k}_low"] <= s[f"pass{k}"] + 1e-9 and s[f"maj{k}"] <= s[f"maj{k}_high"] + 1e-9
+
+
+def test_lists_of_different_lengths_are_refused():
+    with pytest.raises(ValueError, match=r"zip\(\)"):
+        majority(["6", "7"], [True], 2)
+    with pytest.raises(ValueError, match=r"zip\(\)"):
+        step_summary([[]], [])
+
+
 def test_auc_by_hand():
     assert auc([5, 4, 3, 1], [True, True, False, False]) == 1
     assert auc([1, 4, 3, 4], [True, True, False, False]) == (0 + 0 + 1 + 0.5) / 4
     assert auc([2, 2, 2], [True, False, False]) == 0.5
     assert auc([1, 2], [True, True]) is None
+    assert auc([True, 0.5], [True, False]) == 1
 
 
 scored = st.lists(st.tuples(st.sampled_from([0, 1, 1.5, 4 / 3, 5]), st.booleans()), max_size=7)

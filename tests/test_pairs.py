@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from irpo_utils.methods.parts import KINDS
 from irpo_utils.methods.select import cyclic_pairs, distinct, margin_of, select
-from irpo_utils.model.records import Prompt, Sample
+from irpo_utils.model.records import Pair, Prompt, Sample
 from irpo_utils.settings import PairsConfig
 
 
@@ -76,6 +76,35 @@ GOLD = sample(40, 1.0, logp=None)
 )
 def test_what_a_selection_makes_of_six_samples(selection, settings, wanted):
     assert made(selection, SIX, GOLD, **settings) == wanted
+
+
+def test_a_pair_holds_what_its_prompt_and_its_samples_hold():
+    right, wrong = sample(5, 1.0, logp=-3.5), sample(8, 0.0, logp=-7.25, length=3)
+    (pair,), _ = select("pairs", {"a": [right, wrong]}, PROMPTS, PairsConfig(max_tokens=10))
+    assert pair == Pair("a", "p", "r5", "r8", (1, 1), right.token_ids, wrong.token_ids, -3.5, -7.25)
+    (alone,), _ = select("correct", {"a": [right]}, PROMPTS, PairsConfig(max_tokens=10))
+    assert alone == Pair("a", "p", "r5", "", (1, 1), right.token_ids, (), -3.5, None)
+
+
+def test_sft_on_chosen_trains_on_the_winners_of_the_same_pairs_gold_among_them():
+    golden = {"k": 3, "gold": True}
+    assert made("chosen", SIX, GOLD, **golden) == [winner for winner, _ in made("pairs", SIX, GOLD, **golden)]
+    assert "r40" in made("chosen", SIX, GOLD, **golden)
+
+
+def test_dpo_st_drops_what_is_seven_tenths_alike():
+    words = [f"w{i}" for i in range(20)]
+
+    def beside(count, token):  # `count` of the first one's ten words, and so many others that all have ten
+        text = " ".join(words[:count] + words[10 : 20 - count])
+        return sample(token, 1.0, response=text)
+
+    first = beside(10, 5)
+    assert made("pseudo", [first, beside(9, 6)], GOLD, k=9) == ["r40", first.response]  # 9 of 11 words: 0.82
+    assert made("pseudo", [first, beside(8, 7)], GOLD, k=9) == ["r40", first.response, beside(8, 7).response]  # 8 of 12
+    seven = [sample(5, 1.0, response="a b c d e f g"), sample(6, 1.0, response="a b c d e f g h i j")]
+    assert len(made("pseudo", seven, GOLD, k=9)) == 2  # 0.7 itself is too much alike
+    assert len(made("pseudo", [sample(5, 1.0, response=" "), sample(6, 1.0, response="")], GOLD, k=9)) == 2
 
 
 def test_spin_does_not_hold_gold_against_itself():
@@ -163,8 +192,10 @@ def test_cap_is_random_but_seeded():
 
 
 def test_no_pair_at_all_says_why_and_what_to_do():
-    with pytest.raises(ValueError, match="1 problems have no right answer.*raise sampling.n"):
+    with pytest.raises(ValueError, match=r"1 problems have no right answer.*; raise sampling\.n or .*problems$"):
         made("pairs", [sample(5, 0.0)])
+    with pytest.raises(ValueError, match=r"; lower pairs\.eta, raise sampling\.n"):
+        made("margin", [sample(5, 0.0)])
     with pytest.raises(ValueError, match="no gold solution to train on: the task has 0"):
         select("gold", {}, PROMPTS, PairsConfig())
     with pytest.raises(ValueError, match="the task has 1, and 1 exceed pairs.max_tokens"):
