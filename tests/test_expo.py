@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from irpo_utils.extras import expo
 from irpo_utils.extras.expo import extrapolate, extrapolated
 from irpo_utils.files import ConfigError, MissingArtefact
-from irpo_utils.model import load
+from irpo_utils.model import load, packaged
 from irpo_utils.report.publish import extrapolate as main
 from irpo_utils.settings import ModelConfig
 
@@ -72,7 +72,7 @@ def test_logits_are_those_of_the_weights_merged_by_hand(config, policies, tmp_pa
     assert (wanted - logits(load.load_policy(config.model, th_1))).abs().max() > 0.1
     if rank:
         facts = json.loads((tmp_path / "new" / "adapter_config.json").read_text())
-        assert (facts["r"], facts["base_model_name_or_path"]) == (rank, str(load.SEED_MODEL))
+        assert (facts["r"], facts["base_model_name_or_path"]) == (rank, str(packaged.SEED_MODEL))
     assert not list(tmp_path.glob("*.part"))
 
 

@@ -11,9 +11,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from irpo_utils.methods.parts import LOSSES, part
-from irpo_utils.model.load import SEED_MODEL
 from irpo_utils.model.logprobs import collate, pair_batch, response_logps, token_logps
 from irpo_utils.model.losses import Scores, dpo, dpo_nll, nll, orpo, orpo_term
+from irpo_utils.model.packaged import SEED_MODEL
 from irpo_utils.model.records import Pair
 from irpo_utils.model.training import PreferenceTrainer, batch_losses
 from irpo_utils.settings import TrainConfig

@@ -12,7 +12,7 @@ from irpo_utils.files import read_jsonl
 from irpo_utils.methods.parts import LOSSES
 from irpo_utils.methods.sampler import Sampler
 from irpo_utils.methods.select import cyclic_pairs
-from irpo_utils.model import load, logprobs, losses, sampling, schedule, training
+from irpo_utils.model import load, logprobs, losses, packaged, sampling, schedule, training
 from irpo_utils.model.prompts import encode_prompts, stop_ids
 from irpo_utils.model.records import Pair
 from irpo_utils.run.config import dump
@@ -23,8 +23,8 @@ from irpo_utils.tasks.grading import grade
 
 
 def test_seed_model_has_its_recorded_hash_and_accuracy(tokenizer, seed_model, config):
-    facts = json.loads((load.SEED_MODEL / "facts.json").read_text())
-    assert hashlib.sha256((load.SEED_MODEL / "model.safetensors").read_bytes()).hexdigest() == facts["sha256"]
+    facts = json.loads((packaged.SEED_MODEL / "facts.json").read_text())
+    assert hashlib.sha256((packaged.SEED_MODEL / "model.safetensors").read_bytes()).hexdigest() == facts["sha256"]
     task = get_task(config.task.but(test_size=facts["test_problems"]))
     accuracy = Sampler.of(seed_model, tokenizer, task, config).greedy_accuracy(task.problems("test"))
     assert accuracy == pytest.approx(facts["test_greedy"], abs=0.011)  # another CPU may round a close call otherwise

@@ -28,19 +28,17 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ..files import PACKAGE, ROOT, resolve
+from ..files import ROOT, resolve
 from ..settings import ModelConfig
+from . import packaged
 
-SEED_MODEL = PACKAGE / "assets" / "seed_model"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 
 def base_path(config: ModelConfig) -> str:
-    """The hub name or folder of the base model; "seed" is the model in the package."""
-    if config.path == "seed":
-        return str(SEED_MODEL)
-    here = resolve(config.path)
+    """The hub name or folder of the base model, which may be one that a package brings."""
+    here = packaged.folder(config.path) or resolve(config.path)
     return str(here) if here.is_dir() else config.path
 
 

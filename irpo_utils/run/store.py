@@ -41,6 +41,7 @@ from ..files import (
     write_text,
 )
 from ..methods.parts import SAMPLERS, Engine
+from ..model import packaged
 from ..model.records import Prompt, Record, Sample
 from ..settings import ModelConfig, Section
 from ..tasks import TASKS
@@ -250,7 +251,7 @@ class Stage:
         found, task = {}, self.config.task
         if self.loads_model:
             path = self.config.model.path
-            found |= model_files("base", PACKAGE / "assets" / "seed_model" if path == "seed" else path)
+            found |= model_files("base", packaged.folder(path) or path)
         if self.reads_problems:
             found |= problem_files((*task.train, *task.dev, *task.test))
             if (file := source_of(task.name)) is not None:
@@ -495,7 +496,8 @@ def load_line(config: ModelConfig, folder: Path) -> str:
     policy = relative(folder)
     if config.tuning == "full":
         return f'AutoModelForCausalLM.from_pretrained("{policy}")'
-    base = '"irpo_utils/assets/seed_model"' if config.path == "seed" else f'"{config.path}", dtype="{config.dtype}"'
+    here = packaged.folder(config.path)
+    base = f'"{relative(here) if here else config.path}"' + f', dtype="{config.dtype}"' * (config.path != "seed")
     if config.trust_remote_code:
         base += ", trust_remote_code=True"
     if config.quantize == "nf4":  # the adapter was trained on these weights, not on the ones that they are made from

