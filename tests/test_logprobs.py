@@ -1,5 +1,6 @@
 """Shared prompts change nothing: log-probabilities and gradients are those of one padded row for each response."""
 
+from dataclasses import replace
 from itertools import groupby
 
 import numpy as np
@@ -138,6 +139,21 @@ def test_log_probabilities_are_those_of_the_model_s_own_logits(kind, networks):
         got = logprobs.response_logps(model, logprobs.collate([(prompt, response)]))
     model.train()
     assert got.item() == pytest.approx(wanted.item(), rel=1e-5)
+
+
+def test_every_pair_has_the_log_probabilities_of_both_its_responses(networks):
+    model, pairs = networks["llama"], make_pairs([(9, 5, 7), (9, 5, 3), (4, 12, 7)])
+    pairs.append(replace(pairs[0], rejected="", rejected_ids=()))
+
+    def alone(pair, response):
+        with torch.no_grad():
+            return logprobs.response_logps(model, logprobs.collate([(pair.prompt_ids, response)])).item()
+
+    for rows in (1, 2, 64):
+        found = logprobs.reference_logps(model, pairs, rows)
+        wanted = [[alone(p, p.chosen_ids), alone(p, p.rejected_ids) if p.rejected_ids else 0.0] for p in pairs]
+        assert np.allclose(found, wanted, rtol=1e-5)
+    model.train()
 
 
 def test_reference_is_scored_once_for_the_same_pairs_and_model(networks, tmp_path):

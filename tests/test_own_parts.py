@@ -6,7 +6,10 @@ import pytest
 from conftest import ROOT, drive, remove_run
 
 from irpo_utils.files import ConfigError, read_jsonl
+from irpo_utils.methods.select import select
+from irpo_utils.model.records import Prompt, Sample
 from irpo_utils.run.presets import load_preset
+from irpo_utils.settings import PairsConfig
 
 PARTS = '''
 import torch.nn.functional as F
@@ -81,3 +84,17 @@ def test_what_is_wrong_with_it_is_named(own, old, new, message):
 def test_a_file_of_recipes_that_is_not_there_is_named():
     with pytest.raises(ConfigError, match="nowhere.yaml is missing"):
         load_preset("micro", ["recipes=nowhere.yaml"])
+
+
+def test_a_selection_that_fails_is_named_with_the_problem(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("def broken(samples, gold, config, rng):\n    return samples[0].nothing\n\n\n"
+                    "def alone(samples, gold, config, rng):\n    return [(s, None) for s in samples]\n")  # fmt: skip
+    prompts, config = {"a": Prompt("a", "p", (1,))}, PairsConfig()
+    drawn = {"a": [Sample("a", 0, "r", None, 1.0, 1.0, True, -1.0, (5, 2))]}
+    with pytest.raises(
+        ValueError, match=r"mine\.py:broken fails on problem a: AttributeError: .*nothing.*gives a list of"
+    ):
+        select(f"{file}:broken", drawn, prompts, config)
+    with pytest.raises(ValueError, match="gave a response without a rejected one; set its attribute pairs = False"):
+        select(f"{file}:alone", drawn, prompts, config)

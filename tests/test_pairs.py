@@ -181,6 +181,39 @@ def test_gold_joins_the_winners_and_saves_a_problem_without_one():
         select("pairs", samples, with_gold({"b": sample(40, 1.0, length=10)}), config)
 
 
+def test_a_problem_s_draw_depends_on_the_seed_and_on_the_problem():
+    scored = [sample(t, t / 20) for t in range(5, 15)]
+    config = PairsConfig(k=5, eta=0.05, max_tokens=10)
+
+    def drawn(seed):
+        pairs, _ = select("margin", {name: scored for name in "ab"}, PROMPTS, config, seed)
+        return [[(p.chosen, p.rejected) for p in pairs if p.problem == name] for name in "ab"]
+
+    assert drawn(0) == drawn(0) and drawn(0) != drawn(1)
+    assert drawn(0)[0] != drawn(0)[1]
+
+
+def test_what_is_just_long_enough_fits():
+    two = [sample(5, 1.0), sample(6, 0.0)]  # prompt and response have two tokens each
+    assert len(select("pairs", {"a": two}, PROMPTS, PairsConfig(max_tokens=4))[0]) == 1
+    with pytest.raises(ValueError, match="1 and 0 gold solutions are too long|2 and 0 gold"):
+        select("pairs", {"a": two}, PROMPTS, PairsConfig(max_tokens=3))
+
+
+def test_the_audit_says_what_there_is_to_say():
+    _, audit = select("gold", {}, with_gold({"a": GOLD}), PairsConfig(max_tokens=10))
+    assert audit == {
+        "problems": 1,
+        "gold_over_long": 0,
+        "problems_with_pairs": 1,
+        "capped": 0,
+        "pairs": 1,
+        "chosen_tokens": 2,
+    }
+    pairs, audit = select("pairs", {"a": SIX}, PROMPTS, PairsConfig(k=4, max_tokens=10, max_pairs=4))
+    assert (len(pairs), audit["capped"]) == (4, 0)
+
+
 def test_cap_is_random_but_seeded():
     samples, config = (
         {"a": [sample(t, float(t % 2)) for t in range(5, 15)]},
