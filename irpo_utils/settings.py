@@ -98,6 +98,17 @@ class ModelConfig(Section):
         return self
 
 
+class WarmStartConfig(Section):
+    """What M_0 is: the base, or an adapter of it that was trained on gold solutions of problems that the loop never sees."""
+
+    problems: Size = Field(
+        0, description="0: M_0 is the base"
+    )  # of the training problems, which are that many fewer then
+    lr: Positive = 3.0e-4
+    max_steps: Count = 40
+    eval_every: Count = 10  # the step that is best on dev is M_0
+
+
 class SamplingConfig(Section):
     # What samples and evaluates: "transformers" in this process, or "vllm" in one of its own, for which IRPO_VLLM_PYTHON
     # may name a Python that has it (pyproject.toml: how to make one). Dev scores while training: always the former.
@@ -196,6 +207,7 @@ class Settings(Section):
 
     task: TaskConfig = TaskConfig()
     model: ModelConfig = ModelConfig()
+    warm_start: WarmStartConfig = WarmStartConfig()
     sampling: SamplingConfig = SamplingConfig()
     pairs: PairsConfig = PairsConfig()
     process: ProcessConfig = ProcessConfig()
@@ -211,6 +223,11 @@ class Settings(Section):
     def _fits_together(self) -> Self:
         if self.evaluation.test and self.task.name == "word_problems":
             raise ValueError("evaluation.test: word problems are generated, not read; take a task that reads records")
+        if 0 < self.task.train_size <= self.warm_start.problems:
+            raise ValueError(
+                f"warm_start.problems: {self.warm_start.problems} of task.train_size={self.task.train_size} problems leaves the "
+                "loop none; lower it, or raise task.train_size"
+            )
         if self.sampling.engine == "vllm" and self.model.quantize == "nf4":
             raise ValueError(
                 "sampling.engine: vLLM would not run the 4-bit weights that are trained; "

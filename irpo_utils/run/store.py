@@ -167,19 +167,16 @@ class Stage:
         """Where this round's samples are: those of M_0 are shared by all methods."""
         return self.m0_folder() if self.iteration == 1 and self.choices.draws else self.folder
 
-    def policy(self, iteration: int) -> Path | None:
-        """The folder of M_t, None for M_0 (the base itself)."""
-        return self.folder_of(iteration) / "adapter" if iteration else None
-
-    def trained(self, iteration: int) -> tuple[Path, str]:
-        """M_t, t > 0, as an input."""
-        maker = "03_train" if self.recipe.round(iteration).trains else "03b_extrapolate"
-        where = "" if iteration == self.iteration else f" with iteration = {iteration}"
-        return self.policy(iteration), f"{maker}.ipynb{where}"
-
-    def sampled_policy(self) -> dict[str, tuple[Path, str]]:
-        """The model that this round samples, M_{t-1}, as an input; nothing for M_0."""
-        return {"policy": self.trained(self.iteration - 1)} if self.iteration > 1 else {}
+    def model(self, iteration: int, name: str = "policy") -> dict[str, tuple[Path, str]]:
+        """M_t as the input `name`; nothing where it is the base itself."""
+        if not iteration and not self.config.warm_start.problems:
+            return {}
+        if not iteration:
+            maker = "00_warm_start"
+        else:
+            maker = "03_train" if self.recipe.round(iteration).trains else "03b_extrapolate"
+        where = f" with iteration = {iteration}" if iteration and iteration != self.iteration else ""
+        return {name: (self.folder_of(iteration) / "adapter", f"{maker}.ipynb{where}")}
 
     def path(self, name: str) -> Path:
         """Where an output is. While the stage is at work the new one is apart, so that an earlier one stays."""
@@ -205,12 +202,17 @@ class Stage:
         return Sample.by_problem(self.records("samples", Sample)) if self.choices.draws else {}
 
     def training_problems(self, task: Task) -> list[Problem]:
-        """The training problems; then the dev problems too, if training is repeated with them."""
-        return task.problems("train") + (task.problems("dev") if self.config.train.retrain_with_dev else [])
+        """The training problems but for those of the warm start; the dev problems too, if training is repeated with them."""
+        own = task.problems("train")[self.config.warm_start.problems :]
+        return own + (task.problems("dev") if self.config.train.retrain_with_dev else [])
 
     def random_seed(self, purpose: int = 0) -> int:
         """A seed of its own for each (seed, iteration, purpose)."""
         return (self.seed * 1000 + self.iteration) * 10 + purpose
+
+    def stages_of_m0(self) -> list[str]:
+        """The stages that make M_0, which is the base or is trained, and evaluate it."""
+        return [*(["00_warm_start"] if self.config.warm_start.problems else []), "04_evaluate"]
 
     def label(self) -> str:
         return f"{self.method}, seed {self.seed}, iteration {self.iteration}, {self.name}"
@@ -360,7 +362,7 @@ class Stage:
             ConfigError: the method has no such stage in this round, or its code was edited after this process loaded it.
             MissingArtefact: an input is missing. Busy: another process is at work on this stage.
         """
-        wanted = self.choices.stages if self.iteration else ["04_evaluate"]
+        wanted = self.choices.stages if self.iteration else self.stages_of_m0()
         if self.name not in wanted:
             of = f"round {self.iteration} of {self.method}" if self.iteration else "M_0"
             raise ConfigError(f"{self.name}: {of} has no such stage; it has {', '.join(wanted)}")

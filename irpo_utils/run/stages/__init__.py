@@ -17,9 +17,19 @@ from .pairs import PairsStage
 from .reward import RewardStage
 from .sample import SampleStage
 from .train import TrainStage
+from .warm_start import WarmStartStage
 
 STAGES: dict[str, type[Stage]] = {
-    kind.name: kind for kind in (SampleStage, RewardStage, PairsStage, TrainStage, ExtrapolateStage, EvaluateStage)
+    kind.name: kind
+    for kind in (
+        WarmStartStage,
+        SampleStage,
+        RewardStage,
+        PairsStage,
+        TrainStage,
+        ExtrapolateStage,
+        EvaluateStage,
+    )
 }
 
 
@@ -30,7 +40,8 @@ def method_seeds(config: Config) -> list[tuple[str, int]]:
 
 def plan(config: Config, run: Path, method: str, seed: int) -> list[Stage]:
     """The stages of one method and seed, in order."""
-    stages: list[Stage] = [EvaluateStage(run, method, seed, 0, config)]
+    first = EvaluateStage(run, method, seed, 0, config)
+    stages = [STAGES[name](run, method, seed, 0, config) for name in first.stages_of_m0()]
     for t in range(1, config.rounds(method) + 1):
         stages += [STAGES[name](run, method, seed, t, config) for name in config.recipe(method).round(t).stages]
     return stages

@@ -22,7 +22,7 @@ class EvaluateStage(Stage):
     draws = True
 
     def reads(self) -> dict[str, tuple[Path, str]]:
-        return {"policy": self.trained(self.iteration)} if self.iteration else {}
+        return self.model(self.iteration)
 
     def writes(self) -> tuple[str, ...]:
         return ("evaluation.json", "responses.jsonl")

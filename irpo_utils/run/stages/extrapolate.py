@@ -16,8 +16,7 @@ class ExtrapolateStage(Stage):
     reads_problems = False
 
     def reads(self) -> dict[str, tuple[Path, str]]:
-        before = {"before": self.trained(self.iteration - 2)} if self.iteration > 2 else {}
-        return self.sampled_policy() | before
+        return self.model(self.iteration - 1) | self.model(self.iteration - 2, "before")
 
     def writes(self) -> tuple[str, ...]:
         return ("adapter", "training.json")

@@ -25,7 +25,7 @@ class RewardStage(Stage):
     def reads(self) -> dict[str, tuple[Path, str]]:
         drawn = self.samples_folder()
         files = {name: (drawn / f"{name}.jsonl", "01_sample.ipynb") for name in ("samples", "prompts")}
-        return files | self.sampled_policy()
+        return files | self.model(self.iteration - 1)
 
     def writes(self) -> tuple[str, ...]:
         return ("rewarded.jsonl", "reward.json", *self.part.files)
@@ -33,6 +33,7 @@ class RewardStage(Stage):
     def parameters(self) -> dict[str, Any]:
         chosen = self.task_parameters(unused="dev test") | self.common_parameters() | self.section("model")
         chosen |= self.section("sampling") | {"sampling.temperature": self.config.temperature(self.iteration)}
+        chosen |= self.section("warm_start", only=["problems"])
         chosen |= {"reward": self.choices.reward, "train.retrain_with_dev": self.config.train.retrain_with_dev}
         for name in self.part.settings:
             section, _, leaf = name.partition(".")

@@ -23,13 +23,14 @@ class SampleStage(Stage):
         self.folder = self.samples_folder()
 
     def reads(self) -> dict[str, tuple[Path, str]]:
-        return self.sampled_policy() if self.choices.draws else {}
+        return self.model(self.iteration - 1) if self.choices.draws else {}
 
     def writes(self) -> tuple[str, ...]:
         return ("prompts.jsonl", "samples.jsonl") if self.choices.draws else ("prompts.jsonl",)
 
     def parameters(self) -> dict[str, Any]:
         chosen = self.task_parameters(unused="dev test") | self.common_parameters() | self.base_parameters()
+        chosen |= self.section("warm_start", only=["problems"])
         if self.config.train.retrain_with_dev:
             chosen["train.retrain_with_dev"] = True
         if self.choices.draws:

@@ -12,6 +12,7 @@ from ...files import write_json
 from ...methods import parts
 from ...model.records import Pair
 from ...tasks import get_task
+from ...tasks.base import Task
 from ..store import Stage
 
 
@@ -20,11 +21,10 @@ class TrainStage(Stage):
 
     def reads(self) -> dict[str, tuple[Path, str]]:
         found = {"pairs": (self.folder / "pairs.jsonl", "02_pairs.ipynb")}
-        before = self.sampled_policy()
-        if self.choices.start == "M_t":
-            found |= before
-        elif self.choices.reference == "moving" and before:
-            found["reference"] = before["policy"]
+        which = {"M_t": self.iteration - 1, "moving": self.iteration - 1, "M_0": 0}
+        found |= self.model(which[self.choices.start])
+        if self.choices.reference != "none" and not self.choices.reference_is_start:
+            found |= self.model(which[self.choices.reference], "reference")
         return found
 
     def writes(self) -> tuple[str, ...]:
@@ -57,6 +57,7 @@ class TrainStage(Stage):
         return super().versions() | {name: version(name) for name in self.engine.packages}
 
     def make(self, show: Callable[[str], None] = print) -> None:
+        task = get_task(self.config.task)
         # What names the model that scores the pairs before the first step; the rate and the like have no part in it.
         named = self._key | {"parameters": self.section("model") | {"threads": self.config.threads}}
         training = parts.TRAINING.load()(
@@ -64,8 +65,8 @@ class TrainStage(Stage):
             choices=self.choices,
             start=self.input("policy"),
             reference=self.input("reference"),
-            pairs=self.records("pairs", Pair),
-            task=get_task(self.config.task),
+            pairs=self.pairs(task),
+            task=task,
             seed=self.seed,
             order_seed=self.random_seed(2),
             sampled_by_start=self.choices.draws and (self.choices.start == "M_t" or self.iteration == 1),
@@ -76,6 +77,10 @@ class TrainStage(Stage):
         write_json(self.path("training.json"), facts)
         self.keep("steps.jsonl", self.partial / "steps.jsonl")
         self.keep("adapter", self.partial / "kept")
+
+    def pairs(self, task: Task) -> list[Pair]:
+        """What it trains on."""
+        return self.records("pairs", Pair)
 
     def result(self) -> dict[str, Any]:
         """The facts in training.json."""
