@@ -218,6 +218,25 @@ def test_latex_fractions_compare_as_their_values(one, two):
     assert latex.decide(latex.normal(spelled[0]), latex.normal(f"{two.numerator}/{two.denominator}")) is (one == two)
 
 
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("2^3", 8), ("2**3", 8), ("2^3^2", 512), ("2 ^ 3 + 1", 9), ("10^-2", Fraction(1, 100)), ("1 - 2 - 3", -4),
+     ("12 / 4 / 3", 1), ("8 / 1 / 4 / 2", 1), ("2 ^ 3 / 4", 2), ("2 + 3 * 4 ^ 2", 50), ("3!", 6), ("0!", 1), ("3!", 3)],
+)  # fmt: skip
+def test_an_expression_may_be_its_value_and_is_no_other(text, value):
+    """Nobody says that it is the answer, so it is not right either: unparsed."""
+    assert states(text, Fraction(value)) is None and number(text) is None
+    assert states(text, Fraction(value) + 7) is False
+    assert states(f"{text} = 77", Fraction(77)) is True
+
+
+@given(st.lists(st.tuples(st.sampled_from("+-*/"), st.integers(1, 40)), min_size=2, max_size=6))
+def test_a_line_of_arithmetic_is_computed_as_one_writes_it(parts):
+    text = "".join(f" {operator} {value}" for operator, value in parts)[3:]
+    value = eval("".join(f"{operator}F({value})" for operator, value in parts).lstrip("+-*/"), {"F": Fraction})
+    assert states(text, value) is not False and states(text, value + 1000) is False
+
+
 @given(st.text(max_size=60), st.sampled_from(NAMES))
 def test_no_text_makes_extraction_fail(text, name):
     task, problem = get_task(TaskConfig(name=name)), Problem("", "", "A", "", {"options": ["rain", "snow", "fog"]})

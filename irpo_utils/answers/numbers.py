@@ -428,9 +428,13 @@ def _computed(tokens: list[_Token]) -> Reading:
     for token in tokens:
         if token.value is None:
             operator += _OPERATORS.get(token.text.lower(), token.text)
+            continue
+        # In "8 / 4 / 2" and in "2 ^ 3 / 4" what was read as one fraction is none.
+        if operator in ("/", "^", "**") and (fraction := re.fullmatch(r"([0-9]+)\s?/\s?([0-9]+)", token.text)):
+            parts += [(operator, Fraction(fraction[1])), ("/", Fraction(fraction[2]))]
         else:
             parts.append((operator or "+", token.value))
-            operator = ""
+        operator = ""
     try:
         for i in range(len(parts) - 1, 0, -1):
             if parts[i][0] in ("^", "**"):
