@@ -53,7 +53,7 @@ class TaskConfig(Section):
     name: str = "word_problems"  # one of tasks.TASKS, or a class of your own: my_task.py:MyTask
     train: Names = ()  # files or hub data sets; none: the task's own
     dev: Names = ()  # none: `dev_size` problems are held out of training
-    test: Names = ()
+    test: Names = ()  # none, for a task without one of its own: `test_size` problems are held out of training
     train_size: Size = 1000  # problems; 0 takes all there are
     dev_size: Size = 200
     test_size: Size = 300
@@ -67,10 +67,8 @@ class TaskConfig(Section):
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
-        if self.name == "jsonl" and not (self.train and self.test):
-            raise ValueError(
-                "task.train and task.test: the jsonl task needs the file of each, as in task.train=problems.jsonl"
-            )
+        if self.name == "jsonl" and not self.train:
+            raise ValueError("task.train: the jsonl task needs a file, as in task.train=problems.jsonl")
         if self.name == "word_problems" and (self.train or self.dev or self.test):
             raise ValueError(
                 "task.train, task.dev, task.test: word problems are generated; set task.name=jsonl for a file"

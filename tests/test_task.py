@@ -232,6 +232,22 @@ def test_dev_comes_out_of_training_and_no_question_is_in_two_splits(tmp_path):
     assert get_task(config.but(train_size=7)).problems("train") == task.problems("train")[:7]
 
 
+def test_test_problems_come_out_of_training_too_where_there_is_no_file_of_them(tmp_path):
+    rows = [{"question": f"How many are {i}?", "answer": i} for i in range(40)] + [
+        {"question": "how many are 3", "answer": 3}
+    ]
+    config = TaskConfig(name="jsonl", train=records(tmp_path, "a.jsonl", rows), train_size=0, dev_size=5, test_size=12)
+    task = get_task(config)
+    asked = {split: {p.question.strip("?").lower() for p in task.problems(split)} for split in SPLITS}
+    assert (len(task.problems("dev")), len(task.problems("test"))) == (5, 12)
+    assert sum(map(len, asked.values())) == len(set.union(*asked.values())) == 40
+    assert get_task(config.but(test_size=20)).problems("test")[:12] == task.problems("test")
+    with pytest.raises(
+        ValueError, match=r"task\.test_size: 41 of the 41 training problems cannot be held out; 1 to 40 can"
+    ):
+        get_task(config.but(test_size=41)).problems("test")
+
+
 def test_gold_gsm8k_solutions_lose_their_calculator_marks_and_end_marked(tmp_path):
     train, test = records(tmp_path, "a.jsonl", gsm8k_rows(1000, 9)), records(tmp_path, "b.jsonl", gsm8k_rows(0, 2))
     task = get_task(TaskConfig(name="gsm8k", train=train, test=test, train_size=0, dev_size=1, test_size=0))

@@ -89,7 +89,8 @@ class RecordTask(Task):
     """What tasks made of records share: reading, held-out dev problems, no question in two splits.
 
     `task.train`, `task.dev` and `task.test` name files or hub data sets (several are joined); without them a task's own
-    `sources` are taken. Dev problems come out of training unless `task.dev` is given. The order is one of hashes of
+    `sources` are taken. Dev problems come out of training unless `task.dev` is given, and so do test problems where there is a source to train on
+    and none to test on. The order is one of hashes of
     the questions, so that a cut (`task.train_size` and so on; 0 takes all) is a random sample, and the same every time.
 
     Raises (from `problems`):
@@ -186,7 +187,8 @@ class RecordTask(Task):
 
     @cached_property
     def splits(self) -> dict[str, list[Problem]]:
-        test, train = self._read("test"), self._read("train")
+        apart = self.config.test or self.sources.get("test") or not self.config.train
+        test, train = self._read("test") if apart else [], self._read("train")
         elsewhere = {alike(p.question) for p in test}
         if self.config.dev:
             dev = [p for p in self._read("dev") if alike(p.question) not in elsewhere]
@@ -199,8 +201,10 @@ class RecordTask(Task):
         for split, left in (("train", kept), *((("dev", dev),) if self.config.dev else ())):
             if not left:
                 raise BadRecord(f"task.{split}: no problem is left, since all its questions are in another split too")
+        if not apart:
+            test, kept = self._hold_out(kept, "test")
         if not self.config.dev:
-            dev, kept = self._hold_out(kept)
+            dev, kept = self._hold_out(kept, "dev")
         found = {"train": kept, "dev": dev, "test": test}
         for split, problems in found.items():
             size = getattr(self.config, f"{split}_size")
@@ -213,16 +217,18 @@ class RecordTask(Task):
                 raise BadRecord(f"task.{split}: no problem is left; it shares all questions with another split")
         return found
 
-    def _hold_out(self, problems: list[Problem]) -> tuple[list[Problem], list[Problem]]:
-        """The first `task.dev_size` problems, and those of the others that ask none of their questions."""
-        count = self.config.dev_size
+    def _hold_out(self, problems: list[Problem], split: str) -> tuple[list[Problem], list[Problem]]:
+        """The first of the problems, as many as `split` has, and those of the others that ask none of their questions."""
+        count = getattr(self.config, f"{split}_size")
         if not 0 < count < len(problems):
             few = (
                 f"; 1 to {len(problems) - 1} can"
                 if len(problems) > 1
                 else ", and one more to train on; give more problems"
             )
-            raise BadRecord(f"task.dev_size: {count} of the {len(problems)} training problems cannot be held out{few}")
-        dev = problems[:count]
-        held_out = {alike(p.question) for p in dev}
-        return dev, [p for p in problems[count:] if alike(p.question) not in held_out]
+            raise BadRecord(
+                f"task.{split}_size: {count} of the {len(problems)} training problems cannot be held out{few}"
+            )
+        chosen = problems[:count]
+        held_out = {alike(p.question) for p in chosen}
+        return chosen, [p for p in problems[count:] if alike(p.question) not in held_out]
