@@ -140,7 +140,7 @@ class Trials:
         ]
         if second:
             wrong.append(f"the second time: {again[-400:]}")
-        if "Traceback" in message or (status and not message.strip()):
+        if "Traceback" in message or (status > 0 and not message.strip()):  # below 0 it was killed, and can say nothing
             wrong.append("no plain message")
         where = f"command from {self.stages[first].label()}"
         return {"where": where, "kind": kind, "at": at, "happened": happened, "status": status, "wrong": wrong, "message": message[-300:]}  # fmt: skip
