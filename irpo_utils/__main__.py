@@ -18,7 +18,7 @@ from .run.presets import presets
 from .run.store import is_run, run_folder
 
 HELP = """usage: ./run_all.sh [preset] [key=value ...]     run the loop, skip what is done, write outputs/<run>/report.html
-       ./run_all.sh RUN [key=value ...]           go on with outputs/RUN as it was started, by another preset or a notebook
+       ./run_all.sh RUN [key=value ...]           go on with outputs/RUN, with the parameters that it has
        ./run_all.sh why RUN                       say of every stage whether it is done, and if not why
        ./run_all.sh lab                           open JupyterLab on working copies of the notebooks
        ./run_all.sh --list                        show the presets, the methods and every parameter with its default

@@ -53,7 +53,7 @@ class TaskConfig(Section):
     name: str = "word_problems"  # one of tasks.TASKS, or a class of your own: my_task.py:MyTask
     train: Names = ()  # files or hub data sets; none: the task's own
     dev: Names = ()  # none: `dev_size` problems are held out of training
-    test: Names = ()  # none, for a task without one of its own: `test_size` problems are held out of training
+    test: Names = ()  # none, for a task without sources of its own: `test_size` problems are held out of training
     train_size: Size = 1000  # problems; 0 takes all there are
     dev_size: Size = 200
     test_size: Size = 300
@@ -99,9 +99,8 @@ class ModelConfig(Section):
 class WarmStartConfig(Section):
     """What M_0 is: the base, or an adapter of it that was trained on gold solutions of problems that the loop never sees."""
 
-    problems: Size = Field(
-        0, description="0: M_0 is the base"
-    )  # of the training problems, which are that many fewer then
+    # Taken from the training problems; the loop has the rest.
+    problems: Size = Field(0, description="0: M_0 is the base")
     lr: Positive = 3.0e-4
     max_steps: Count = 40
     eval_every: Count = 10  # the step that is best on dev is M_0
@@ -223,8 +222,7 @@ class Settings(Section):
             raise ValueError("evaluation.test: word problems are generated, not read; take a task that reads records")
         if 0 < self.task.train_size <= self.warm_start.problems:
             raise ValueError(
-                f"warm_start.problems: {self.warm_start.problems} of task.train_size={self.task.train_size} problems leaves the "
-                "loop none; lower it, or raise task.train_size"
+                f"warm_start.problems: the warm start takes all {self.task.train_size} problems of task.train_size; lower it"
             )
         if self.sampling.engine == "vllm" and self.model.quantize == "nf4":
             raise ValueError(

@@ -86,10 +86,10 @@ def micro_run(tmp_path_factory):
         if not shared.exists():
             done = drive_apart("micro", f"run={name}", "methods=irpo,sft_gold", "iterations=2", "jobs=2")
             assert done.returncode == 0, done.stdout + done.stderr
-            Path(f"{shared}.said").write_text(done.stdout)
+            Path(f"{shared}.stdout").write_text(done.stdout)
             shutil.move(OUTPUTS / name, shared)
     shutil.copytree(shared, OUTPUTS / name)
-    yield OUTPUTS / name, Path(f"{shared}.said").read_text()
+    yield OUTPUTS / name, Path(f"{shared}.stdout").read_text()
     remove_run(name)
 
 

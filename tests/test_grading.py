@@ -221,7 +221,7 @@ def test_latex_fractions_compare_as_their_values(one, two):
 @pytest.mark.parametrize(
     ("text", "value"),
     [("2^3", 8), ("2**3", 8), ("2^3^2", 512), ("2 ^ 3 + 1", 9), ("10^-2", Fraction(1, 100)), ("1 - 2 - 3", -4),
-     ("12 / 4 / 3", 1), ("8 / 1 / 4 / 2", 1), ("2 ^ 3 / 4", 2), ("2 + 3 * 4 ^ 2", 50), ("3!", 6), ("0!", 1), ("3!", 3)],
+     ("12 / 4 / 3", 1), ("8 / 1 / 4 / 2", 1), ("2 ^ 3 / 4", 2), ("16/2^2", 4), ("3/4^2", Fraction(3, 16)), ("2 + 3 * 4 ^ 2", 50), ("3!", 6), ("0!", 1), ("3!", 3)],
 )  # fmt: skip
 def test_an_expression_may_be_its_value_and_is_no_other(text, value):
     """Nobody says that it is the answer, so it is not right either: unparsed."""

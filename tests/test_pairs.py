@@ -196,7 +196,7 @@ def test_a_problem_s_draw_depends_on_the_seed_and_on_the_problem():
 def test_what_is_just_long_enough_fits():
     two = [sample(5, 1.0), sample(6, 0.0)]  # prompt and response have two tokens each
     assert len(select("pairs", {"a": two}, PROMPTS, PairsConfig(max_tokens=4))[0]) == 1
-    with pytest.raises(ValueError, match="1 and 0 gold solutions are too long|2 and 0 gold"):
+    with pytest.raises(ValueError, match="2 and 0 gold solutions are too long"):
         select("pairs", {"a": two}, PROMPTS, PairsConfig(max_tokens=3))
 
 

@@ -38,8 +38,8 @@ def manifests(run):
 
 
 def test_run_ends_with_the_table_and_the_files(micro_run):
-    run, said = micro_run
-    assert "report.html" in said.splitlines()[-1]
+    run, printed = micro_run
+    assert "report.html" in printed.splitlines()[-1]
     rows = list(csv.DictReader((run / "metrics.csv").read_text().splitlines()))
     assert list(rows[0]) == [
         "run",
@@ -84,13 +84,14 @@ def test_second_run_does_nothing_and_a_changed_parameter_reruns_what_depends_on_
     changed_run = OUTPUTS / "test-changed"
     remove_run(changed_run.name)
     shutil.copytree(run, changed_run)
-    changed = drive("micro", f"run={changed_run.name}", "methods=irpo,sft_gold", "iterations=1", "irpo.train.lr=2e-3")
+    changed = drive("micro", f"run={changed_run.name}", "methods=irpo,sft_gold", "iterations=2", "irpo.train.lr=2e-3")
     assert changed.returncode == 0, changed.stderr
     after = manifests(changed_run)
     remove_run(changed_run.name)
     rerun = {str(p) for p in before if after[p] != before[p]}
     base = "irpo/seed_0/iteration_"
-    assert rerun == {f"{base}1/{name}.manifest.json" for name in ("03_train", "04_evaluate")}
+    wanted = {f"{base}{t}/{s}.manifest.json" for t, s in [(1, "03_train"), (1, "04_evaluate"), (2, "01_sample"), (2, "02_pairs"), (2, "03_train"), (2, "04_evaluate")]}  # fmt: skip
+    assert rerun == wanted
 
 
 @pytest.mark.parametrize(
@@ -293,18 +294,20 @@ def test_keys_name_what_a_stage_depends_on_and_no_more(tmp_path):
 
     plain = keys()
     expected = {
-        "sampling.max_new_tokens=9": {"01_sample", "01b_reward", "03_train", "04_evaluate"},
+        "sampling.max_new_tokens=9": {"00_warm_start", "01_sample", "01b_reward", "03_train", "04_evaluate"},
         "sampling.engine=vllm": {"01_sample", "01b_reward", "04_evaluate"},
         "task.test_size=9": {"04_evaluate"},
-        "task.train_size=9": {"01_sample", "01b_reward"},  # the pairs read what these leave
-        "model.lora_r=4": {"01b_reward", "03_train", "03b_extrapolate", "04_evaluate"},
+        "task.train_size=9": {"00_warm_start", "01_sample", "01b_reward"},  # the pairs read what these leave
+        "model.lora_r=4": {"00_warm_start", "01b_reward", "03_train", "03b_extrapolate", "04_evaluate"},
         "model.path=elsewhere": set(STAGES) - {"02_pairs"},
         "evaluation.temperature=1": {"04_evaluate"},
         "pairs.k=1": {"02_pairs"},
+        "pairs.max_tokens=100": {"00_warm_start", "01b_reward", "02_pairs"},
+        "warm_start.problems=8": {"00_warm_start", "01_sample", "01b_reward"},
         "train.alpha=0.5": {"03_train"},
         "train.odds_weight=0.5": set(),  # of another loss
         "process.continuations=3": {"01b_reward"},
-        "train.warmup=0.5": {"01b_reward", "03_train"},  # the reward model is trained with it, too
+        "train.warmup=0.5": {"00_warm_start", "01b_reward", "03_train"},  # the reward model is trained with it, too
         "judge.samples=2": set(),  # of another reward
         "train.extrapolation=0.5": {"03b_extrapolate"},
         "seeds=2": set(),

@@ -217,6 +217,15 @@ def test_the_line_that_loads_a_policy(settings, line):
     assert store.load_line(ModelConfig(**settings), OUTPUTS / "x") == line
 
 
+def test_where_test_is_held_out_of_training_its_size_is_in_the_key(tmp_path):
+    def sizes(*settings):
+        stage = SampleStage(tmp_path, config=load_preset("micro", ["task.name=jsonl", "task.train=a.jsonl", *settings]))
+        return {name for name in stage.parameters() if name.endswith("_size")}
+
+    assert sizes() == {"task.train_size", "task.dev_size", "task.test_size"}
+    assert sizes("task.test=b.jsonl") == {"task.train_size", "task.dev_size"}
+
+
 def test_the_model_s_and_the_problems_files_are_inputs(run, tmp_path):
     folder = tmp_path / "model"
     folder.mkdir()

@@ -248,6 +248,12 @@ def test_test_problems_come_out_of_training_too_where_there_is_no_file_of_them(t
         get_task(config.but(test_size=41)).problems("test")
 
 
+def test_a_task_with_sources_of_its_own_is_not_tested_on_what_it_trains_on(tmp_path):
+    train = records(tmp_path, "a.jsonl", gsm8k_rows(0, 20))
+    with pytest.raises(ValueError, match=r"task\.test: this task needs a file"):
+        get_task(TaskConfig(name="mmlu_math", train=train, train_size=0, dev_size=2, test_size=3)).problems("test")
+
+
 def test_gold_gsm8k_solutions_lose_their_calculator_marks_and_end_marked(tmp_path):
     train, test = records(tmp_path, "a.jsonl", gsm8k_rows(1000, 9)), records(tmp_path, "b.jsonl", gsm8k_rows(0, 2))
     task = get_task(TaskConfig(name="gsm8k", train=train, test=test, train_size=0, dev_size=1, test_size=0))

@@ -74,7 +74,7 @@ def test_the_same_warm_start_gives_the_same_bytes(run):
     warm.begin(again=True).run(show=lambda line: None)
     warm.finish()
     assert file_hash(warm.path("adapter")) == before and stage(run, "01_sample").is_done()
-    assert json.loads((warm.folder / "training.json").read_text())["best_step"] in (0, 2, 4)
+    assert json.loads((warm.folder / "training.json").read_text())["best_step"] in (2, 4)
 
 
 def test_without_one_there_is_no_such_stage(tmp_path):
@@ -84,9 +84,7 @@ def test_without_one_there_is_no_such_stage(tmp_path):
 
 
 def test_what_leaves_the_loop_no_problem_is_refused(tmp_path):
-    with pytest.raises(
-        ConfigError, match="warm_start.problems: 48 of task.train_size=48 problems leaves the loop none"
-    ):
+    with pytest.raises(ConfigError, match="warm_start.problems: the warm start takes all 48 problems"):
         load_preset("micro", ["warm_start.problems=48"])
     rows = [{"question": f"How many are {i}?", "answer": str(i), "solution": f"Final answer: {i}"} for i in range(12)]
     for row in rows[6:]:
@@ -95,6 +93,6 @@ def test_what_leaves_the_loop_no_problem_is_refused(tmp_path):
     file.write_text("\n".join(map(json.dumps, rows)))
     task = ["task.name=jsonl", f"task.train={file}", f"task.test={file}", "task.train_size=0", "task.dev_size=2"]
     problems = {"train": [Problem(str(i), "q", "a", row.get("solution", "")) for i, row in enumerate(rows)]}
-    for count, message in ((12, "12 of the 12 training problems leaves the loop none"), (7, "not all of the first 7")):
+    for count, message in ((12, "the warm start takes all 12 training problems"), (7, "not all of the first 7")):
         with pytest.raises(ValueError, match=f"warm_start.problems: {message}"):
             check_gold(load_preset("micro", [*task, f"warm_start.problems={count}"]), problems)

@@ -429,9 +429,9 @@ def _computed(tokens: list[_Token]) -> Reading:
         if token.value is None:
             operator += _OPERATORS.get(token.text.lower(), token.text)
             continue
-        # In "8 / 4 / 2" and in "2 ^ 3 / 4" what was read as one fraction is none.
-        if operator in ("/", "^", "**") and (fraction := re.fullmatch(r"([0-9]+)\s?/\s?([0-9]+)", token.text)):
-            parts += [(operator, Fraction(fraction[1])), ("/", Fraction(fraction[2]))]
+        # What was read as one fraction need be none: "8 / 4 / 2", "16 / 2 ^ 2".
+        if fraction := re.fullmatch(r"([0-9]+)\s?/\s?([0-9]+)", token.text):
+            parts += [(operator or "+", Fraction(fraction[1])), ("/", Fraction(fraction[2]))]
         else:
             parts.append((operator or "+", token.value))
         operator = ""

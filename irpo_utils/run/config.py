@@ -91,12 +91,12 @@ class Config(Settings):
     def for_round(self, method: str, t: int) -> Config:
         """This configuration with the hyper-parameters of a method's round t: those of the method that it inherits from, then its own.
 
-        Its own do not count in the rounds that come once before those that repeat (a warm start).
+        Its own do not count in the rounds that come once before those that repeat (a first one on gold).
         """
         recipe = self.recipe(method)
         inherits = recipe.round(t).inherits if t else ""
-        warm = inherits and recipe.repeat and t <= len(recipe.rounds) - recipe.repeat
-        own = self.method_settings.get(inherits, {}) | ({} if warm else self.method_settings.get(method, {}))
+        once = inherits and recipe.repeat and t <= len(recipe.rounds) - recipe.repeat
+        own = self.method_settings.get(inherits, {}) | ({} if once else self.method_settings.get(method, {}))
         config, budget = changed(self, own), recipe.budget(self.iterations)
         longer = {f"train.{name}": budget * getattr(config.train, name) for name in ("max_steps", "max_epochs")}
         return changed(config, longer) if budget > 1 else config
@@ -255,9 +255,10 @@ def read_config(path: Path, overrides: Iterable[tuple[str, str]] = ()) -> Config
     """
     raw = read_yaml(path)
     try:
-        return configured(raw, overrides)
+        config = configured(raw)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
+    return configured(raw, overrides) if overrides else config
 
 
 def dump(config: Config) -> str:

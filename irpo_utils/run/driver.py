@@ -159,11 +159,11 @@ def check_gold(config: Config, problems: dict[str, list[Problem]]) -> list[str]:
     """What to say of gold solutions that a task has not. Raises a ValueError where methods, or a warm start, need them."""
     train, warm = problems["train"], config.warm_start.problems
     if warm and len(train) <= warm:
-        raise ValueError(
-            f"warm_start.problems: {warm} of the {len(train)} training problems leaves the loop none; lower it"
-        )
+        raise ValueError(f"warm_start.problems: the warm start takes all {len(train)} training problems; lower it")
     if warm and not all(p.solution for p in train[:warm]):
-        raise ValueError(f"warm_start.problems: not all of the first {warm} training problems have a gold solution")
+        raise ValueError(
+            f"warm_start.problems: not all of the first {warm} training problems have a gold solution; lower it, or add solutions"
+        )
     if any(p.solution for p in train[warm:]):
         return []
     needy = [m for m in config.methods if any(r.needs_gold for r in config.recipe(m).rounds)]

@@ -1,7 +1,7 @@
 """Bookkeeping of a run: where each artefact is, what a stage's result depends on, and whether it is done.
 
     outputs/<run>/config.yaml
-    outputs/<run>/m0/seed_<s>/             M_0's evaluation and its samples, shared by all methods
+    outputs/<run>/m0/seed_<s>/             M_0 (its adapter, if it has one), its evaluation and samples, shared by all methods
     outputs/<run>/<method>/seed_<s>/iteration_<t>/   samples of M_{t-1}, pairs, the policy M_t, its evaluation
     outputs/<run>/report.html, metrics.csv, timing.csv
 
@@ -167,7 +167,7 @@ class Stage:
         """Where this round's samples are: those of M_0 are shared by all methods."""
         return self.m0_folder() if self.iteration == 1 and self.choices.draws else self.folder
 
-    def model(self, iteration: int, name: str = "policy") -> dict[str, tuple[Path, str]]:
+    def policy_input(self, iteration: int, name: str = "policy") -> dict[str, tuple[Path, str]]:
         """M_t as the input `name`; nothing where it is the base itself."""
         if not iteration and not self.config.warm_start.problems:
             return {}
@@ -183,7 +183,7 @@ class Stage:
         return (self.partial_folder() / "made" if self.at_work else self.folder) / name
 
     def input(self, name: str) -> Path | None:
-        """The path of an input; None for one that this stage has not, as the policy of M_0. Raises MissingArtefact."""
+        """The path of an input; None for one that this stage has not, as that of M_0 where it is the base. Raises MissingArtefact."""
         path, made_by = self.reads().get(name, (None, ""))
         if path is not None and not path.exists():
             raise MissingArtefact(f"{relative(path)} is missing; run notebooks/{made_by} first")
@@ -210,10 +210,6 @@ class Stage:
         """A seed of its own for each (seed, iteration, purpose)."""
         return (self.seed * 1000 + self.iteration) * 10 + purpose
 
-    def stages_of_m0(self) -> list[str]:
-        """The stages that make M_0, which is the base or is trained, and evaluate it."""
-        return [*(["00_warm_start"] if self.config.warm_start.problems else []), "04_evaluate"]
-
     def label(self) -> str:
         return f"{self.method}, seed {self.seed}, iteration {self.iteration}, {self.name}"
 
@@ -228,10 +224,14 @@ class Stage:
     def task_parameters(self, unused: str = "") -> dict[str, Any]:
         """The task's parameters, without the sizes of `unused` splits.
 
-        Where dev is held out of training, its size decides which problems are trained on.
+        Where dev or test is held out of training, its size decides which problems are trained on.
         """
-        own_splits = self.config.task.name == "word_problems" and not self.config.train.retrain_with_dev
-        dropped = [f"{split}_size" for split in unused.split() if split != "dev" or own_splits]
+        task = self.config.task
+        own_splits = task.name == "word_problems" and not self.config.train.retrain_with_dev
+        held_out = [] if own_splits else ["dev"]
+        if not task.test and (task.name == "jsonl" or source_of(task.name)):
+            held_out.append("test")
+        dropped = [f"{split}_size" for split in unused.split() if split not in held_out]
         return self.section("task", without=dropped)
 
     def common_parameters(self) -> dict[str, Any]:
@@ -362,7 +362,7 @@ class Stage:
             ConfigError: the method has no such stage in this round, or its code was edited after this process loaded it.
             MissingArtefact: an input is missing. Busy: another process is at work on this stage.
         """
-        wanted = self.choices.stages if self.iteration else self.stages_of_m0()
+        wanted = self.choices.stages if self.iteration else stages_of_m0(self.config)
         if self.name not in wanted:
             of = f"round {self.iteration} of {self.method}" if self.iteration else "M_0"
             raise ConfigError(f"{self.name}: {of} has no such stage; it has {', '.join(wanted)}")
@@ -472,6 +472,11 @@ class Stage:
     def load_line(self) -> str:
         """One line of Python that loads M_t elsewhere."""
         return load_line(self.config.model, self.folder / "adapter")
+
+
+def stages_of_m0(config: Config) -> list[str]:
+    """The stages of M_0: its warm start, if it has one, and its evaluation."""
+    return [*(["00_warm_start"] if config.warm_start.problems else []), "04_evaluate"]
 
 
 def model_files(name: str, path: str | Path) -> dict[str, str]:

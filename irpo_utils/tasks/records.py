@@ -89,8 +89,8 @@ class RecordTask(Task):
     """What tasks made of records share: reading, held-out dev problems, no question in two splits.
 
     `task.train`, `task.dev` and `task.test` name files or hub data sets (several are joined); without them a task's own
-    `sources` are taken. Dev problems come out of training unless `task.dev` is given, and so do test problems where there is a source to train on
-    and none to test on. The order is one of hashes of
+    `sources` are taken. Dev problems come out of training unless `task.dev` is given, and test problems too, for a task without sources of its own
+    that is given none to test on. The order is one of hashes of
     the questions, so that a cut (`task.train_size` and so on; 0 takes all) is a random sample, and the same every time.
 
     Raises (from `problems`):
@@ -110,6 +110,11 @@ class RecordTask(Task):
     @abstractmethod
     def problem(self, name: str, record: dict[str, Any]) -> Problem:
         """The problem that a record states. Raises ValueError for a malformed one."""
+
+    @property
+    def has_test(self) -> bool:
+        """Whether test problems have a source of their own."""
+        return bool(self.config.test or self.sources)
 
     def problems(self, split: str) -> list[Problem]:
         return self.splits[split]
@@ -187,8 +192,7 @@ class RecordTask(Task):
 
     @cached_property
     def splits(self) -> dict[str, list[Problem]]:
-        apart = self.config.test or self.sources.get("test") or not self.config.train
-        test, train = self._read("test") if apart else [], self._read("train")
+        test, train = self._read("test") if self.has_test else [], self._read("train")
         elsewhere = {alike(p.question) for p in test}
         if self.config.dev:
             dev = [p for p in self._read("dev") if alike(p.question) not in elsewhere]
@@ -201,7 +205,7 @@ class RecordTask(Task):
         for split, left in (("train", kept), *((("dev", dev),) if self.config.dev else ())):
             if not left:
                 raise BadRecord(f"task.{split}: no problem is left, since all its questions are in another split too")
-        if not apart:
+        if not self.has_test:
             test, kept = self._hold_out(kept, "test")
         if not self.config.dev:
             dev, kept = self._hold_out(kept, "dev")

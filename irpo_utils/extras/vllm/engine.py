@@ -153,7 +153,12 @@ class Engine:
             "seed": 0,
         }
         if adapter:
-            rank = next(r for r in LORA_RANKS if r >= config.model.lora_r)
+            own = json.loads((adapter / "adapter_config.json").read_text())["r"]  # ExPO's is up to twice model.lora_r
+            rank = next((r for r in LORA_RANKS if r >= own), None)
+            if rank is None:
+                raise EngineError(
+                    f"vLLM takes adapters of a rank up to {LORA_RANKS[-1]}, not {own}; lower model.lora_r"
+                )
             settings |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank}
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the process
         reading, writing = os.pipe()

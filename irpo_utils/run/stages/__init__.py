@@ -10,7 +10,7 @@ from typing import Any
 
 from ...files import MissingArtefact, relative
 from ..config import Config
-from ..store import Stage, open_run
+from ..store import Stage, open_run, stages_of_m0
 from .evaluate import EvaluateStage, read_evaluation
 from .extrapolate import ExtrapolateStage
 from .pairs import PairsStage
@@ -40,8 +40,7 @@ def method_seeds(config: Config) -> list[tuple[str, int]]:
 
 def plan(config: Config, run: Path, method: str, seed: int) -> list[Stage]:
     """The stages of one method and seed, in order."""
-    first = EvaluateStage(run, method, seed, 0, config)
-    stages = [STAGES[name](run, method, seed, 0, config) for name in first.stages_of_m0()]
+    stages = [STAGES[name](run, method, seed, 0, config) for name in stages_of_m0(config)]
     for t in range(1, config.rounds(method) + 1):
         stages += [STAGES[name](run, method, seed, t, config) for name in config.recipe(method).round(t).stages]
     return stages

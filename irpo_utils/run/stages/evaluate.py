@@ -22,7 +22,7 @@ class EvaluateStage(Stage):
     draws = True
 
     def reads(self) -> dict[str, tuple[Path, str]]:
-        return self.model(self.iteration)
+        return self.policy_input(self.iteration)
 
     def writes(self) -> tuple[str, ...]:
         return ("evaluation.json", "responses.jsonl")

@@ -16,7 +16,7 @@ class ExtrapolateStage(Stage):
     reads_problems = False
 
     def reads(self) -> dict[str, tuple[Path, str]]:
-        return self.model(self.iteration - 1) | self.model(self.iteration - 2, "before")
+        return self.policy_input(self.iteration - 1) | self.policy_input(self.iteration - 2, "before")
 
     def writes(self) -> tuple[str, ...]:
         return ("adapter", "training.json")

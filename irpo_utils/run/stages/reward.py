@@ -25,7 +25,7 @@ class RewardStage(Stage):
     def reads(self) -> dict[str, tuple[Path, str]]:
         drawn = self.samples_folder()
         files = {name: (drawn / f"{name}.jsonl", "01_sample.ipynb") for name in ("samples", "prompts")}
-        return files | self.model(self.iteration - 1)
+        return files | self.policy_input(self.iteration - 1)
 
     def writes(self) -> tuple[str, ...]:
         return ("rewarded.jsonl", "reward.json", *self.part.files)

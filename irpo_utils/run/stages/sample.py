@@ -23,7 +23,7 @@ class SampleStage(Stage):
         self.folder = self.samples_folder()
 
     def reads(self) -> dict[str, tuple[Path, str]]:
-        return self.model(self.iteration - 1) if self.choices.draws else {}
+        return self.policy_input(self.iteration - 1) if self.choices.draws else {}
 
     def writes(self) -> tuple[str, ...]:
         return ("prompts.jsonl", "samples.jsonl") if self.choices.draws else ("prompts.jsonl",)

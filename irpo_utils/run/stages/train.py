@@ -21,10 +21,10 @@ class TrainStage(Stage):
 
     def reads(self) -> dict[str, tuple[Path, str]]:
         found = {"pairs": (self.folder / "pairs.jsonl", "02_pairs.ipynb")}
-        which = {"M_t": self.iteration - 1, "moving": self.iteration - 1, "M_0": 0}
-        found |= self.model(which[self.choices.start])
+        iteration_of = {"M_t": self.iteration - 1, "moving": self.iteration - 1, "M_0": 0}
+        found |= self.policy_input(iteration_of[self.choices.start])
         if self.choices.reference != "none" and not self.choices.reference_is_start:
-            found |= self.model(which[self.choices.reference], "reference")
+            found |= self.policy_input(iteration_of[self.choices.reference], "reference")
         return found
 
     def writes(self) -> tuple[str, ...]:

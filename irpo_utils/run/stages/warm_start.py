@@ -22,16 +22,19 @@ class WarmStartStage(TrainStage):
         super().__init__(run, method, seed, iteration, whole)
         self.choices = Round(reward="none", selection="gold", loss="nll", start="M_0", reference="none")
         # Of the run and not of a method: all methods share M_0.
-        own = whole.warm_start.model_dump(exclude={"problems"})
-        own |= {"engine": "own", "retrain_with_dev": False, "max_epochs": own["max_steps"]}
-        self.config = whole.but(train=whole.train.but(**own))
+        changes = whole.warm_start.model_dump(exclude={"problems"}) | {"engine": "own", "retrain_with_dev": False}
+        changes["max_epochs"] = 2 * whole.train.batch * whole.warm_start.max_steps  # so that the steps decide
+        self.config = whole.but(train=whole.train.but(**changes))
 
     def reads(self) -> dict[str, tuple[Path, str]]:
         return {}
 
     def parameters(self) -> dict[str, Any]:
         return (
-            super().parameters() | self.task_parameters(unused="test") | self.section("warm_start", only=["problems"])
+            super().parameters()
+            | self.task_parameters(unused="test")
+            | self.section("warm_start", only=["problems"])
+            | self.section("pairs", only=["max_tokens"])
         )
 
     def uses(self) -> list[str]:
@@ -40,4 +43,9 @@ class WarmStartStage(TrainStage):
     def pairs(self, task: Task) -> list[Pair]:
         problems = task.problems("train")[: self.config.warm_start.problems]
         with SAMPLERS["transformers"].load()(self.config, None, task, problems) as sampler:
-            return select("gold", {}, sampler.prompts(problems), self.config.pairs)[0]
+            pairs, audit = select("gold", {}, sampler.prompts(problems), self.config.pairs.but(max_pairs=0))
+        if audit["gold_over_long"]:
+            print(
+                f"{audit['gold_over_long']} of {len(problems)} gold solutions exceed pairs.max_tokens and are left out"
+            )
+        return pairs
