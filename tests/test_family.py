@@ -104,7 +104,7 @@ def test_expo_goes_on_from_the_base_through_the_trained_model(run):
     make(run, "expo", 2)
     config = open_run(run).model
     stage = STAGES["04_evaluate"](run, "expo", 0, 2)
-    weights = [load_policy(config, stage.policy(t)).state_dict() for t in (0, 1, 2)]
+    weights = [load_policy(config, stage.policy_input(t).get("policy", [None])[0]).state_dict() for t in (0, 1, 2)]
     for name, w_2 in weights[2].items():
         w_0, w_1 = weights[0][name], weights[1][name]
         assert torch.allclose(w_2, w_1 + 0.3 * (w_1 - w_0), atol=1e-6), name

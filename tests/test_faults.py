@@ -74,7 +74,7 @@ def check(rows: list[dict], count: int) -> None:
 
 @pytest.mark.parametrize("whole", ["irpo,sft_gold"], indirect=True)
 def test_after_a_fault_a_stage_ends_with_the_same_bytes(whole):
-    check(trials(whole, 29, 0), 29)
+    check(trials(whole, 24, 0), 24)
 
 
 @pytest.mark.parametrize("whole", ["irpo,sft_gold"], indirect=True)

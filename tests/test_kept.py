@@ -174,10 +174,10 @@ def test_a_driver_that_is_stopped_while_libraries_are_imported_leaves_no_kernel(
 
 def test_what_is_done_again_is_what_takes_from_what_changed(run):
     config = open_run(run)
-    more = config.but(evaluation=config.evaluation.but(samples=8))
+    more = config.but(evaluation=config.evaluation.but(samples=4))
     plans = [plan(more, run, *each) for each in method_seeds(more)]
     lines = changes(run, more, plans, replaces=False)
-    assert lines[0] == "changed since this run's last start: evaluation.samples 32 -> 8"
+    assert lines[0] == "changed since this run's last start: evaluation.samples 8 -> 4"
     assert lines[1].startswith("done again: up to 4 finished stages")  # the evaluations: M_0, irpo twice, sft_gold
 
 

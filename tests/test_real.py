@@ -86,7 +86,6 @@ def test_the_family_goes_through_its_rounds_on_real_records(family, quantize, me
         ("qwen2", "math", "none", "bfloat16"),
         ("qwen2", "gsm8k", "nf4", "float32"),
         ("qwen2", "mbpp", "none", "float32"),
-        ("gemma2", "gsm8k", "none", "float32"),
         ("gemma2", "gsm8k", "nf4", "float32"),
     ],
 )
