@@ -124,11 +124,11 @@ def test_functions_have_at_most_six_arguments():
 
 @pytest.fixture(scope="module")
 def without_extras(tmp_path_factory):
-    """A copy of the project that has no extras, and what a run of IRPO and of SFT on gold said in it."""
+    """A copy of the project that has no extras, and what a run of IRPO said in it."""
     copy = tmp_path_factory.mktemp("without")
     for name in ("irpo_utils", "notebooks"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("extras", "__pycache__"))
-    return copy, drive_in(copy, "micro", "methods=irpo,sft_gold", "iterations=1")
+    return copy, drive_in(copy, "micro", "iterations=1")
 
 
 def drive_in(folder, *arguments):

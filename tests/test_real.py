@@ -59,11 +59,17 @@ def write_run(folder, config):
 
 
 @pytest.mark.parametrize(
-    ("family", "quantize", "method"), [("gemma2", "nf4", "sipf"), ("llama", "none", "self_rewarding")]
+    ("family", "quantize", "method", "rounds"), [("gemma2", "nf4", "sipf", 2), ("llama", "none", "self_rewarding", 1)]
 )
-def test_the_family_goes_through_its_rounds_on_real_records(family, quantize, method, folders, tmp_path):
+def test_the_family_goes_through_its_rounds_on_real_records(family, quantize, method, rounds, folders, tmp_path):
     """Step labels, reward model and judge with chat templates, and a second round that begins from M_0."""
-    more = {"model.quantize": quantize, "model.dtype": "float32", "methods": method, "iterations": 2, "pairs.eta": 1e-6}
+    more = {
+        "model.quantize": quantize,
+        "model.dtype": "float32",
+        "methods": method,
+        "iterations": rounds,
+        "pairs.eta": 1e-6,
+    }
     more |= {"process.continuations": 2, "process.max_steps": 3, "judge.read": "scores", "sampling.n": 24}
     config = load_preset("gsm8k-qwen2.5-0.5b", settings("gsm8k", folders[family], **more))
     run = write_run(tmp_path / "run", config)
@@ -71,11 +77,11 @@ def test_the_family_goes_through_its_rounds_on_real_records(family, quantize, me
         if stage.name != "04_evaluate":
             stage.begin().run()
             stage.finish()
-    facts = json.loads(RewardStage(run, method, 0, 2).path("reward.json").read_text())
-    rewarded = read_jsonl(RewardStage(run, method, 0, 2).path("rewarded.jsonl"))
+    facts = json.loads(RewardStage(run, method, 0, rounds).path("reward.json").read_text())
+    rewarded = read_jsonl(RewardStage(run, method, 0, rounds).path("rewarded.jsonl"))
     assert len(rewarded) == 12 * 24 and facts["drawn_tokens"] > 0
     assert all(0 <= r["reward"] <= (1 if method == "sipf" else 5) for r in rewarded)
-    assert read_jsonl(PairsStage(run, method, 0, 2).path("pairs.jsonl"))
+    assert read_jsonl(PairsStage(run, method, 0, rounds).path("pairs.jsonl"))
 
 
 @pytest.mark.parametrize(
