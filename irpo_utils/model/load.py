@@ -1,9 +1,9 @@
 """Load the base model, its tokenizer, and one iteration's policy.
 
 A policy is one directory: a LoRA adapter on the frozen base (`adapter_config.json`), or, with `model.tuning: full`, a
-whole small model. M_0 is the base itself, or a policy (a warm start). Nothing is ever merged back into quantized weights: they would be quantized
-anew, and the model that is sampled would not be the one that was trained. Adapters are float32 whatever the base is
-(peft casts them so), since a LoRA step is smaller than what bfloat16 can tell apart.
+whole small model. M_0 is the base itself, or a policy (a warm start). Nothing is ever merged back into quantized weights:
+they would be quantized anew, and the model that is sampled would not be the one that was trained. Adapters are float32
+whatever the base is (peft casts them so), since a LoRA step is smaller than what bfloat16 can tell apart.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt
 
 def base_path(config: ModelConfig) -> str:
     """The hub name or folder of the base model, which may be one that a package brings."""
-    here = packaged.folder(config.path) or resolve(config.path)
+    here = packaged.ready(config.path) or resolve(config.path)
     return str(here) if here.is_dir() else config.path
 
 

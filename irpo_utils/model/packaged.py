@@ -36,21 +36,23 @@ NAMED = {
 
 
 def folder(name: str) -> Path | None:
-    """The folder of a model that `model.path` calls by a word; None for another name.
+    """The folder of a model that `model.path` calls by a word, whether it is written yet or not; None for another name."""
+    if name == "seed":
+        return SEED_MODEL
+    return OUTPUTS / "models" / f"{name}-{NAMED[name].sha256[:12]}" if name in NAMED else None
+
+
+def ready(name: str) -> Path | None:
+    """The same folder, written where it is not there yet.
 
     Raises:
         ValueError: its package is not installed, or holds another file.
     """
-    if name == "seed":
-        return SEED_MODEL
-    if name not in NAMED:
-        return None
-    model = NAMED[name]
-    written = OUTPUTS / "models" / f"{name}-{model.sha256[:12]}"
-    if not written.is_dir():
+    written = folder(name)
+    if written is not None and not written.is_dir():
         with locked(written.with_name(f".{written.name}.lock"), patience=300.0):
             if not written.is_dir():
-                write(name, model, written)
+                write(name, NAMED[name], written)
     return written
 
 

@@ -253,7 +253,8 @@ class Stage:
         found, task = {}, self.config.task
         if self.loads_model:
             path = self.config.model.path
-            found |= model_files("base", packaged.folder(path) or path)
+            known = packaged.NAMED.get(path)  # by the hash of its package's file, written as a folder or not
+            found |= {"base": known.sha256} if known else model_files("base", packaged.folder(path) or path)
         if self.reads_problems:
             found |= problem_files((*task.train, *task.dev, *task.test))
             if (file := source_of(task.name)) is not None:

@@ -89,9 +89,8 @@ class RecordTask(Task):
     """What tasks made of records share: reading, held-out dev problems, no question in two splits.
 
     `task.train`, `task.dev` and `task.test` name files or hub data sets (several are joined); without them a task's own
-    `sources` are taken. Dev problems come out of training unless `task.dev` is given, and test problems too, for a task without sources of its own
-    that is given none to test on. The order is one of hashes of
-    the questions, so that a cut (`task.train_size` and so on; 0 takes all) is a random sample, and the same every time.
+    `sources` are taken. Dev problems come out of training unless `task.dev` is given, and test problems too, for a task
+    without sources of its own that is given none to test on. The order is one of hashes of the questions, so that a cut (`task.train_size` and so on; 0 takes all) is a random sample, and the same every time.
 
     Raises (from `problems`):
         ValueError: a source is missing, or a record is malformed (named by file and line).
