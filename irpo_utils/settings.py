@@ -83,7 +83,7 @@ class ModelConfig(Section):
     tuning: Literal["lora", "full"] = "lora"  # "full" for a model small enough to save whole
     quantize: Literal["none", "nf4", "auto"] = "none"  # "nf4": 4-bit base (QLoRA); "auto": nf4 where CUDA is, else none
     dtype: Literal["float32", "bfloat16", "auto"] = (
-        "float32"  # "auto": bfloat16 where CUDA is. Adapters are float32 in any case
+        "float32"  # "auto": bfloat16 where CUDA is, or a CPU with AMX or AVX512-BF16. Adapters are float32 in any case
     )
     trust_remote_code: bool = False  # whether code that comes with the model may run
     lora_r: Count = 32
@@ -197,6 +197,7 @@ class EvaluationConfig(Section):
     samples: Count = 32
     temperature: Positive = 0.8
     test: Names = ()  # further test sets, each a file or hub data set in the form of the task's own
+    test_size: Size = 0  # problems of each of them; 0 takes all
 
 
 class Settings(Section):

@@ -159,8 +159,14 @@ def test_the_command_s_settings_of_the_model(monkeypatch):
     assert read({}) == ModelConfig()
     given = read({"path": "some/model", "tuning": "full", "trust_remote_code": "true", "lora_r": "8"})
     assert given == ModelConfig(path="some/model", tuning="full", trust_remote_code=True, lora_r=8)
-    for cuda, dtype, quantize in ((True, "bfloat16", "nf4"), (False, "float32", "none")):
+    for cuda, cpu, dtype, quantize in (
+        (True, "avx2", "bfloat16", "nf4"),
+        (False, "avx2", "float32", "none"),
+        (False, "amx_bf16", "bfloat16", "none"),
+        (False, "avx512_bf16", "bfloat16", "none"),
+    ):
         monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda cpu=cpu: {"amx_bf16": False, cpu: True})
         found = read({"dtype": "auto", "quantize": "auto"})
         assert (found.dtype, found.quantize) == (dtype, quantize)
 

@@ -67,11 +67,17 @@ def gradients(model, pairs, loss, score, monkeypatch):
     return torch.stack([chosen, rejected]).detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
 
+@pytest.mark.parametrize(
+    "shape",
+    [
+        [(9, 5, 7), (9, 5, 3), (4, 12, 7), (1, 6, 2), (30, 1, 4)],
+        [(20, 5, 7), (33, 5, 3), (33, 12, 7), (24, 6, 2)],  # prompts that begin with the same 19 tokens
+    ],
+)
 @pytest.mark.parametrize("loss", WEIGHTS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_gradients_are_those_of_padded_rows(kind, loss, networks, monkeypatch):
+def test_gradients_are_those_of_padded_rows(kind, loss, shape, networks, monkeypatch):
     """Unequal lengths, a response in several pairs, two prompts, a prompt of one token, and a pair without a loser."""
-    shape = [(9, 5, 7), (9, 5, 3), (4, 12, 7), (1, 6, 2), (30, 1, 4)]
     pairs = make_pairs(shape if loss is not nll else [*shape, (9, 8, 0)])
     wanted = gradients(networks[kind], pairs, loss, padded_logps, monkeypatch)
     for score in (logprobs.response_logps, tree_logps):
@@ -91,6 +97,15 @@ def test_any_lengths_score_as_each_response_alone(networks, lengths):
         together = logprobs.response_logps(model, logprobs.collate(rows))
         alone = torch.cat([padded_logps(model, logprobs.collate([row])) for row in rows])
     assert torch.allclose(together, alone, rtol=1e-5, atol=1e-4)
+
+
+def test_what_prompts_begin_with_is_run_once(networks):
+    """By the tokens that are run: the prefix, the prompts' rests, and prompt's last token and response of each row."""
+    seen, model = [], networks["llama"]
+    hook = model.get_input_embeddings().register_forward_hook(lambda _, ids, __: seen.append(tuple(ids[0].shape)))
+    logprobs.response_logps(model, logprobs.pair_batch(make_pairs([(20, 5, 7), (33, 5, 3), (33, 12, 7)])))
+    hook.remove()
+    assert seen == [(1, 18), (2, 32 - 18), (6, 12)]
 
 
 def test_a_response_in_several_pairs_is_one_row():

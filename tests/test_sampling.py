@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from irpo_utils import metrics
-from irpo_utils.model import sampling, shared_prompt
+from irpo_utils.model import sampling, shape, shared_prompt
 from irpo_utils.model.logprobs import collate, response_logps
 from irpo_utils.model.prompts import encode_prompts
 
@@ -94,6 +94,20 @@ def test_samples_are_the_same_one_problem_at_a_time(network):
     assert together == {k: v for name in prompts for k, v in draw({name: prompts[name]}, 4).items()}
 
 
+def test_what_all_prompts_begin_with_is_run_once_and_changes_nothing(network):
+    rng = np.random.default_rng(2)
+    prompts = {str(i): [1, *range(40, 60), *rng.integers(3, 97, 1 + i % 7).tolist()] for i in range(20)}
+    seen = []
+    embedded = network.get_input_embeddings().register_forward_hook(lambda _, ids, __: seen.append(ids[0].shape))
+    together = drawn_from(network, prompts, n=4, temperature=1.0)
+    embedded.remove()
+    assert ((1, 21) in seen and (20, 7) in seen) == shape.sees_all(network.config)
+    for name, completions in together.items():
+        alone = drawn_from(network, {name: prompts[name]}, n=4, temperature=1.0)[name]
+        assert ids_of(completions) == ids_of(alone)
+        assert np.allclose([c.logp for c in completions], [c.logp for c in alone], atol=1e-3)
+
+
 def test_fewer_problems_when_their_samples_need_more_rows_than_there_are(network):
     """What goes into few rows is what comes of many, for as many problems as fit."""
     rng = np.random.default_rng(2)
@@ -133,6 +147,19 @@ def test_pick_draws_from_softmax_of_logits_over_temperature(temperature, seed):
     draws, _ = sampling.pick(logits.unsqueeze(0), temperature, np.zeros(40_000, dtype=int), rng.random(40_000))
     expected = (logits.double() / temperature).softmax(-1) * 40_000
     assert ((torch.bincount(torch.from_numpy(draws), minlength=8) - expected) ** 2 / expected).sum() < 40.5
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(4097, 9000), st.sampled_from([1.0, 8.0, 30.0]), st.integers(0, 99))
+def test_a_word_of_a_large_vocabulary_is_that_of_its_distribution_function(words, spread, seed):
+    """The word drawn is the one whose share of [0, 1) holds the random number, up to the rounding of float32."""
+    rng = np.random.default_rng(seed)
+    likely = torch.from_numpy(rng.normal(size=(3, words)) * spread).float().softmax(-1)
+    uniform = torch.from_numpy(np.concatenate([rng.random((3, 20)), np.full((3, 1), 1 - 2**-53), np.zeros((3, 1))], 1))
+    found, ends = sampling.inverse(likely, uniform), likely.double().cumsum(-1)
+    share = ends.gather(-1, found) / ends[:, -1:]
+    before = share - likely.gather(-1, found) / ends[:, -1:]
+    assert (before - 1e-6 <= uniform).all() and (uniform <= share + 1e-6).all()
 
 
 def test_a_zero_probability_token_is_never_drawn():

@@ -1,7 +1,7 @@
 """Log-probabilities of responses, each prompt run once and each distinct response once.
 
-The K pairs of a problem share one prompt, and K pairs hold fewer than 2K distinct responses. Here a batch's distinct
-prompts run first, without their last token; their cache, graph and all, is expanded to the distinct responses as rows,
+The K pairs of a problem share one prompt, and K pairs hold fewer than 2K distinct responses. Here the instruction that
+a batch's prompts begin with runs first, then its distinct prompts, without their last token; their cache, graph and all, is expanded to the distinct responses as rows,
 and a row runs the prompt's last token and the response on it. So all logits belong to response tokens, and none is made
 for a prompt. With activation checkpointing no cache can be kept; there a prompt and its responses are one row with a
 tree mask (`tree_states`). The result is that of the padded rows prompt + response (`padded_states`), which is the
@@ -21,10 +21,12 @@ import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from .load import causal_model, passes
 from .records import Ids, Pair
+from .shape import sees_all
+from .shared_prompt import repeated, run_prefix
 
 CHUNK = 1 << 25  # logits that are made at once (128 MiB in float32); fewer than that are kept for the backward pass
 Row = tuple[Sequence[int], Sequence[int]]  # prompt ids, response ids
@@ -71,13 +73,14 @@ def response_states(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
     if model.training and getattr(model, "is_gradient_checkpointing", False):  # no cache outlives a layer then
         one_row_a_prompt = tree_is_cheaper(model, batch) and takes_trees(model)
         return tree_states(model, batch) if one_row_a_prompt else padded_states(model, batch)
-    mask, owner, fed = batch["prompt_mask"], batch["owner"], batch["fed"]
+    owner, fed = batch["owner"], batch["fed"]
     backbone = causal_model(model).base_model
-    cache = DynamicCache()
+    prefix, mask = run_prefix(model, batch["prompts"], batch["prompt_mask"])
+    length, cache = prefix.get_seq_length(), repeated(prefix, len(mask))
     backbone(
-        input_ids=batch["prompts"],
+        input_ids=batch["prompts"][:, length:],
         attention_mask=mask,
-        position_ids=(mask.cumsum(-1) - 1).clamp_(min=0),
+        position_ids=(mask.cumsum(-1) - 1).clamp_(min=0)[:, length:],
         past_key_values=cache,
         use_cache=True,
     )
@@ -152,11 +155,11 @@ def tree_bias(model: PreTrainedModel, visible: Tensor, positions: Tensor) -> Ten
         return zeros.masked_fill_(~seen, torch.finfo(model.dtype).min).unsqueeze(1)
 
     config = causal_model(model).config.get_text_config()
-    layer_types, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
-    if not window or (layer_types is not None and "sliding_attention" not in layer_types):
+    if sees_all(config):
         return bias(visible)
-    sliding = bias(visible & (positions.unsqueeze(-1) - positions.unsqueeze(1) < window))
-    return {"full_attention": bias(visible), "sliding_attention": sliding} if layer_types else sliding
+    sliding = bias(visible & (positions.unsqueeze(-1) - positions.unsqueeze(1) < config.sliding_window))
+    kinds = getattr(config, "layer_types", None)
+    return {"full_attention": bias(visible), "sliding_attention": sliding} if kinds else sliding
 
 
 def takes_trees(model: PreTrainedModel) -> bool:

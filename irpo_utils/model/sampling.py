@@ -25,15 +25,17 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from .load import causal_model, free_bytes
 from .shape import cache_numbers
-from .shared_prompt import SampleCache, numbered, shared_attention, shares_prompts
+from .shared_prompt import SampleCache, numbered, repeated, run_prefix, shared_attention, shares_prompts
 
 PREFILL_TOKENS = 1 << 15  # prompt tokens that are run at once
+BLOCK = 256  # words of a vocabulary whose probabilities are summed together
 COMPACT_AT = 0.75  # rows are put together anew when fewer than this share of them goes on, or many more
 
 
@@ -72,14 +74,34 @@ def pick(
         points = np.zeros((len(logits), int(number.max()) + 1))
         points[row_of_sample, number] = uniform
         likely = (logits if temperature == 1 else logits / temperature).softmax(-1)
-        cumulative = likely.double().cumsum_(-1)
-        points = torch.from_numpy(points).to(logits.device) * cumulative[:, -1:]
-        tokens = torch.searchsorted(cumulative, points, right=True).clamp_(max=logits.shape[-1] - 1)
+        tokens = inverse(likely, torch.from_numpy(points).to(logits.device))
     if temperature == 1:
         logps = likely.gather(-1, tokens).log()
     else:
         logps = logits.gather(-1, tokens) - logits.logsumexp(-1, keepdim=True)
     return tokens.cpu().numpy()[row_of_sample, number], logps.double().cpu().numpy()[row_of_sample, number]
+
+
+def inverse(likely: Tensor, uniform: Tensor) -> Tensor:
+    """Where the distribution functions of `likely` [rows, words] exceed `uniform` [rows, points] times their ends.
+
+    A word of a large vocabulary is found in two steps, its block and itself, so that only the sums of blocks and one
+    block a point are summed in float64.
+    """
+    words = likely.shape[-1]
+    if words <= 16 * BLOCK:
+        cumulative = likely.double().cumsum_(-1)
+        return torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True).clamp_(max=words - 1)
+    blocks = F.pad(likely, (0, -words % BLOCK)).unflatten(-1, (-1, BLOCK))  # [rows, blocks, words of a block]
+    ends = blocks.sum(-1).double().cumsum_(-1)
+    point = uniform * ends[:, -1:]
+    block = torch.searchsorted(ends, point, right=True).clamp_(max=ends.shape[-1] - 1)
+    before = F.pad(ends, (1, 0)).gather(-1, block)
+    share = (point - before) / (ends.gather(-1, block) - before)  # of the block's probability
+    rows = torch.arange(len(likely), device=likely.device).unsqueeze(-1)
+    inside = blocks[rows, block].double().cumsum_(-1)  # [rows, points, words of a block]
+    word = torch.searchsorted(inside, (share.unsqueeze(-1) * inside[..., -1:]), right=True).squeeze(-1)
+    return (block * BLOCK + word.clamp_(max=BLOCK - 1)).clamp_(max=words - 1)
 
 
 class Decoding(NamedTuple):
@@ -177,25 +199,26 @@ def sample_batch(
 def run_prompts(
     model: PreTrainedModel, prompts: list[list[int]], padded: bool
 ) -> tuple[list[DynamicCache], Tensor, Tensor]:
-    """Run every prompt once; `padded` says whether their lengths differ.
+    """Run every prompt once, and what all begin with once for all; `padded` says whether their lengths differ.
 
     Returns:
         their caches, in parts; the logits of each one's next token, [prompts, vocabulary]; and the mask, which is 0
-        where a prompt is padded, [prompts, length].
+        where a cache holds padding, [prompts, length].
     """
     device, width = next(model.parameters()).device, max(map(len, prompts))
     # Left padding puts the last prompt token of every row in one column. The pad id is never seen: it is masked.
     ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-    positions = (mask.cumsum(-1) - 1).clamp_(min=0)
+    prefix, mask = run_prefix(model, ids, mask)
+    length, positions = prefix.get_seq_length(), (mask.cumsum(-1) - 1).clamp_(min=0)
     caches, logits, size = [], [], max(1, PREFILL_TOKENS // width)
     for first in range(0, len(prompts), size):
         part = slice(first, first + size)
-        caches.append(DynamicCache())
+        caches.append(repeated(prefix, len(ids[part])))
         out = model(
-            input_ids=ids[part],
+            input_ids=ids[part, length:],
             attention_mask=mask[part] if padded else None,
-            position_ids=positions[part],
+            position_ids=positions[part, length:],
             past_key_values=caches[-1],
             use_cache=True,
             logits_to_keep=1,

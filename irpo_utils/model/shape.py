@@ -15,6 +15,14 @@ def cache_numbers(config: PretrainedConfig) -> int:
     return 2 * config.num_hidden_layers * heads * width
 
 
+def sees_all(config: PretrainedConfig) -> bool:
+    """Whether every layer of a (text) model looks at all tokens before, so that padding between them does not matter."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds:
+        return set(kinds) == {"full_attention"}
+    return not (getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True))
+
+
 @dataclass(frozen=True)
 class Shape:
     """What counting a model's memory needs to know of it."""

@@ -23,8 +23,44 @@ from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from .load import causal_model, passes
+from .shape import sees_all
 
 KNOWN_LAYERS = {"full_attention", "sliding_attention"}
+LEAST_PREFIX = 16  # tokens; fewer are not worth a pass of their own
+
+
+def run_prefix(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> tuple[DynamicCache, Tensor]:
+    """Run once what all prompts begin with, such as the instruction of a task.
+
+    Args:
+        ids, mask: the prompts, padded on their left, [prompts, length].
+
+    Returns:
+        its cache, of one row (empty where there is nothing worth it); and the mask of the prompts behind it: with n
+        tokens in the cache, `ids[:, n:]` are still to be run, and the mask is 1 on the first n and where those are of
+        the prompt, [prompts, length].
+    """
+    cache = DynamicCache()
+    count, width = ids.shape
+    if count < 2 or not sees_all(causal_model(model).config.get_text_config()):
+        return cache, mask
+    start = width - mask.sum(-1, keepdim=True)
+    column = torch.arange(width, device=ids.device)
+    kept = max(0, width - int(start.max()) - 1)  # every prompt keeps a token of its own
+    beginnings = ids.gather(1, start + column[:kept])
+    length = int((beginnings == beginnings[:1]).all(0).long().cumprod(0).sum())
+    if length < LEAST_PREFIX:
+        return cache, mask
+    causal_model(model).base_model(input_ids=beginnings[:1, :length], past_key_values=cache, use_cache=True)
+    return cache, ((column < length) | (column >= start + length)).to(mask.dtype)
+
+
+def repeated(cache: DynamicCache, rows: int) -> DynamicCache:
+    """A cache of `rows` rows, each as the one row of `cache`."""
+    found = DynamicCache()
+    for number, layer in enumerate(cache.layers):
+        found.update(layer.keys.expand(rows, -1, -1, -1), layer.values.expand(rows, -1, -1, -1), number)
+    return found
 
 
 def numbered(groups: np.ndarray) -> np.ndarray:
@@ -241,8 +277,7 @@ def shared_trial(model: PreTrainedModel) -> str | None:
         if should_reduce_batch_size(error):  # that says nothing of the model
             raise
         return f"cannot ({type(error).__name__}: {error})"
-    slides = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
-    if slides and "sliding_attention" in (layer_types or ["sliding_attention"]) and cache.windows == {None}:
+    if not sees_all(config) and cache.windows == {None}:
         return "does not tell its attention its window"
     got, wanted = torch.cat(steps, 1).float(), wanted.float()
     tolerance = 1e-4 if next(model.parameters()).dtype == torch.float32 else 5e-2  # 16-bit weights round

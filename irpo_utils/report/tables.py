@@ -59,8 +59,15 @@ def metrics_table(run: str, rows: list[dict[str, Any]], config: Config) -> pd.Da
 
 
 def summary_table(metrics: pd.DataFrame, config: Config) -> pd.DataFrame:
-    """Test accuracy by method and iteration in percent: mean over seeds, ± standard deviation if there are several."""
-    test = metrics[metrics.split == "test"]
+    """Test accuracy by method and iteration in percent: mean over seeds, ± standard deviation if there are several.
+
+    Further test sets have a column each, of greedy accuracy.
+    """
+    further = {source: f"greedy, {Path(source).stem}" for source in config.evaluation.test}
+    test = metrics[metrics.split == "test"].set_index(list(MODEL))
+    for source, name in further.items():
+        test[name] = metrics[metrics.split == source].set_index(list(MODEL)).greedy
+    test = test.reset_index()
     trained = test[test.iteration > 0]
     groups = [("M_0", 0, test[test.iteration == 0].drop_duplicates("seed"))]
     for name, recipe in config.catalogue.items():
@@ -70,6 +77,7 @@ def summary_table(metrics: pd.DataFrame, config: Config) -> pd.DataFrame:
     rows = []
     for label, t, group in groups:
         row = {"method": label, "iteration": t, "seeds": group.seed.nunique()}
+        row |= {name: percent(group[name]) or "-" for name in further.values()}
         rows.append(row | {LABELS[name]: percent(group[name]) or "-" for name in names})
     return pd.DataFrame(rows)
 

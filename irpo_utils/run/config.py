@@ -21,7 +21,7 @@ from ..settings import Names, Settings, field_of, first_error, names_of, unknown
 from ..tasks import TASKS
 
 PER_METHOD = ("pairs", "process", "judge", "train")  # sections that may differ between methods
-AUTO = {  # what "auto" stands for where CUDA is, and where it is not
+AUTO = {  # what "auto" stands for where CUDA is (bfloat16 also where the CPU multiplies it), and where it is not
     "model.quantize": ("nf4", "none"),
     "model.dtype": ("bfloat16", "float32"),
     "train.optimizer": ("paged_adamw_8bit", "adamw"),
@@ -231,7 +231,14 @@ def resolve_auto(config: Config) -> Config:
     if not open_ones:
         return config
     cuda = load_object("torch:cuda").is_available()  # torch takes seconds to import
-    return changed(config, {name: both[not cuda] for name, both in open_ones.items()})
+    there = {"model.dtype": cuda or cpu_multiplies_bfloat16()}
+    return changed(config, {name: both[not there.get(name, cuda)] for name, both in open_ones.items()})
+
+
+def cpu_multiplies_bfloat16() -> bool:
+    """Whether the CPU has instructions for it (AMX, AVX512-BF16); without them bfloat16 is slower than float32."""
+    known = getattr(load_object("torch:cpu"), "get_capabilities", dict)()  # older versions of torch do not say
+    return bool(known.get("amx_bf16") or known.get("avx512_bf16"))
 
 
 def value_of(config: Settings, name: str) -> Any:

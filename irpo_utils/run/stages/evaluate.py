@@ -48,7 +48,9 @@ class EvaluateStage(Stage):
         found = {}
         for source in self.config.evaluation.test:
             problems = get_task(self.config.task.but(test=(source,), test_size=0)).problems("test")
-            found[source] = [p for p in problems if alike(p.question) not in seen]
+            found[source] = [p for p in problems if alike(p.question) not in seen][
+                : self.config.evaluation.test_size or None
+            ]
         return found
 
     def make(self) -> None:

@@ -1,0 +1,77 @@
+"""What went wrong in a wrong solution, told by its equations: "23 - 8 = 15" beside the gold solution's "23 + 8 = 31"."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+from ..answers.numbers import number
+
+KINDS = {
+    "right": "the answer is right",
+    "no answer": "no final answer, or no end",
+    "arithmetic": "the right step, computed wrong",
+    "operation": "the right numbers, another operation, or in the wrong order",
+    "number": "the right operation on other numbers",
+    "other step": "another operation on other numbers",
+    "stopped early": "the first steps are right, and the rest is missing",
+    "went on": "all steps are right, and more follow",
+    "last line": "all steps are right, and the final answer is another number",
+}
+_NUMBER = r"-?\d[\d,]*(?:\.\d*)?|-?\.\d+"
+_STEP = re.compile(rf"({_NUMBER})\s*([-+*/x×÷])\s*({_NUMBER})\s*=\s*({_NUMBER})")
+
+
+class Step(NamedTuple):
+    """One equation, left operation right = result."""
+
+    left: float
+    operation: str
+    right: float
+    result: float
+
+    @property
+    def operands(self) -> list[float]:
+        return sorted((self.left, self.right))
+
+    def same(self, other: Step) -> bool:
+        """Whether both compute the same, whatever they write as the result; only sums and products may be turned round."""
+        if self.operation != other.operation:
+            return False
+        turned = self.operation in "+*" and self.operands == other.operands
+        return turned or (self.left, self.right) == (other.left, other.right)
+
+
+def steps(solution: str) -> list[Step]:
+    """The equations of a solution, in their order."""
+    names = {"x": "*", "×": "*", "÷": "/"}
+    found = []
+    for left, operation, right, result in _STEP.findall(solution):
+        values = [float(number(text)) for text in (left, right, result)]
+        found.append(Step(values[0], names.get(operation, operation), *values[1:]))
+    return found
+
+
+def error(response: str, reward: float | None, gold: str) -> str:
+    """The kind of error in a response, one of KINDS: its first difference from the gold solution's equations.
+
+    Args:
+        reward: 1 for a right answer, 0 for a wrong one, None where there is none.
+        gold: the gold solution. A wrong response that takes another way of as many steps is told by where it parts.
+    """
+    if reward == 1:
+        return "right"
+    if reward is None:
+        return "no answer"
+    own, wanted = steps(response), steps(gold)
+    for mine, theirs in zip(own, wanted, strict=False):
+        if mine.same(theirs):
+            if abs(mine.result - theirs.result) > 1e-6 * max(1.0, abs(theirs.result)):
+                return "arithmetic"
+        elif mine.operands == theirs.operands:
+            return "operation"
+        else:
+            return "number" if mine.operation == theirs.operation else "other step"
+    if len(own) != len(wanted):
+        return "stopped early" if len(own) < len(wanted) else "went on"
+    return "last line"
