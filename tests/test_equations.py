@@ -1,8 +1,10 @@
 """What went wrong in a wrong solution: told by the first equation that is not the gold solution's."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from irpo_utils.report.equations import KINDS, error, steps
+from irpo_utils.report.equations import KINDS, error, error_table, solution, steps
 
 GOLD = "15 - 8 = 7\n9 * 7 = 63\nFinal answer: 63"
 
@@ -37,3 +39,39 @@ def test_numbers_are_read_in_their_usual_forms():
         (-3.0, "+", 0.5, -2.5),
     ]
     assert steps("no equation: 5 and 7") == []
+
+
+def test_errors_are_counted_by_model_where_there_is_a_gold_solution():
+    def record(problem, greedy, response):
+        return {"problem": problem, "greedy": greedy, "response": response}
+
+    before = [record("a", 0, "15 + 8 = 23\nFinal answer: 23"), record("b", None, ""), record("c", 0, "")]
+    after = [record("a", 1, GOLD), record("b", 1, ""), record("c", 0, "")]
+    table = error_table({"M_0": before, "M_1": after}, {"a": GOLD, "b": GOLD, "c": ""})
+    assert table.loc["operation"].tolist() == [1, 0] and table.loc["right"].tolist() == [0, 2]
+    assert table.loc["no answer"].tolist() == [1, 0] and table.sum().tolist() == [2, 2]
+
+
+NUMBERS = st.integers(1, 99).map(str) | st.sampled_from(["2.5", "0.125"])
+EXPRESSIONS = st.recursive(
+    NUMBERS, lambda inner: st.builds("({} {} {})".format, inner, st.sampled_from("+-*"), inner), max_leaves=5
+)
+
+
+@given(EXPRESSIONS)
+def test_a_solution_made_of_an_expression_has_its_value_and_steps_that_are_right(expression):
+    made = solution(expression)
+    final = float(made.rpartition("Final answer: ")[2])
+    assert final == pytest.approx(eval(expression))
+    found = steps(made)
+    assert len(found) == sum(expression.count(sign) for sign in "+-*")
+    for step in found:
+        assert eval(f"({step.left}) {step.operation} ({step.right})") == pytest.approx(step.result, abs=1e-6)
+    assert not found or found[-1].result == final
+
+
+def test_a_solution_is_made_of_arithmetic_alone():
+    assert solution("(8 - 3) / 2") == "8 - 3 = 5\n5 / 2 = 2.5\nFinal answer: 2.5"
+    for expression in ("x + 1", "2 ** 3", "f(1)", "1 +", "4 / (2 - 2)"):
+        with pytest.raises(ValueError, match="is more than|is no arithmetic|divides by zero"):
+            solution(expression)

@@ -48,6 +48,10 @@ def tune(folder: Path) -> dict:
     return {"run": str(folder), "methods": ["irpo", "sft_gold"], "learning_rates": [1e-3, 2e-3], "betas": [0.1]}
 
 
+def real_model(folder: Path) -> dict:
+    return {"run": str(folder), "problems": 4, "samples": 4}
+
+
 def speed(folder: Path) -> dict:
     facts = json.loads((ROOT / "outputs" / "reference" / "bench.json").read_text())
     rows = [row for row in facts["rows"] if row["shape"] in ("embedded", "gsm8k")]
@@ -64,10 +68,11 @@ SMALL = {
     "test_the_process_notebook_writes_its_tables": ("07_process_feedback", process_feedback),
     "test_the_nll_notebook_watches_three_losses": ("11_why_the_nll", why_the_nll),
     "test_the_memorising_notebook_makes_a_model": ("23_memorising", memorising),
+    "test_the_real_model_notebook_reads_solutions": ("20_real_model", real_model),
     "test_the_tuning_notebook_ranks_its_points": ("30_tune", tune),
     "test_the_speed_notebook_counts_what_was_measured": ("31_speed", speed),
 }
-ON_THE_MICRO_RUN = ("11_why_the_nll", "30_tune")
+ON_THE_MICRO_RUN = ("11_why_the_nll", "20_real_model", "30_tune")
 
 
 def execute(source: Path, target: Path, parameters: dict) -> str:
@@ -187,6 +192,13 @@ def test_the_tuning_notebook_ranks_its_points(executed):
     assert [(r["method"], float(r["lr"])) for r in rows] == [
         (m, lr) for m in ("irpo", "sft_gold") for lr in (1e-3, 2e-3)
     ]
+
+
+def test_the_real_model_notebook_reads_solutions(executed):
+    _, printed = executed
+    assert all(f"=== {title}: " in printed for title in ("turned right", "turned wrong", "wrong before and after"))
+    assert re.search(r"M_0 +pass@1 [\d.]+% +pass@8", printed) is None  # of four samples there is no pass@8
+    assert re.search(r"M_0 +pass@1 [\d.]+% +pass@4 [\d.]+%", printed)
 
 
 def test_the_speed_notebook_counts_what_was_measured(executed):

@@ -1,9 +1,14 @@
-"""What went wrong in a wrong solution, told by its equations: "23 - 8 = 15" beside the gold solution's "23 + 8 = 31"."""
+"""Solutions that are equations: what went wrong in one ("23 - 8 = 15" for "23 + 8 = 31"), and gold ones from expressions."""
 
 from __future__ import annotations
 
+import ast
+import operator
 import re
-from typing import NamedTuple
+from collections import Counter
+from typing import Any, NamedTuple
+
+import pandas as pd
 
 from ..answers.numbers import number
 
@@ -17,6 +22,12 @@ KINDS = {
     "stopped early": "the first steps are right, and the rest is missing",
     "went on": "all steps are right, and more follow",
     "last line": "all steps are right, and the final answer is another number",
+}
+OPERATIONS = {
+    ast.Add: ("+", operator.add),
+    ast.Sub: ("-", operator.sub),
+    ast.Mult: ("*", operator.mul),
+    ast.Div: ("/", operator.truediv),
 }
 _NUMBER = r"-?\d[\d,]*(?:\.\d*)?|-?\.\d+"
 _STEP = re.compile(rf"({_NUMBER})\s*([-+*/x×÷])\s*({_NUMBER})\s*=\s*({_NUMBER})")
@@ -75,3 +86,48 @@ def error(response: str, reward: float | None, gold: str) -> str:
     if len(own) != len(wanted):
         return "stopped early" if len(own) < len(wanted) else "went on"
     return "last line"
+
+
+def error_table(responses: dict[str, list[dict[str, Any]]], gold: dict[str, str]) -> pd.DataFrame:
+    """How many responses of each model end in each kind of error: a row for each of KINDS, a column for each model.
+
+    Args:
+        responses: model -> its records of an evaluation (`problem`, `greedy`, `response`).
+        gold: problem -> its gold solution; problems without one are left out.
+    """
+    counts = {
+        model: Counter(error(r["response"], r["greedy"], gold[r["problem"]]) for r in records if gold.get(r["problem"]))
+        for model, records in responses.items()
+    }
+    return pd.DataFrame({model: [count[kind] for kind in KINDS] for model, count in counts.items()}, index=list(KINDS))
+
+
+def solution(expression: str) -> str:
+    """A gold solution from an arithmetic expression: "(8 - 3) * 2" makes "8 - 3 = 5", "5 * 2 = 10", "Final answer: 10".
+
+    Raises:
+        ValueError: it is more than numbers, brackets and + - * /, or it divides by zero.
+    """
+    lines: list[str] = []
+
+    def value(node: ast.expr) -> float:
+        if isinstance(node, ast.Constant) and isinstance(node.value, int | float):
+            return node.value
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+            return -value(node.operand)
+        if not isinstance(node, ast.BinOp) or type(node.op) not in OPERATIONS:
+            raise ValueError(f"{expression!r} is more than numbers, brackets and + - * /")
+        sign, compute = OPERATIONS[type(node.op)]
+        left, right = value(node.left), value(node.right)
+        try:
+            result = compute(left, right)
+        except ZeroDivisionError:
+            raise ValueError(f"{expression!r} divides by zero") from None
+        lines.append(f"{left:.10g} {sign} {right:.10g} = {result:.10g}")
+        return result
+
+    try:
+        final = value(ast.parse(expression.strip(), mode="eval").body)
+    except SyntaxError:
+        raise ValueError(f"{expression!r} is no arithmetic expression") from None
+    return "\n".join([*lines, f"Final answer: {final:.10g}"])

@@ -14,6 +14,8 @@ import matplotlib.pyplot as plt
 from IPython.display import display
 from matplotlib.figure import Figure
 
+from ..metrics import bootstrap, pass_at_k
+
 if TYPE_CHECKING:  # named in annotations only; pandas takes a second to import
     import pandas as pd
 
@@ -114,6 +116,37 @@ def at_k(summary: dict[str, float], title: str) -> Figure:
     ax.axhline(summary["greedy"] * 100, color="grey", linestyle=":", label="greedy")
     ax.set(xscale="log", xticks=ks, xticklabels=ks, xlabel="samples k", ylabel="%", title=title)
     ax.minorticks_off()
+    ax.legend(frameon=False)
+    return fig
+
+
+def pass_curves(right: dict[str, list[int]], n: int) -> Figure:
+    """pass@k against k, a line for each model with its 95 % interval over problems.
+
+    Args:
+        right: model -> how many of a problem's n samples are right, [problems].
+    """
+    ks = [k for k in (2**i for i in range(20)) if k <= n]
+    fig, ax = plt.subplots(figsize=(7, 3.8), layout="constrained")
+    for (name, counts), color in zip(right.items(), PALETTE, strict=False):
+        values = [[pass_at_k(count, n, k) for count in counts] for k in ks]
+        ax.plot(ks, [mean(found) * 100 for found in values], "o-", label=name, color=color)
+        low, high = zip(*map(bootstrap, values), strict=True)
+        ax.fill_between(ks, [x * 100 for x in low], [x * 100 for x in high], color=color, alpha=0.15, linewidth=0)
+    ax.set(xscale="log", xticks=ks, xticklabels=ks, xlabel="samples k", ylabel="%", title="pass@k: one of k is right")
+    ax.minorticks_off()
+    ax.legend(frameon=False)
+    return fig
+
+
+def error_bars(table: pd.DataFrame) -> Figure:
+    """Wrong answers by kind of error, a bar for each model (`equations.error_table` without its first row)."""
+    fig, ax = plt.subplots(figsize=(8, 3.8), layout="constrained")
+    table.plot.barh(ax=ax, color=PALETTE[: table.shape[1]], width=0.8)
+    for bars in ax.containers:
+        ax.bar_label(bars, padding=2, fontsize=8)
+    ax.set(xlabel="problems", title="What is wrong in the wrong answers")
+    ax.invert_yaxis()
     ax.legend(frameon=False)
     return fig
 
