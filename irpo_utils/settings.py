@@ -213,7 +213,7 @@ class Settings(Section):
     train: TrainConfig = TrainConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     seeds: Annotated[int, Field(ge=1, le=10_000)] = 1
-    iterations: Annotated[int, Field(ge=1, le=10_000)] = 3
+    iterations: Annotated[int, Field(ge=1, le=999)] = 3  # random seeds are apart up to there
     # CPU threads of a stage; part of what makes a rerun bit-identical.
     threads: Annotated[int, Field(ge=1, le=1024)] = 2
 

@@ -28,7 +28,7 @@ def seed_model(folder: Path) -> dict:
 
 
 def process_feedback(folder: Path) -> dict:
-    labelled = {"problems": 10, "samples": 4, "continuations": 2, "warm_steps": 2}
+    labelled = {"problems": 10, "samples": 4, "continuations": 2, "gold_steps": 2}
     return {"run": str(folder / "run"), **labelled, "reward_steps": 3, "test_problems": 4, "candidates": 4}
 
 

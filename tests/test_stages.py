@@ -55,6 +55,23 @@ def test_a_stage_is_done_when_its_manifest_says_so_and_nothing_differs(run):
     assert audit["pairs"] == len(pairs) == 4 and all(isinstance(p, Pair) for p in pairs)
 
 
+def test_every_seed_iteration_and_purpose_has_random_numbers_of_its_own(run):
+    stages = [TrainStage(run, seed=seed, iteration=t) for seed in (0, 1, 2) for t in (0, 1, 2, 999)]
+    drawn = [stage.random_seed(purpose) for stage in stages for purpose in (0, 1, 2)]
+    assert len(set(drawn)) == len(drawn) and all(isinstance(seed, int) for seed in drawn)
+
+
+def test_a_section_s_parameters_are_those_that_are_asked_for(run):
+    stage = PairsStage(run)
+    assert list(stage.section("warm_start")) == [
+        f"warm_start.{x}" for x in ("problems", "lr", "max_steps", "eval_every")
+    ]
+    assert stage.section("warm_start", only=["problems"]) == {"warm_start.problems": 0}
+    assert set(stage.section("warm_start", without=["lr"])) == {
+        f"warm_start.{x}" for x in ("problems", "max_steps", "eval_every")
+    }
+
+
 @pytest.mark.parametrize(
     ("change", "reasons"),
     [

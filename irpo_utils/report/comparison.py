@@ -30,7 +30,7 @@ NEIGHBOURS = [
     ("dpo", "spin", "losers are wrong, or just the model's own"),
     ("dpo", "self_rewarding", "rewarded by the answer or by the model itself"),
     ("sipf", "orpo", "the same rounds, pairs by a process reward model or by the answer"),
-    ("sipf", "sft_gold", "a warm start and rounds of process feedback, or gold alone for all rounds"),
+    ("sipf", "sft_gold", "a round on gold and rounds of process feedback, or gold alone for all rounds"),
 ]
 
 
