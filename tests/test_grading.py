@@ -89,6 +89,21 @@ def test_what_is_hedged_or_changed_is_never_right(hedge, value):
         ("3 * 6", "3", False),
         ("9" * 5000, "9", False),
         ("(7 + 1) 2", "7", None),
+        ("1011_2", "11", None),
+        ("1011_2", "1011", False),
+        ("9_8", "9", None),  # no digit of that base
+        ("6 X 3", "18", None),
+        ("6 X 3", "6", False),
+        ("5/hour", "5", True),
+        ("5 dollars/hour", "5", True),
+        ("5 km/h/day", "5", True),
+        ("5-foot", "5", True),
+        ("5 miles-per-hour", "5", True),
+        ("approximately 2 dozen", "24", None),
+        ("May 5", "5", True),
+        ("may 5", "5", None),
+        ("5 st", "5", True),
+        ("5th", "5", None),
     ],
 )
 def test_three_verdicts_on_a_number(text, value, verdict):
