@@ -108,6 +108,21 @@ def test_what_all_prompts_begin_with_is_run_once_and_changes_nothing(network):
         assert np.allclose([c.logp for c in completions], [c.logp for c in alone], atol=1e-3)
 
 
+def test_a_greedy_response_comes_along_and_changes_no_sample(network):
+    rng = np.random.default_rng(4)
+    prompts = {str(i): [1, *rng.integers(3, 97, 3 + i % 4).tolist()] for i in range(10)}
+    both = drawn_from(network, prompts, n=3, temperature=1.0, greedy_too=True)
+    alone, drawn = drawn_from(network, prompts), drawn_from(network, prompts, n=3, temperature=1.0)
+    assert {name: ids_of(own) for name, own in both.items()} == {
+        name: ids_of([*alone[name], *drawn[name]]) for name in prompts
+    }
+    starts = {name: [[], [40, 41]] for name in prompts}
+    begun = drawn_from(network, prompts, n=2, temperature=1.0, greedy_too=True, starts=starts)
+    expected = drawn_from(network, prompts, starts=starts)
+    for name, own in begun.items():
+        assert len(own) == 6 and ids_of([own[0], own[3]]) == ids_of(expected[name])
+
+
 def test_fewer_problems_when_their_samples_need_more_rows_than_there_are(network):
     """What goes into few rows is what comes of many, for as many problems as fit."""
     rng = np.random.default_rng(2)

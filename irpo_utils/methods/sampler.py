@@ -76,9 +76,12 @@ class Sampler:
         }
 
     def samples(
-        self, problems: list[Problem], *, n: int, temperature: float, seed: int, label: str
+        self, problems: list[Problem], *, n: int, temperature: float, seed: int, label: str, greedy_too: bool = False
     ) -> Iterator[list[Sample]]:
-        """Draw `n` responses to every problem and grade them, a batch at a time; temperature 0 is greedy."""
+        """Draw `n` responses to every problem and grade them, a batch at a time; temperature 0 is greedy.
+
+        With `greedy_too` a problem's samples come after one that is greedy, whose number is -1.
+        """
         by_id, sampling = {p.id: p for p in problems}, self.config.sampling
         drawn = self.draw(
             encode_prompts(self.task, self.tokenizer, problems),
@@ -88,11 +91,12 @@ class Sampler:
             eos_id=self.stops,
             max_new_tokens=sampling.max_new_tokens,
             max_rows=sampling.max_rows if n > 1 else min(256, sampling.max_rows),
+            greedy_too=greedy_too,
             progress=Progress(label),
         )
         for batch in drawn:
             yield self.graded(
-                [(by_id[name], i, c) for name, completions in batch.items() for i, c in enumerate(completions)]
+                [(by_id[name], i - greedy_too, c) for name, own in batch.items() for i, c in enumerate(own)]
             )
 
     def graded(self, drawn: list[tuple[Problem, int, Completion]]) -> list[Sample]:

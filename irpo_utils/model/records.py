@@ -62,7 +62,7 @@ class Sample(Record):
     """
 
     problem: str
-    sample: int  # number among the problem's samples
+    sample: int  # number among the problem's samples; -1 for a greedy response that came along
     response: str
     answer: str | None
     reward: float | None

@@ -60,7 +60,8 @@ def pick(
     """Next tokens [samples] of samples that go on from row `row_of_sample` [samples] of `logits` [rows, vocabulary].
 
     Temperature 0 is greedy. Otherwise the inverse distribution function of softmax(logits / T) at `uniform` [samples],
-    where a row's distribution function is computed once for all its samples.
+    where a row's distribution function is computed once for all its samples; a sample whose `uniform` is negative is
+    greedy all the same.
 
     Returns:
         the tokens, and their log-probabilities at temperature 1.
@@ -74,7 +75,10 @@ def pick(
         points = np.zeros((len(logits), int(number.max()) + 1))
         points[row_of_sample, number] = uniform
         likely = (logits if temperature == 1 else logits / temperature).softmax(-1)
-        tokens = inverse(likely, torch.from_numpy(points).to(logits.device))
+        points = torch.from_numpy(points).to(logits.device)
+        tokens = inverse(likely, points)
+        if (uniform < 0).any():
+            tokens = torch.where(points < 0, logits.argmax(-1, keepdim=True), tokens)
     if temperature == 1:
         logps = likely.gather(-1, tokens).log()
     else:
@@ -126,7 +130,7 @@ def sample_batch(
     Samples of a problem whose tokens have been the same so far are one row; where they part, the row is copied.
 
     Args:
-        noise: of each prompt the random numbers of its samples, [samples, max_new_tokens].
+        noise: of each prompt the random numbers of its samples, [samples, max_new_tokens]; negative: greedy.
         forced: of the same shape, what samples start with: token ids, and -1 where a token is drawn.
 
     Returns:
@@ -270,6 +274,7 @@ def sample(
     eos_id: int | Sequence[int],
     max_new_tokens: int,
     max_rows: int = 512,
+    greedy_too: bool = False,
     progress: Callable[[int, int, float], None] | None = None,
     starts: dict[str, list[list[int]]] | None = None,
 ) -> Iterator[dict[str, list[Completion]]]:
@@ -282,12 +287,13 @@ def sample(
         eos_id: the token, or tokens, that end a response.
         max_rows: responses that are run at once, at most. Fewer where memory does not hold them (see `fitting_rows`),
             and half as many, with a warning, whenever it runs out all the same.
+        greedy_too: one more response, before each n, is greedy: it shares the prompt, and the tokens that are sampled too.
         progress: called after each batch with (problems done, problems in all, tokens per second).
         starts: problem id -> the token ids that its responses start with, `n` responses for each; [] is none. They
             count as new tokens. What several have in common is run once, and none changes what another draws.
 
     Yields:
-        problem id -> its n completions, for each batch; with `starts` n for each of them, in their order. Token ids are
+        problem id -> its n completions (n + 1 with `greedy_too`), for each batch; with `starts` n for each of them, in their order. Token ids are
         the whole response, its start included; logp is that of the tokens that were drawn. Batches go by prompt length,
         so padding is small.
 
@@ -301,17 +307,28 @@ def sample(
     starts_of = {name: [[]] for name in prompts} if starts is None else starts
     check_starts(starts_of, prompts, eos_ids, max_new_tokens)
     order = sorted(prompts, key=lambda name: (len(prompts[name]), name))
-    samples = n * max(map(len, starts_of.values()), default=1)  # of one problem, at most
+    samples = (n + greedy_too) * max(map(len, starts_of.values()), default=1)  # of one problem, at most
     longest = max(map(len, prompts.values()), default=0)
     max_rows = min(max_rows, fitting_rows(model, longest, max_new_tokens, samples))
     started, tokens, done, size = time.perf_counter(), 0, 0, max(1, max_rows // samples)  # problems of a batch
     while done < len(order):
         names = order[done : done + size]
         noise = [
-            np.concatenate([uniforms(seed, stream(name, start), n, max_new_tokens) for start in starts_of[name]])
+            np.concatenate(
+                [
+                    np.pad(
+                        uniforms(seed, stream(name, start), n, max_new_tokens),
+                        ((greedy_too, 0), (0, 0)),
+                        constant_values=-1,
+                    )
+                    for start in starts_of[name]
+                ]
+            )
             for name in names
         ]
-        forced = None if starts is None else [forced_tokens(starts[name], n, max_new_tokens) for name in names]
+        forced = (
+            None if starts is None else [forced_tokens(starts[name], n + greedy_too, max_new_tokens) for name in names]
+        )
         batch: list[list[Completion]] = [[] for _ in names]
         ids = [prompts[name] for name in names]
         try:

@@ -234,6 +234,7 @@ class Engine:
         eos_id: int | Sequence[int],
         max_new_tokens: int,
         max_rows: int = 512,
+        greedy_too: bool = False,
         progress: Callable[[int, int, float], None] | None = None,
         starts: dict[str, list[list[int]]] | None = None,
     ) -> Iterator[dict[str, list[Completion]]]:
@@ -248,6 +249,15 @@ class Engine:
                 engine was started for.
             EngineError: the process ended.
         """
+        if greedy_too:
+            options = {"seed": seed, "eos_id": eos_id, "max_new_tokens": max_new_tokens, "max_rows": max_rows}
+            options |= {"progress": progress, "starts": starts}
+            first = dict(
+                pair for batch in self.sample(prompts, n=1, temperature=0, **options) for pair in batch.items()
+            )
+            for batch in self.sample(prompts, n=n, temperature=temperature, **options):
+                yield {name: with_greedy(first[name], drawn, n) for name, drawn in batch.items()}
+            return
         check_greedy(n, temperature)
         if 0 < temperature < COLDEST:
             raise ValueError(f"vLLM samples at a temperature of at least {COLDEST}, not {temperature}; 0 is greedy")
@@ -293,6 +303,11 @@ class Engine:
                     progress(done, len(names), tokens / (time.perf_counter() - started))
                 yield batch
                 batch = {}
+
+
+def with_greedy(greedy: list[Completion], drawn: list[Completion], n: int) -> list[Completion]:
+    """The completions of a problem's beginnings, each one's greedy response before its `n` that were drawn."""
+    return [c for i, one in enumerate(greedy) for c in (one, *drawn[i * n : (i + 1) * n])]
 
 
 @contextmanager

@@ -78,11 +78,11 @@ class EvaluateStage(Stage):
         }
         # Evaluation has the seed of its own split and no iteration, so that models are compared on the same draws.
         options = {"seed": self.seed, "label": split}
-        for batch in sampler.samples(problems, n=1, temperature=0.0, **options):
-            for s in batch:
+        options |= {"n": config.samples, "temperature": config.temperature, "greedy_too": True}
+        for s in (s for batch in sampler.samples(problems, **options) for s in batch):
+            if s.sample < 0:
                 records[s.problem] |= {"greedy": s.reward, "flexible": s.flexible, "response": s.response}
-        for batch in sampler.samples(problems, n=config.samples, temperature=config.temperature, **options):
-            for s in batch:
+            else:
                 records[s.problem]["answers"].append(sampler.task.vote(s.answer) if s.answer else s.answer)
                 records[s.problem]["rewards"].append(s.reward)
         return list(records.values())
