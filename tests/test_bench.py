@@ -3,8 +3,11 @@
 from contextlib import ExitStack
 
 import pytest
+from small_models import build
 
 from irpo_utils.extras import bench
+from irpo_utils.settings import TaskConfig
+from irpo_utils.tasks import get_task
 
 SMALL = bench.Shape("small", 12, 8, n=4, k=2, problems=2, hidden=64, layers=1)
 
@@ -21,6 +24,15 @@ def test_every_contender_draws_the_same_number_of_tokens(monkeypatch):
 def test_training_contenders_run_to_the_end():
     found = bench.trainers(SMALL)
     assert len(found) == 3 and all(work() > 0 for work in found.values())
+
+
+def test_a_model_of_a_folder_is_asked_in_words_and_trains_an_adapter(tmp_path):
+    folder = build("llama", tmp_path / "model", [p.question for p in get_task(TaskConfig()).problems("train")[:20]])
+    shape = bench.Shape("real", 0, 6, n=2, k=2, problems=2, model=str(folder), written=4, trained=2, lora=True)
+    _, tokenizer, prompts, _ = bench.load(shape)
+    assert all("Final answer: ..." in tokenizer.decode(ids) for ids in prompts.values())
+    assert all(work() > 0 for work in bench.samplers(shape, ExitStack()).values())
+    assert all(work() > 0 for work in bench.trainers(shape).values())
 
 
 @pytest.mark.skipif(not bench.Path("/proc/self/clear_refs").exists(), reason="no high-water mark to reset")

