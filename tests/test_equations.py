@@ -23,7 +23,9 @@ GOLD = "15 - 8 = 7\n9 * 7 = 63\nFinal answer: 63"
         ("15 - 8 = 7\nFinal answer: 7", 0, "stopped early"),
         (GOLD.replace("Final", "63 + 1 = 64\nFinal").replace(": 63", ": 64"), 0, "went on"),
         ("15 - 8 = 7\n9 * 7 = 63\nFinal answer: 36", 0, "last line"),
-        ("I think it is 12.\nFinal answer: 12", 0, "stopped early"),
+        ("I think it is 12.\nFinal answer: 12", 0, "no step"),
+        ("15 - 8 = 7 * 9 = 64\nFinal answer: 64", 0, "arithmetic"),  # a chain of equations
+        ("(15 - 8) * 9 = 64\nFinal answer: 64", 0, "arithmetic"),
     ],
 )
 def test_a_wrong_solution_has_its_kind_of_error(response, reward, kind):
@@ -31,14 +33,33 @@ def test_a_wrong_solution_has_its_kind_of_error(response, reward, kind):
     assert kind in KINDS
 
 
-def test_numbers_are_read_in_their_usual_forms():
-    assert steps("5.6 * 22.5 = 126.\n1,000 x 2 = 2,000 and 8 ÷ 2 = 4; -3 + .5 = -2.5") == [
-        (5.6, "*", 22.5, 126.0),
-        (1000.0, "*", 2.0, 2000.0),
-        (8.0, "/", 2.0, 4.0),
-        (-3.0, "+", 0.5, -2.5),
-    ]
-    assert steps("no equation: 5 and 7") == []
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("5.6 * 22.5 = 126.", [(5.6, "*", 22.5, 126.0)]),
+        ("1,000 x 2 = 2,000", [(1000.0, "*", 2.0, 2000.0)]),
+        ("$3 + $2 = $5", [(3.0, "+", 2.0, 5.0)]),
+        ("3 – 1 = 2\n3 · 4 = 12\n8 ÷ 2 = 4", [(3, "-", 1, 2), (3, "*", 4, 12), (8, "/", 2, 4)]),
+        ("-3 + .5 = -2.5", [(-3.0, "+", 0.5, -2.5)]),
+        ("5 + 3 + 2 = 10", [(5, "+", 3, 8), (8, "+", 2, 10)]),
+        ("2-3-1=-2", [(2, "-", 3, -1), (-1, "-", 1, -2)]),
+        ("3/4 + 1 = 2", [(3, "/", 4, 0.75), (0.75, "+", 1, 2)]),
+        ("1. 5 + 3 = 8\n- 8 * 2 = 16", [(5, "+", 3, 8), (8, "*", 2, 16)]),
+        ("He has 5 + 3 = 8 apples.", [(5, "+", 3, 8)]),
+        ("3 * 4=12,5", []),
+        ("2 * 5 = " + "9" * 70, [(2, "*", 5, float("9" * 70))]),
+        ("9" * 5000 + " + 1 = 2", []),
+        ("1.5.2 + 2 = 3", []),
+        ("2 ** 3 = 8, 4 / 0 = 1, 1,00 + 3 = 4, x + 3 = 5 and 7", []),
+    ],
+)
+def test_equations_are_read_in_their_usual_forms(text, found):
+    assert steps(text) == found
+
+
+@given(st.text("0123456789 +-*/x=.,()$%\n", max_size=60))
+def test_no_text_makes_reading_fail(text):
+    assert all(isinstance(step.result, float) for step in steps(text))
 
 
 def test_errors_are_counted_by_model_where_there_is_a_gold_solution():
@@ -72,6 +93,18 @@ def test_a_solution_made_of_an_expression_has_its_value_and_steps_that_are_right
 
 def test_a_solution_is_made_of_arithmetic_alone():
     assert solution("(8 - 3) / 2") == "8 - 3 = 5\n5 / 2 = 2.5\nFinal answer: 2.5"
-    for expression in ("x + 1", "2 ** 3", "f(1)", "1 +", "4 / (2 - 2)"):
-        with pytest.raises(ValueError, match="is more than|is no arithmetic|divides by zero"):
+    assert solution("8") == "Final answer: 8" and solution("-3 + 5.50") == "-3 + 5.5 = 2.5\nFinal answer: 2.5"
+    wrong = (
+        "x + 1",
+        "2 ** 3",
+        "f(1)",
+        "1 +",
+        "4 / (2 - 2)",
+        "True + 1",
+        "-(3 + 2)",
+        "900000 * 900000",
+        "1+" * 200 + "1",
+    )
+    for expression in wrong:
+        with pytest.raises(ValueError, match="is more than|is no arithmetic|divides by zero|writes out|is longer"):
             solution(expression)

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import pandas as pd
 import pytest
 
 from irpo_utils import files
@@ -76,6 +77,24 @@ def test_a_method_of_the_users_has_its_label_and_a_colour_of_its_own(config, met
         "IRPO (DPO + NLL)",
         "From M_0, held against M_t",
     ]
+
+
+def test_a_further_test_set_has_a_column_behind_the_others(metrics, config):
+    def columns(*sources):
+        own = config.but(task=config.task.but(name="gsm8k"), evaluation=config.evaluation.but(test=sources))
+        test = metrics[metrics.split == "test"]
+        rows = [
+            test.assign(split=source, greedy=test.greedy * share)
+            for source, share in zip(sources, (0.5, 0.2), strict=False)
+        ]
+        found = tables.summary_table(pd.concat([metrics, *rows]), own)
+        return {name: found[name].tolist() for name in found.columns[-len(sources) :]}
+
+    assert columns("a/svamp.jsonl", "b/other.jsonl") == {
+        "greedy, svamp": ["12.5", "50.0", "12.5"],
+        "greedy, other": ["5.0", "20.0", "5.0"],
+    }
+    assert list(columns("a/test.jsonl", "b/test.jsonl")) == ["greedy, a/test.jsonl", "greedy, b/test.jsonl"]
 
 
 def test_the_recipe_table_has_the_reference_of_the_round(config):

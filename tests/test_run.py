@@ -29,6 +29,8 @@ from irpo_utils.run.driver import why
 from irpo_utils.run.notebooks import run_notebook
 from irpo_utils.run.presets import load_preset
 from irpo_utils.run.stages import STAGES, EvaluateStage, PairsStage, SampleStage, plan
+from irpo_utils.tasks import get_task
+from irpo_utils.tasks.records import further_tests
 
 KILLS = int(os.environ.get("KILLS", "2"))
 
@@ -341,6 +343,21 @@ def test_a_further_test_set_is_one_parameter_and_concerns_evaluations_alone(tmp_
     assert len([r for r in responses if r["split"] == source]) == 6
     (tmp_path / "more.jsonl").write_text("\n".join(lines[17:]))
     assert stage.why_not_done() == [f"input problems {source}"]
+
+    def further(size, config=more):
+        evaluation = config.evaluation.but(test_size=size)
+        return further_tests(get_task(config.task), evaluation).get(source, [])
+
+    assert len(further(0)) == 3 and further(2) == further(0)[:2] and further(2, plain) == []
+    with pytest.raises(ValueError, match=r"evaluation.test_size: 4 is more than the 3 problems of .*more.jsonl"):
+        further(4)
+    for config, counts in ((more, True), (plain, False)):  # without a further set its size is no parameter
+        keys = [EvaluateStage(tmp_path, config=load_but(config, test_size=size)).parameters() for size in (0, 2)]
+        assert (keys[0] != keys[1]) == counts
+
+
+def load_but(config, **changes):
+    return config.but(evaluation=config.evaluation.but(**changes))
 
 
 @pytest.mark.long  # kills at every operation are among the faults of test_faults.py

@@ -82,6 +82,17 @@ def test_recorded_logps_are_the_model_s_own_at_temperature_1(engine, seed_model,
 
 
 @needs_vllm
+def test_a_greedy_response_comes_before_each_problem_s_samples(engine, prompts):
+    drawn, greedy = (ids(collected(engine.sample(prompts, **options))) for options in (DRAWN, GREEDY))
+    both = ids(collected(engine.sample(prompts, **DRAWN, greedy_too=True)))
+    assert both == {name: greedy[name] + drawn[name] for name in prompts}
+
+
+def test_greedy_responses_go_before_the_samples_of_their_beginnings():
+    assert vllm.with_greedy(["a", "b"], ["a1", "a2", "b1", "b2"], 2) == ["a", "a1", "a2", "b", "b1", "b2"]
+
+
+@needs_vllm
 def test_samples_have_the_other_sampler_s_distribution(engine, seed_model, prompts):
     """The mean log-probability over 20 x 64 samples; six standard errors of the difference."""
     means, variances = [], []

@@ -1,11 +1,12 @@
 """Log-probabilities of responses, each prompt run once and each distinct response once.
 
 The K pairs of a problem share one prompt, and K pairs hold fewer than 2K distinct responses. Here the instruction that
-a batch's prompts begin with runs first, then its distinct prompts, without their last token; their cache, graph and all, is expanded to the distinct responses as rows,
-and a row runs the prompt's last token and the response on it. So all logits belong to response tokens, and none is made
-for a prompt. With activation checkpointing no cache can be kept; there a prompt and its responses are one row with a
-tree mask (`tree_states`). The result is that of the padded rows prompt + response (`padded_states`), which is the
-fall-back for a model that takes no such mask, and for batches in which hardly a prompt is shared.
+a batch's prompts begin with runs first, then its distinct prompts, without their last token. Their cache, graph and
+all, is expanded to the distinct responses as rows, and a row runs the prompt's last token and the response on it. So all
+logits belong to response tokens, and none is made for a prompt. With activation checkpointing no cache can be kept; there
+a prompt and its responses are one row with a tree mask (`tree_states`). The result is that of the padded rows prompt +
+response (`padded_states`), which is the fall-back for a model that takes no such mask, and for batches in which hardly a
+prompt is shared.
 
 The vocabulary is the widest thing in a batch (Qwen2.5: 151,936). Hidden states of response tokens are projected to it a
 chunk at a time, and the backward pass makes a chunk's logits anew instead of keeping them.

@@ -42,6 +42,13 @@ def folder(name: str) -> Path | None:
     return OUTPUTS / "models" / f"{name}-{NAMED[name].sha256[:12]}" if name in NAMED else None
 
 
+def available(name: str) -> bool:
+    """Whether a model that `model.path` calls by a word is written already, or can be."""
+    written = folder(name)
+    there = (importlib.util.find_spec(module) for module in (NAMED[name].module, "gguf"))
+    return written.is_dir() or all(there)
+
+
 def ready(name: str) -> Path | None:
     """The same folder, written where it is not there yet.
 

@@ -36,6 +36,7 @@ from .shared_prompt import SampleCache, numbered, repeated, run_prefix, shared_a
 
 PREFILL_TOKENS = 1 << 15  # prompt tokens that are run at once
 BLOCK = 256  # words of a vocabulary whose probabilities are summed together
+SMALL = 16 * BLOCK  # words of a vocabulary that is summed one by one
 COMPACT_AT = 0.75  # rows are put together anew when fewer than this share of them goes on, or many more
 
 
@@ -93,10 +94,11 @@ def inverse(likely: Tensor, uniform: Tensor) -> Tensor:
     block a point are summed in float64.
     """
     words = likely.shape[-1]
-    if words <= 16 * BLOCK:
+    if words <= SMALL:
         cumulative = likely.double().cumsum_(-1)
         return torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True).clamp_(max=words - 1)
-    blocks = F.pad(likely, (0, -words % BLOCK)).unflatten(-1, (-1, BLOCK))  # [rows, blocks, words of a block]
+    whole = F.pad(likely, (0, -words % BLOCK)) if words % BLOCK else likely
+    blocks = whole.unflatten(-1, (-1, BLOCK))  # [rows, blocks, words of a block]
     ends = blocks.sum(-1).double().cumsum_(-1)
     point = uniform * ends[:, -1:]
     block = torch.searchsorted(ends, point, right=True).clamp_(max=ends.shape[-1] - 1)
@@ -106,6 +108,11 @@ def inverse(likely: Tensor, uniform: Tensor) -> Tensor:
     inside = blocks[rows, block].double().cumsum_(-1)  # [rows, points, words of a block]
     word = torch.searchsorted(inside, (share.unsqueeze(-1) * inside[..., -1:]), right=True).squeeze(-1)
     return (block * BLOCK + word.clamp_(max=BLOCK - 1)).clamp_(max=words - 1)
+
+
+def pick_bytes(words: int) -> int:
+    """Bytes that `pick` takes for one row of logits: float32, probabilities, and their sums or a copy of them."""
+    return words * (24 if words <= SMALL else 12)
 
 
 class Decoding(NamedTuple):
@@ -287,15 +294,15 @@ def sample(
         eos_id: the token, or tokens, that end a response.
         max_rows: responses that are run at once, at most. Fewer where memory does not hold them (see `fitting_rows`),
             and half as many, with a warning, whenever it runs out all the same.
-        greedy_too: one more response, before each n, is greedy: it shares the prompt, and the tokens that are sampled too.
+        greedy_too: one more response, before each n, is greedy; it shares the prompt, and tokens that are sampled too.
         progress: called after each batch with (problems done, problems in all, tokens per second).
         starts: problem id -> the token ids that its responses start with, `n` responses for each; [] is none. They
             count as new tokens. What several have in common is run once, and none changes what another draws.
 
     Yields:
-        problem id -> its n completions (n + 1 with `greedy_too`), for each batch; with `starts` n for each of them, in their order. Token ids are
-        the whole response, its start included; logp is that of the tokens that were drawn. Batches go by prompt length,
-        so padding is small.
+        problem id -> its n completions (n + 1 with `greedy_too`), for each batch; with `starts` as many for each of
+        them, in their order. Token ids are the whole response, its start included; logp is that of the tokens that were
+        drawn. Batches go by prompt length, so padding is small.
 
     Raises:
         ValueError: several responses at temperature 0, or a start that no response can have (see `check_starts`).
@@ -402,8 +409,7 @@ def fitting_rows(model: PreTrainedModel, prompt_length: int, new_tokens: int, sa
     """How many rows of `new_tokens` tokens fit into half of the free memory, with `samples` rows to a prompt."""
     config = causal_model(model).config.get_text_config()
     token = cache_numbers(config) * model.dtype.itemsize
-    logits = 24 * config.vocab_size  # and their sums
-    per_row = token * (prompt_length / min(samples, 4) + new_tokens) + logits
+    per_row = token * (prompt_length / min(samples, 4) + new_tokens) + pick_bytes(config.vocab_size)
     if not shares_prompts(model):
         per_row += token * prompt_length
     return max(1, int(free_bytes() / 2 / per_row))

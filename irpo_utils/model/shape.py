@@ -16,7 +16,7 @@ def cache_numbers(config: PretrainedConfig) -> int:
 
 
 def sees_all(config: PretrainedConfig) -> bool:
-    """Whether every layer of a (text) model looks at all tokens before, so that padding between them does not matter."""
+    """Whether every layer of a (text) model looks at all tokens before, as far as its configuration says."""
     kinds = getattr(config, "layer_types", None)
     if kinds:
         return set(kinds) == {"full_attention"}

@@ -40,9 +40,11 @@ def run_prefix(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> tuple[Dynam
         tokens in the cache, `ids[:, n:]` are still to be run, and the mask is 1 on the first n and where those are of
         the prompt, [prompts, length].
     """
-    cache = DynamicCache()
+    cache, causal = DynamicCache(), causal_model(model)
     count, width = ids.shape
-    if count < 2 or not sees_all(causal_model(model).config.get_text_config()):
+    # Padding comes to stand between the prefix and what follows. An attention of the model's own kind (MPT, GPT-Neo) may
+    # measure distances in the cache, padding included.
+    if count < 2 or not causal._can_set_attn_implementation() or not sees_all(causal.config.get_text_config()):
         return cache, mask
     start = width - mask.sum(-1, keepdim=True)
     column = torch.arange(width, device=ids.device)
@@ -51,7 +53,7 @@ def run_prefix(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> tuple[Dynam
     length = int((beginnings == beginnings[:1]).all(0).long().cumprod(0).sum())
     if length < LEAST_PREFIX:
         return cache, mask
-    causal_model(model).base_model(input_ids=beginnings[:1, :length], past_key_values=cache, use_cache=True)
+    causal.base_model(input_ids=beginnings[:1, :length], past_key_values=cache, use_cache=True)
     return cache, ((column < length) | (column >= start + length)).to(mask.dtype)
 
 

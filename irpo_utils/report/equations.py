@@ -1,4 +1,4 @@
-"""Solutions that are equations: what went wrong in one ("23 - 8 = 15" for "23 + 8 = 31"), and gold ones from expressions."""
+"""Solutions that are equations: what went wrong in one ("23 - 8 = 15" for "23 + 8 = 31"), and gold ones from formulas."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import ast
 import operator
 import re
 from collections import Counter
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import pandas as pd
 
-from ..answers.numbers import number
-
 KINDS = {
     "right": "the answer is right",
     "no answer": "no final answer, or no end",
+    "no step": "no equation that can be read",
     "arithmetic": "the right step, computed wrong",
     "operation": "the right numbers, another operation, or in the wrong order",
     "number": "the right operation on other numbers",
@@ -29,8 +29,12 @@ OPERATIONS = {
     ast.Mult: ("*", operator.mul),
     ast.Div: ("/", operator.truediv),
 }
-_NUMBER = r"-?\d[\d,]*(?:\.\d*)?|-?\.\d+"
-_STEP = re.compile(rf"({_NUMBER})\s*([-+*/x×÷])\s*({_NUMBER})\s*=\s*({_NUMBER})")
+LONGEST = 200  # characters of an expression that is read
+_SIGNS = str.maketrans({"×": "*", "·": "*", "÷": "/", "–": "-", "−": "-", "$": " "})
+_TIMES = re.compile(r"(?<=[\d)])\s*x\s*(?=[\d(.-])")
+_BULLET = re.compile(r"^\s*(?:[-*]|\d+[.)])\s+(?=.*=)")
+_ARITHMETIC = re.compile(r"[-+*/().\d\s]+$")
+_NUMBER = re.compile(r"\s*(-?(?:\d+\.?\d*|\.\d+))(?![\d,.]*\d)")
 
 
 class Step(NamedTuple):
@@ -46,20 +50,63 @@ class Step(NamedTuple):
         return sorted((self.left, self.right))
 
     def same(self, other: Step) -> bool:
-        """Whether both compute the same, whatever they write as the result; only sums and products may be turned round."""
+        """Whether both compute the same, whatever result they write; only sums and products may be turned round."""
         if self.operation != other.operation:
             return False
         turned = self.operation in "+*" and self.operands == other.operands
         return turned or (self.left, self.right) == (other.left, other.right)
 
 
+def unrolled(expression: str) -> list[Step]:
+    """The steps in which an arithmetic expression is computed; none for a number alone.
+
+    Raises:
+        ValueError: it is more than numbers, brackets and + - * /, it divides by zero, or its numbers are too large.
+    """
+    found: list[Step] = []
+
+    def value(node: ast.expr) -> float:
+        sign = 1
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+            sign, node = -1, node.operand
+        if isinstance(node, ast.Constant) and type(node.value) in (int, float):
+            return float(sign * node.value)
+        if sign < 0 or not isinstance(node, ast.BinOp) or type(node.op) not in OPERATIONS:
+            raise ValueError(f"{expression[:80]!r} is more than numbers, brackets and + - * /")
+        name, compute = OPERATIONS[type(node.op)]
+        left, right = value(node.left), value(node.right)
+        found.append(Step(left, name, right, compute(left, right)))
+        return found[-1].result
+
+    try:
+        if len(expression) > LONGEST:
+            raise ValueError(f"{expression[:80]!r}... is longer than {LONGEST} characters")
+        value(ast.parse(expression.strip(), mode="eval").body)
+    except SyntaxError:
+        raise ValueError(f"{expression!r} is no arithmetic expression") from None
+    except ZeroDivisionError:
+        raise ValueError(f"{expression!r} divides by zero") from None
+    except OverflowError:
+        raise ValueError(f"{expression!r} has too large a number") from None
+    return found
+
+
 def steps(solution: str) -> list[Step]:
-    """The equations of a solution, in their order."""
-    names = {"x": "*", "×": "*", "÷": "/"}
-    found = []
-    for left, operation, right, result in _STEP.findall(solution):
-        values = [float(number(text)) for text in (left, right, result)]
-        found.append(Step(values[0], names.get(operation, operation), *values[1:]))
+    """The equations of a solution, in their order; "5 + 3 + 2 = 10" is two steps. What cannot be read is left out."""
+    found: list[Step] = []
+    for line in solution.splitlines():
+        line = _BULLET.sub("", line.translate(_SIGNS))
+        line = _TIMES.sub(" * ", re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", line))
+        for left, right in pairwise(line.split("=")):
+            expression, result = _ARITHMETIC.search(left), _NUMBER.match(right)
+            if not expression or not result or re.search(r"[\d,%]$", left[: expression.start()]):
+                continue
+            try:
+                own = unrolled(expression[0])
+            except ValueError:
+                continue
+            if own:
+                found += [*own[:-1], own[-1]._replace(result=float(result[1]))]
     return found
 
 
@@ -68,13 +115,15 @@ def error(response: str, reward: float | None, gold: str) -> str:
 
     Args:
         reward: 1 for a right answer, 0 for a wrong one, None where there is none.
-        gold: the gold solution. A wrong response that takes another way of as many steps is told by where it parts.
+        gold: a gold solution with equations. A wrong response that goes another way is told by where the ways part.
     """
     if reward == 1:
         return "right"
     if reward is None:
         return "no answer"
     own, wanted = steps(response), steps(gold)
+    if not own:
+        return "no step"
     for mine, theirs in zip(own, wanted, strict=False):
         if mine.same(theirs):
             if abs(mine.result - theirs.result) > 1e-6 * max(1.0, abs(theirs.result)):
@@ -93,10 +142,13 @@ def error_table(responses: dict[str, list[dict[str, Any]]], gold: dict[str, str]
 
     Args:
         responses: model -> its records of an evaluation (`problem`, `greedy`, `response`).
-        gold: problem -> its gold solution; problems without one are left out.
+        gold: problem -> its gold solution; problems whose solution has no equation are left out.
     """
+    readable = {problem: solution for problem, solution in gold.items() if steps(solution)}
     counts = {
-        model: Counter(error(r["response"], r["greedy"], gold[r["problem"]]) for r in records if gold.get(r["problem"]))
+        model: Counter(
+            error(r["response"], r["greedy"], readable[r["problem"]]) for r in records if r["problem"] in readable
+        )
         for model, records in responses.items()
     }
     return pd.DataFrame({model: [count[kind] for kind in KINDS] for model, count in counts.items()}, index=list(KINDS))
@@ -106,28 +158,16 @@ def solution(expression: str) -> str:
     """A gold solution from an arithmetic expression: "(8 - 3) * 2" makes "8 - 3 = 5", "5 * 2 = 10", "Final answer: 10".
 
     Raises:
-        ValueError: it is more than numbers, brackets and + - * /, or it divides by zero.
+        ValueError: see `unrolled`; or a number in it is none that one writes out (1e+12).
     """
-    lines: list[str] = []
+    found = unrolled(expression)
+    lines = [f"{plain(s.left)} {s.operation} {plain(s.right)} = {plain(s.result)}" for s in found]
+    return "\n".join([*lines, f"Final answer: {plain(found[-1].result if found else float(expression))}"])
 
-    def value(node: ast.expr) -> float:
-        if isinstance(node, ast.Constant) and isinstance(node.value, int | float):
-            return node.value
-        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-            return -value(node.operand)
-        if not isinstance(node, ast.BinOp) or type(node.op) not in OPERATIONS:
-            raise ValueError(f"{expression!r} is more than numbers, brackets and + - * /")
-        sign, compute = OPERATIONS[type(node.op)]
-        left, right = value(node.left), value(node.right)
-        try:
-            result = compute(left, right)
-        except ZeroDivisionError:
-            raise ValueError(f"{expression!r} divides by zero") from None
-        lines.append(f"{left:.10g} {sign} {right:.10g} = {result:.10g}")
-        return result
 
-    try:
-        final = value(ast.parse(expression.strip(), mode="eval").body)
-    except SyntaxError:
-        raise ValueError(f"{expression!r} is no arithmetic expression") from None
-    return "\n".join([*lines, f"Final answer: {final:.10g}"])
+def plain(value: float) -> str:
+    """A number as one writes it, of up to ten digits. Raises ValueError for one that is larger, or smaller but not 0."""
+    text = f"{value:.10g}"
+    if "e" in text:
+        raise ValueError(f"{value} is no number that one writes out")
+    return text

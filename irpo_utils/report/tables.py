@@ -61,9 +61,13 @@ def metrics_table(run: str, rows: list[dict[str, Any]], config: Config) -> pd.Da
 def summary_table(metrics: pd.DataFrame, config: Config) -> pd.DataFrame:
     """Test accuracy by method and iteration in percent: mean over seeds, ± standard deviation if there are several.
 
-    Further test sets have a column each, of greedy accuracy.
+    Further test sets have a column each, of greedy accuracy: the set's name, or its whole path where two have one name.
     """
-    further = {source: f"greedy, {Path(source).stem}" for source in config.evaluation.test}
+    stems = [Path(source).stem for source in config.evaluation.test]
+    further = {
+        source: f"greedy, {stem if stems.count(stem) == 1 else source}"
+        for source, stem in zip(config.evaluation.test, stems, strict=True)
+    }
     test = metrics[metrics.split == "test"].set_index(list(MODEL))
     for source, name in further.items():
         test[name] = metrics[metrics.split == source].set_index(list(MODEL)).greedy
@@ -77,8 +81,8 @@ def summary_table(metrics: pd.DataFrame, config: Config) -> pd.DataFrame:
     rows = []
     for label, t, group in groups:
         row = {"method": label, "iteration": t, "seeds": group.seed.nunique()}
-        row |= {name: percent(group[name]) or "-" for name in further.values()}
-        rows.append(row | {LABELS[name]: percent(group[name]) or "-" for name in names})
+        row |= {LABELS[name]: percent(group[name]) or "-" for name in names}
+        rows.append(row | {name: percent(group[name]) or "-" for name in further.values()})
     return pd.DataFrame(rows)
 
 

@@ -28,6 +28,7 @@ from ..files import (
 from ..methods.parts import SAMPLERS
 from ..tasks import check_task, get_task
 from ..tasks.base import Problem, Task
+from ..tasks.records import further_tests
 from .config import Config, differences, dump, read_config
 from .notebooks import QUIET, StageFailed, run_notebook
 from .presets import key_values, load_preset
@@ -107,7 +108,9 @@ def check_inputs(config: Config, jobs: int = 1) -> list[str]:
         task = get_task(config.task)
         problems = check_task(task, config.task.name)
         lines = [", ".join(f"{len(p)} {split} problems" for split, p in problems.items())]
-        lines = [f"{config.task.name}: {lines[0]}", *task.notes, *check_gold(config, problems)]
+        further = further_tests(task, config.evaluation)
+        lines += [f"{len(p)} further test problems from {source}" for source, p in further.items()]
+        lines = [f"{config.task.name}: {', '.join(lines)}", *task.notes, *check_gold(config, problems)]
         if config.model.path == "seed":
             check_words(task, problems["train"])
             return lines

@@ -16,7 +16,7 @@ from ..files import ROOT
 from ..model.load import base_path, load_shape, load_tokenizer, unpacks
 from ..model.logprobs import CHUNK
 from ..model.prompts import encode_prompts, stop_ids
-from ..model.sampling import PREFILL_TOKENS, most_prompts
+from ..model.sampling import PREFILL_TOKENS, most_prompts, pick_bytes
 from ..model.shape import Shape
 from ..settings import ModelConfig, Settings
 from ..tasks.base import Problem, Task
@@ -59,7 +59,7 @@ def drawing_bytes(shape: Shape, config: Settings, prompt: int, rows: int, n: int
     at_once = min(prompts * prompt, max(prompt, PREFILL_TOKENS))
     return {
         "cache": 1.15 * (prompts * prompt + rows * config.sampling.max_new_tokens) * shape.cache * width,
-        "logits": rows * shape.vocabulary * (width + 4 + 4 + 8 + 8),  # float32, softmax, and their float64 sums
+        "logits": rows * (shape.vocabulary * width + pick_bytes(shape.vocabulary)),
         "prefill": at_once * (4 * shape.hidden + 3 * shape.intermediate + shape.cache) * width,
     }
 

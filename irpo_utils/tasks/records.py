@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ..files import ROOT, resolve
-from ..settings import TaskConfig
+from ..settings import EvaluationConfig, TaskConfig
 from .base import BadRecord, Problem, Task
 
 FORMS = (".jsonl", ".json", ".jsonl.gz", ".parquet")
@@ -83,6 +83,26 @@ def read_hub(source: str, where: str) -> list[tuple[str, dict[str, Any]]]:
 def alike(question: str) -> str:
     """A question by its letters, digits and operators: two that differ only in spaces, case or punctuation are one."""
     return re.sub(r"[\s.,;:!?'\"$\\]+", "", question).lower()
+
+
+def further_tests(task: Task, config: EvaluationConfig) -> dict[str, list[Problem]]:
+    """The problems of `evaluation.test` by source, in the form of `task`, without what was trained on or chosen by.
+
+    Raises:
+        BadRecord: a source is missing or malformed, or has fewer problems than `evaluation.test_size`.
+    """
+    seen = {alike(p.question) for split in ("train", "dev") for p in task.problems(split)} if config.test else set()
+    found = {}
+    for source in config.test:
+        problems = type(task)(task.config.but(test=(source,), test_size=0)).problems("test")
+        fresh = [p for p in problems if alike(p.question) not in seen]
+        if config.test_size > len(fresh):
+            raise BadRecord(
+                f"evaluation.test_size: {config.test_size} is more than the {len(fresh)} problems of {source} that "
+                "are not in training or dev; 0 takes all"
+            )
+        found[source] = fresh[: config.test_size or None]
+    return found
 
 
 class RecordTask(Task):

@@ -249,18 +249,18 @@ class Engine:
                 engine was started for.
             EngineError: the process ended.
         """
-        if greedy_too:
-            options = {"seed": seed, "eos_id": eos_id, "max_new_tokens": max_new_tokens, "max_rows": max_rows}
-            options |= {"progress": progress, "starts": starts}
-            first = dict(
-                pair for batch in self.sample(prompts, n=1, temperature=0, **options) for pair in batch.items()
-            )
-            for batch in self.sample(prompts, n=n, temperature=temperature, **options):
-                yield {name: with_greedy(first[name], drawn, n) for name, drawn in batch.items()}
-            return
         check_greedy(n, temperature)
         if 0 < temperature < COLDEST:
             raise ValueError(f"vLLM samples at a temperature of at least {COLDEST}, not {temperature}; 0 is greedy")
+        if greedy_too:
+            options = {"seed": seed, "eos_id": eos_id, "max_new_tokens": max_new_tokens, "max_rows": max_rows}
+            options["starts"] = starts
+            first: dict[str, list[Completion]] = {}
+            for batch in self.sample(prompts, n=1, temperature=0, **options):
+                first |= batch
+            for batch in self.sample(prompts, n=n, temperature=temperature, progress=progress, **options):
+                yield {name: with_greedy(first[name], drawn, n) for name, drawn in batch.items()}
+            return
         names = sorted(prompts, key=lambda name: (len(prompts[name]), name))
         longest = len(prompts[names[-1]]) if names else 0
         if names and longest + max_new_tokens > self.context:

@@ -10,7 +10,7 @@ from ...files import read_jsonl, write_json, write_jsonl
 from ...metrics import step_summary, summarize
 from ...tasks import get_task
 from ...tasks.base import Problem, Task
-from ...tasks.records import alike
+from ...tasks.records import further_tests
 from ..store import Stage, problem_files
 
 SPLITS = ("dev", "test")
@@ -31,7 +31,7 @@ class EvaluateStage(Stage):
         return (
             self.task_parameters(unused="train")
             | self.base_parameters()
-            | self.section("evaluation")
+            | self.section("evaluation", without=() if self.config.evaluation.test else ("test_size",))
             | self.section("sampling", only=["max_new_tokens", "max_rows", "engine"])
             | self.common_parameters()
         )
@@ -42,20 +42,9 @@ class EvaluateStage(Stage):
     def configured_files(self) -> dict[str, str]:
         return super().configured_files() | problem_files(self.config.evaluation.test)
 
-    def further_problems(self, task: Task) -> dict[str, list[Problem]]:
-        """The problems of further test sets, by the set's name, without questions that were trained on or chosen by."""
-        seen = {alike(p.question) for split in ("train", "dev") for p in task.problems(split)}
-        found = {}
-        for source in self.config.evaluation.test:
-            problems = get_task(self.config.task.but(test=(source,), test_size=0)).problems("test")
-            found[source] = [p for p in problems if alike(p.question) not in seen][
-                : self.config.evaluation.test_size or None
-            ]
-        return found
-
     def make(self) -> None:
         config, task = self.config, get_task(self.config.task)
-        splits = {split: task.problems(split) for split in SPLITS} | self.further_problems(task)
+        splits = {split: task.problems(split) for split in SPLITS} | further_tests(task, config.evaluation)
         summary, responses = {}, []
         everything = [p for problems in splits.values() for p in problems]
         with self.sampler.load()(config, self.input("policy"), task, everything) as sampler:
