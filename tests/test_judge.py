@@ -91,7 +91,7 @@ def test_judgements_are_averaged_over_those_that_parse(config):
         [sample("q", "a", None)],
     )
 
-    def draw(prompts, *, n, temperature, seed, eos_id, max_new_tokens, max_rows, progress):
+    def draw(prompts, *, n, temperature, seed, eos_id, max_new_tokens, max_rows, greedy_too, progress):
         assert (n, temperature, seed, eos_id, max_new_tokens) == (3, 0.9, 7, [0, 2], 99)
         for (name, ids), replies in zip(prompts.items(), judgements.values(), strict=True):
             seen[name] = tokenizer.decode(ids)

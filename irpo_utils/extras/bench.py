@@ -55,7 +55,6 @@ from ..model import logprobs, losses, packaged, sampling
 from ..model.prompts import encode_prompts, stop_ids
 from ..model.records import Pair
 from ..model.training import PreferenceTrainer
-from ..run.config import cpu_multiplies_bfloat16
 from ..settings import ModelConfig, SamplingConfig, Settings, TaskConfig
 from ..tasks import get_task
 from ..tasks.jsonl import Given
@@ -119,7 +118,7 @@ def dtype_of(shape: Shape) -> str:
     """float32 for the embedded model; else bfloat16 where the machine multiplies it (random weights: a GPU)."""
     if shape.model == "seed":
         return "float32"
-    return "bfloat16" if torch.cuda.is_available() or (shape.model and cpu_multiplies_bfloat16()) else "float32"
+    return "bfloat16" if torch.cuda.is_available() or (shape.model and models.cpu_multiplies_bfloat16()) else "float32"
 
 
 def load(shape: Shape) -> tuple[LlamaForCausalLM, Any, dict[str, list[int]], int]:

@@ -113,6 +113,12 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def cpu_multiplies_bfloat16() -> bool:
+    """Whether the CPU has instructions for it (AMX, AVX512-BF16); without them bfloat16 is slower than float32."""
+    known = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch do not say
+    return bool(known.get("amx_bf16") or known.get("avx512_bf16"))
+
+
 def load_base(
     config: ModelConfig, kind: Any = AutoModelForCausalLM, whole: tuple[str, ...] = (), **options: Any
 ) -> PreTrainedModel:

@@ -231,14 +231,8 @@ def resolve_auto(config: Config) -> Config:
     if not open_ones:
         return config
     cuda = load_object("torch:cuda").is_available()  # torch takes seconds to import
-    there = {"model.dtype": cuda or cpu_multiplies_bfloat16()}
+    there = {"model.dtype": cuda or load_object("irpo_utils.model.load:cpu_multiplies_bfloat16")()}
     return changed(config, {name: both[not there.get(name, cuda)] for name, both in open_ones.items()})
-
-
-def cpu_multiplies_bfloat16() -> bool:
-    """Whether the CPU has instructions for it (AMX, AVX512-BF16); without them bfloat16 is slower than float32."""
-    known = getattr(load_object("torch:cpu"), "get_capabilities", dict)()  # older versions of torch do not say
-    return bool(known.get("amx_bf16") or known.get("avx512_bf16"))
 
 
 def value_of(config: Settings, name: str) -> Any:
