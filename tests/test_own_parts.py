@@ -1,6 +1,7 @@
 """A method of one's own: a selection and a loss in a file, a recipe in another, and no edit of the package."""
 
 import json
+import shutil
 
 import pytest
 from conftest import ROOT, drive, remove_run
@@ -45,9 +46,10 @@ def own(tmp_path):
     remove_run("test-own")
 
 
-def test_a_method_of_ones_own_runs_like_any_other(own):
+def test_a_method_of_ones_own_runs_like_any_other(own, micro_run):
     """It starts from M_t and is held against M_0: `reference` is a choice beside `start`."""
     parts, recipes = own
+    shutil.copytree(micro_run[0] / "m0", ROOT / "outputs" / "test-own" / "m0")  # which it shares with other methods
     command = ["micro", "run=test-own", f"recipes={recipes}", "methods=hardest_first", "iterations=2"]
     done = drive(*command, "hardest_first.train.beta=0.5")
     assert done.returncode == 0 and "Hardest pairs, hinge" in done.stdout, done.stdout + done.stderr
