@@ -170,10 +170,13 @@ def differences_in_words(run: Path, metrics: pd.DataFrame, config: Config) -> li
     label = {m: config.recipe(m).label for m in config.methods}
     best, worst = max(mean, key=mean.get), min(mean, key=mean.get)
     m0 = sum(test[config.methods[0], s, 0] for s in range(config.seeds)) / config.seeds
-    texts = [
-        f"M_0 solves {m0:.1f} % of the test problems. The last model of {label[best]} solves the most, "
-        f"{mean[best]:.1f} %, that of {label[worst]} the fewest, {mean[worst]:.1f} %."
-    ]
+    ranked = (
+        f"The last model of {label[best]} solves the most, {mean[best]:.1f} %, "
+        f"that of {label[worst]} the fewest, {mean[worst]:.1f} %."
+    )
+    if mean[best] == mean[worst]:
+        ranked = f"The last models of all methods solve {mean[best]:.1f} %."
+    texts = [f"M_0 solves {m0:.1f} % of the test problems. {ranked}"]
     for one, other, what in neighbours(config):
         apart = [a - b for a, b in zip(final[one], final[other], strict=True)]
         ahead = sum(d > 0 for d in apart)

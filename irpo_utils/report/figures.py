@@ -121,33 +121,35 @@ def at_k(summary: dict[str, float], title: str) -> Figure:
 
 
 def pass_curves(right: dict[str, list[int]], n: int) -> Figure:
-    """pass@k against k, a line for each model with its 95 % interval over problems.
+    """pass@k against k, a line for each model in the band of its 95 % interval over problems.
 
     Args:
         right: model -> how many of a problem's n samples are right, [problems].
     """
     ks = [k for k in (2**i for i in range(20)) if k <= n]
     fig, ax = plt.subplots(figsize=(7, 3.8), layout="constrained")
-    for (name, counts), color in zip(right.items(), PALETTE, strict=False):
+    for (name, counts), color, marker in zip(right.items(), PALETTE, "os^Dv*", strict=False):
         values = [[pass_at_k(count, n, k) for count in counts] for k in ks]
-        ax.plot(ks, [mean(found) * 100 for found in values], "o-", label=name, color=color)
+        ax.plot(ks, [mean(found) * 100 for found in values], marker=marker, fillstyle="none", label=name, color=color)
         low, high = zip(*map(bootstrap, values), strict=True)
-        ax.fill_between(ks, [x * 100 for x in low], [x * 100 for x in high], color=color, alpha=0.15, linewidth=0)
-    ax.set(xscale="log", xticks=ks, xticklabels=ks, xlabel="samples k", ylabel="%", title="pass@k: one of k is right")
+        ax.fill_between(ks, [x * 100 for x in low], [x * 100 for x in high], color=color, alpha=0.1)
+    title = f"pass@k: one of k samples is right ({len(counts)} problems, {n} samples each; 95 % bands)"
+    ax.set(xscale="log", xticks=ks, xticklabels=ks, xlabel="samples k", ylabel="%", ylim=(0, None))
+    ax.set_title(title, fontsize=10)
     ax.minorticks_off()
-    ax.legend(frameon=False)
+    ax.legend(frameon=False, **BESIDE)
     return fig
 
 
 def error_bars(table: pd.DataFrame) -> Figure:
     """Wrong answers by kind of error, a bar for each model (`equations.error_table` without its first row)."""
-    fig, ax = plt.subplots(figsize=(8, 3.8), layout="constrained")
+    fig, ax = plt.subplots(figsize=(8, 1.2 + 0.4 * len(table)), layout="constrained")
     table.plot.barh(ax=ax, color=PALETTE[: table.shape[1]], width=0.8)
     for bars in ax.containers:
-        ax.bar_label(bars, padding=2, fontsize=8)
+        ax.bar_label(bars, [f"{count:g}" if count else "" for count in bars.datavalues], padding=2, fontsize=8)
     ax.set(xlabel="problems", title="What is wrong in the wrong answers")
     ax.invert_yaxis()
-    ax.legend(frameon=False)
+    ax.legend(frameon=False, **BESIDE)
     return fig
 
 

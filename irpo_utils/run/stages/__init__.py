@@ -5,6 +5,7 @@ None imports torch: what needs a model is loaded by name when a stage runs.
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ def finished(run: Path) -> tuple[Config, list[str]]:
     if not whole:
         line = next(iter(left_out.values()))
         raise MissingArtefact(
-            f"no method of {relative(run)} is finished ({line}); run that notebook, or the run's command"
+            f"no method of {relative(run)} is finished ({line}); run that notebook, or ./run_all.sh {shlex.quote(run.name)}"
         )
     return (config.but(methods=whole) if left_out else config), list(left_out.values())
 
