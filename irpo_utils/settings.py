@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
@@ -198,6 +199,16 @@ class EvaluationConfig(Section):
     temperature: Positive = 0.8
     test: Names = ()  # further test sets, each a file or hub data set in the form of the task's own
     test_size: Size = 0  # problems of each of them; 0 takes all
+
+    @model_validator(mode="after")
+    def _apart(self) -> Self:
+        names = [os.path.normpath(source) for source in self.test]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"evaluation.test: {name} is there twice")
+            if name in ("dev", "test"):
+                raise ValueError(f"evaluation.test: {name} is what the run's own problems are called; rename the file")
+        return self
 
 
 class Settings(Section):

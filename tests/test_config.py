@@ -50,6 +50,8 @@ def test_overrides_arrive_and_survive_yaml(lr, n):
         ("irpo.train.lr=-1", "irpo: train.lr: above 0, got -1"),
         ("dpo.train.eval_every=0", "train.eval_every: at least 1"),
         ("irpo.train.retrain_with_dev=true", "is for all methods"),
+        ("evaluation.test=a.jsonl,./a.jsonl", "evaluation.test: a.jsonl is there twice"),
+        ("evaluation.test=test", "evaluation.test: test is what the run's own problems are called; rename the file"),
         ("model.quantize=int8", "model.quantize: one of none, nf4, auto"),
         ("sampling.engine=vlm", "sampling.engine: one of transformers, vllm"),
         ("methods=irpo,irpo", "methods: each one once"),

@@ -24,6 +24,7 @@ GOLD = "15 - 8 = 7\n9 * 7 = 63\nFinal answer: 63"
         (GOLD.replace("Final", "63 + 1 = 64\nFinal").replace(": 63", ": 64"), 0, "went on"),
         ("15 - 8 = 7\n9 * 7 = 63\nFinal answer: 36", 0, "last line"),
         ("I think it is 12.\nFinal answer: 12", 0, "no step"),
+        ("15 - 8 = 7.0\n9 * 7.0 = 64\nFinal answer: 64", 0, "arithmetic"),
         ("15 - 8 = 7 * 9 = 64\nFinal answer: 64", 0, "arithmetic"),  # a chain of equations
         ("(15 - 8) * 9 = 64\nFinal answer: 64", 0, "arithmetic"),
     ],
@@ -47,6 +48,9 @@ def test_a_wrong_solution_has_its_kind_of_error(response, reward, kind):
         ("1. 5 + 3 = 8\n- 8 * 2 = 16", [(5, "+", 3, 8), (8, "*", 2, 16)]),
         ("He has 5 + 3 = 8 apples.", [(5, "+", 3, 8)]),
         ("3 * 4=12,5", []),
+        ("1e400 * 2 = 3", []),
+        ("5 + 3 = 8e5", []),
+        ("1 x " * 50000 + "= 1", []),
         ("2 * 5 = " + "9" * 70, [(2, "*", 5, float("9" * 70))]),
         ("9" * 5000 + " + 1 = 2", []),
         ("1.5.2 + 2 = 3", []),
@@ -108,3 +112,11 @@ def test_a_solution_is_made_of_arithmetic_alone():
     for expression in wrong:
         with pytest.raises(ValueError, match="is more than|is no arithmetic|divides by zero|writes out|is longer"):
             solution(expression)
+
+
+def test_a_rounded_result_is_not_computed_wrong():
+    assert (
+        error("10 / 3 = 3.33\n3.33 + 1 = 5\nFinal answer: 5", 0, "10 / 3 = 3.333333333\n3.333333333 + 1 = 4.333333333")
+        != "arithmetic"
+    )
+    assert error("10 / 3 = 3.34\nFinal answer: 5", 0, "10 / 3 = 3.333333333") == "arithmetic"

@@ -351,6 +351,11 @@ def test_a_further_test_set_is_one_parameter_and_concerns_evaluations_alone(tmp_
     assert len(further(0)) == 3 and further(2) == further(0)[:2] and further(2, plain) == []
     with pytest.raises(ValueError, match=r"evaluation.test_size: 4 is more than the 3 problems of .*more.jsonl"):
         further(4)
+    with pytest.raises(ValueError, match=r"evaluation.test: .*none.jsonl is missing"):
+        further_tests(get_task(more.task), more.evaluation.but(test=(str(tmp_path / "none.jsonl"),)))
+    seen = more.evaluation.but(test=(str(tmp_path / "train.jsonl"),))
+    with pytest.raises(ValueError, match=r"evaluation.test: all problems of .*train.jsonl are in training or dev"):
+        further_tests(get_task(more.task), seen)
     for config, counts in ((more, True), (plain, False)):  # without a further set its size is no parameter
         keys = [EvaluateStage(tmp_path, config=load_but(config, test_size=size)).parameters() for size in (0, 2)]
         assert (keys[0] != keys[1]) == counts

@@ -195,6 +195,19 @@ def test_a_word_of_a_large_vocabulary_is_that_of_its_distribution_function(words
     assert (likely.gather(-1, found) > 0).all()
 
 
+def test_logits_that_are_no_numbers_are_refused():
+    for temperature in (0, 0.8, 1.0):
+        with pytest.raises(FloatingPointError, match="are not numbers"):
+            sampling.pick(torch.tensor([[torch.nan, 1.0]]), temperature, np.array([0]), np.array([0.5]))
+
+
+def test_a_point_on_a_block_s_end_draws_no_word_without_probability():
+    likely = torch.zeros(1, 5000)
+    likely[0, [3, 2000]] = 0.5
+    points = torch.tensor([[np.nextafter(0.5, 0), 0.5, np.nextafter(1, 0), 0.0]])
+    assert (likely.gather(-1, sampling.inverse(likely, points)) > 0).all()
+
+
 def test_a_zero_probability_token_is_never_drawn():
     logits = torch.tensor([[-torch.inf, 0.0, -torch.inf]])
     for u in (0.0, 0.5, 1 - 1e-16):

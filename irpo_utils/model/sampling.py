@@ -84,6 +84,8 @@ def pick(
         logps = likely.gather(-1, tokens).log()
     else:
         logps = logits.gather(-1, tokens) - logits.logsumexp(-1, keepdim=True)
+    if logps.isnan().any():
+        raise FloatingPointError("the model's logits are not numbers (NaN); its weights or its dtype are broken")
     return tokens.cpu().numpy()[row_of_sample, number], logps.double().cpu().numpy()[row_of_sample, number]
 
 
@@ -107,7 +109,9 @@ def inverse(likely: Tensor, uniform: Tensor) -> Tensor:
     rows = torch.arange(len(likely), device=likely.device).unsqueeze(-1)
     inside = blocks[rows, block].double().cumsum_(-1)  # [rows, points, words of a block]
     word = torch.searchsorted(inside, (share.unsqueeze(-1) * inside[..., -1:]), right=True).squeeze(-1)
-    return (block * BLOCK + word.clamp_(max=BLOCK - 1)).clamp_(max=words - 1)
+    found = (block * BLOCK + word.clamp_(max=BLOCK - 1)).clamp_(max=words - 1)
+    # Where a point rounds to its block's end, the block's last word may have no probability.
+    return torch.where(likely.gather(-1, found) > 0, found, likely.argmax(-1, keepdim=True))
 
 
 def pick_bytes(words: int) -> int:

@@ -42,9 +42,13 @@ def run_prefix(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> tuple[Dynam
     """
     cache, causal = DynamicCache(), causal_model(model)
     count, width = ids.shape
+    config = causal.config.get_text_config()
+    # How a token is turned may depend on the length that is run with it.
+    turned_by_length = (getattr(config, "rope_parameters", None) or {}).get("rope_type") in ("dynamic", "longrope")
     # Padding comes to stand between the prefix and what follows. An attention of the model's own kind (MPT, GPT-Neo) may
     # measure distances in the cache, padding included.
-    if count < 2 or not causal._can_set_attn_implementation() or not sees_all(causal.config.get_text_config()):
+    own_kind = not causal._can_set_attn_implementation() or not sees_all(config)
+    if count < 2 or turned_by_length or own_kind:
         return cache, mask
     start = width - mask.sum(-1, keepdim=True)
     column = torch.arange(width, device=ids.device)

@@ -34,7 +34,7 @@ _SIGNS = str.maketrans({"×": "*", "·": "*", "÷": "/", "–": "-", "−": "-",
 _TIMES = re.compile(r"(?<=[\d)])\s*x\s*(?=[\d(.-])")
 _BULLET = re.compile(r"^\s*(?:[-*]|\d+[.)])\s+(?=.*=)")
 _ARITHMETIC = re.compile(r"[-+*/().\d\s]+$")
-_NUMBER = re.compile(r"\s*(-?(?:\d+\.?\d*|\.\d+))(?![\d,.]*\d)")
+_NUMBER = re.compile(r"\s*(-?(?:\d+\.?\d*|\.\d+))(?![\d,.]*\d|e\d)")
 
 
 class Step(NamedTuple):
@@ -57,8 +57,8 @@ class Step(NamedTuple):
         return turned or (self.left, self.right) == (other.left, other.right)
 
 
-def unrolled(expression: str) -> list[Step]:
-    """The steps in which an arithmetic expression is computed; none for a number alone.
+def unrolled(expression: str) -> tuple[list[Step], float]:
+    """The steps in which an arithmetic expression is computed, none for a number alone; and its value.
 
     Raises:
         ValueError: it is more than numbers, brackets and + - * /, it divides by zero, or its numbers are too large.
@@ -81,28 +81,31 @@ def unrolled(expression: str) -> list[Step]:
     try:
         if len(expression) > LONGEST:
             raise ValueError(f"{expression[:80]!r}... is longer than {LONGEST} characters")
-        value(ast.parse(expression.strip(), mode="eval").body)
+        if not _ARITHMETIC.fullmatch(expression):
+            raise ValueError(f"{expression!r} is more than numbers, brackets and + - * /")
+        return found, value(ast.parse(expression.strip(), mode="eval").body)
     except SyntaxError:
         raise ValueError(f"{expression!r} is no arithmetic expression") from None
     except ZeroDivisionError:
         raise ValueError(f"{expression!r} divides by zero") from None
     except OverflowError:
         raise ValueError(f"{expression!r} has too large a number") from None
-    return found
 
 
 def steps(solution: str) -> list[Step]:
     """The equations of a solution, in their order; "5 + 3 + 2 = 10" is two steps. What cannot be read is left out."""
     found: list[Step] = []
-    for line in solution.splitlines():
+    for line in (line for line in solution.splitlines() if len(line) <= LONGEST):
         line = _BULLET.sub("", line.translate(_SIGNS))
         line = _TIMES.sub(" * ", re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", line))
         for left, right in pairwise(line.split("=")):
             expression, result = _ARITHMETIC.search(left), _NUMBER.match(right)
-            if not expression or not result or re.search(r"[\d,%]$", left[: expression.start()]):
+            if not expression or not result:
                 continue
+            if re.search(r"[\w,%]$", left[: expression.start()]) and not expression[0][0].isspace():
+                continue  # a part of a word or of another number
             try:
-                own = unrolled(expression[0])
+                own, _ = unrolled(expression[0])
             except ValueError:
                 continue
             if own:
@@ -126,7 +129,8 @@ def error(response: str, reward: float | None, gold: str) -> str:
         return "no step"
     for mine, theirs in zip(own, wanted, strict=False):
         if mine.same(theirs):
-            if abs(mine.result - theirs.result) > 1e-6 * max(1.0, abs(theirs.result)):
+            written = f"{mine.result:.10g}".partition(".")[2]  # the digits that a rounded result has
+            if abs(mine.result - theirs.result) > (0.51 * 10 ** -len(written) if written else 1e-6):
                 return "arithmetic"
         elif mine.operands == theirs.operands:
             return "operation"
@@ -160,9 +164,9 @@ def solution(expression: str) -> str:
     Raises:
         ValueError: see `unrolled`; or a number in it is none that one writes out (1e+12).
     """
-    found = unrolled(expression)
+    found, value = unrolled(expression)
     lines = [f"{plain(s.left)} {s.operation} {plain(s.right)} = {plain(s.result)}" for s in found]
-    return "\n".join([*lines, f"Final answer: {plain(found[-1].result if found else float(expression))}"])
+    return "\n".join([*lines, f"Final answer: {plain(value)}"])
 
 
 def plain(value: float) -> str:

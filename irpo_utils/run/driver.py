@@ -115,7 +115,7 @@ def check_inputs(config: Config, jobs: int = 1) -> list[str]:
             check_words(task, problems["train"])
             return lines
         # torch takes seconds to import, and the embedded model fits anywhere.
-        return lines + load_object("irpo_utils.run.estimate:check_model")(config, task, problems, jobs)
+        return lines + load_object("irpo_utils.run.estimate:check_model")(config, task, problems | further, jobs)
     except ValueError as error:
         raise ConfigError(str(error)) from None
 

@@ -216,9 +216,10 @@ def check_model(config: Settings, task: Task, problems: dict[str, list[Problem]]
     check_weights(config.model)
     tokenizer = load_tokenizer(config.model)
     shape = Shape.of(load_shape(config.model), config.model.trust_remote_code)
-    prompts = encode_prompts(task, tokenizer, [p for split in problems.values() for p in split])
+    everything = [p for split in problems.values() for p in split]
+    prompts = encode_prompts(task, tokenizer, everything)
     stop_ids(config.model, tokenizer)  # a chat template that cannot write an answer is found here
-    if len({tuple(ids) for ids in prompts.values()}) < len(prompts):
+    if len({tuple(ids) for ids in prompts.values()}) < len({task.prompt(p) for p in everything}):
         raise ValueError(
             f"model.path: the tokenizer of {config.model.path} writes different prompts as the same tokens; "
             "is it whole, and does its chat template use the message?"

@@ -9,6 +9,7 @@ import json
 import re
 import zlib
 from abc import abstractmethod
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -94,8 +95,14 @@ def further_tests(task: Task, config: EvaluationConfig) -> dict[str, list[Proble
     seen = {alike(p.question) for split in ("train", "dev") for p in task.problems(split)} if config.test else set()
     found = {}
     for source in config.test:
-        problems = type(task)(task.config.but(test=(source,), test_size=0)).problems("test")
-        fresh = [p for p in problems if alike(p.question) not in seen]
+        other = type(task)(task.config.but(test=(source,), test_size=0))
+        try:
+            problems = other._read("test") if isinstance(other, RecordTask) else other.problems("test")
+        except BadRecord as error:
+            raise BadRecord(str(error).replace("task.test", "evaluation.test")) from None
+        fresh = [replace(p, id=f"{Path(source).stem}/{p.id}") for p in problems if alike(p.question) not in seen]
+        if not fresh:
+            raise BadRecord(f"evaluation.test: all problems of {source} are in training or dev")
         if config.test_size > len(fresh):
             raise BadRecord(
                 f"evaluation.test_size: {config.test_size} is more than the {len(fresh)} problems of {source} that "
