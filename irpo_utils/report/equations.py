@@ -29,7 +29,7 @@ OPERATIONS = {
     ast.Mult: ("*", operator.mul),
     ast.Div: ("/", operator.truediv),
 }
-LONGEST = 200  # characters of an expression that is read
+LONGEST = 200  # characters of a line or an expression that is read
 _SIGNS = str.maketrans({"×": "*", "·": "*", "÷": "/", "–": "-", "−": "-", "$": " "})
 _TIMES = re.compile(r"(?<=[\d)])\s*x\s*(?=[\d(.-])")
 _BULLET = re.compile(r"^\s*(?:[-*]|\d+[.)])\s+(?=.*=)")
