@@ -357,12 +357,11 @@ def test_a_further_test_set_is_one_parameter_and_concerns_evaluations_alone(tmp_
     with pytest.raises(ValueError, match=r"evaluation.test: all problems of .*train.jsonl are in training or dev"):
         further_tests(get_task(more.task), seen)
     for config, counts in ((more, True), (plain, False)):  # without a further set its size is no parameter
-        keys = [EvaluateStage(tmp_path, config=load_but(config, test_size=size)).parameters() for size in (0, 2)]
+        keys = [
+            EvaluateStage(tmp_path, config=config.but(evaluation=config.evaluation.but(test_size=size))).parameters()
+            for size in (0, 2)
+        ]
         assert (keys[0] != keys[1]) == counts
-
-
-def load_but(config, **changes):
-    return config.but(evaluation=config.evaluation.but(**changes))
 
 
 @pytest.mark.long  # kills at every operation are among the faults of test_faults.py

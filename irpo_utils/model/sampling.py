@@ -318,7 +318,8 @@ def sample(
     starts_of = {name: [[]] for name in prompts} if starts is None else starts
     check_starts(starts_of, prompts, eos_ids, max_new_tokens)
     order = sorted(prompts, key=lambda name: (len(prompts[name]), name))
-    samples = (n + greedy_too) * max(map(len, starts_of.values()), default=1)  # of one problem, at most
+    each, greedy = n + greedy_too, np.full((int(greedy_too), max_new_tokens), -1.0)
+    samples = each * max(map(len, starts_of.values()), default=1)  # of one problem, at most
     longest = max(map(len, prompts.values()), default=0)
     max_rows = min(max_rows, fitting_rows(model, longest, max_new_tokens, samples))
     started, tokens, done, size = time.perf_counter(), 0, 0, max(1, max_rows // samples)  # problems of a batch
@@ -327,19 +328,14 @@ def sample(
         noise = [
             np.concatenate(
                 [
-                    np.pad(
-                        uniforms(seed, stream(name, start), n, max_new_tokens),
-                        ((greedy_too, 0), (0, 0)),
-                        constant_values=-1,
-                    )
+                    part
                     for start in starts_of[name]
+                    for part in (greedy, uniforms(seed, stream(name, start), n, max_new_tokens))
                 ]
             )
             for name in names
         ]
-        forced = (
-            None if starts is None else [forced_tokens(starts[name], n + greedy_too, max_new_tokens) for name in names]
-        )
+        forced = None if starts is None else [forced_tokens(starts[name], each, max_new_tokens) for name in names]
         batch: list[list[Completion]] = [[] for _ in names]
         ids = [prompts[name] for name in names]
         try:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib.metadata import version
+from itertools import cycle
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
@@ -128,7 +129,7 @@ def pass_curves(right: dict[str, list[int]], n: int) -> Figure:
     """
     ks = [k for k in (2**i for i in range(20)) if k <= n]
     fig, ax = plt.subplots(figsize=(7, 3.8), layout="constrained")
-    for (name, counts), color, marker in zip(right.items(), PALETTE, "os^Dv*", strict=False):
+    for (name, counts), color, marker in zip(right.items(), cycle(PALETTE), cycle("os^Dv*"), strict=False):
         values = [[pass_at_k(count, n, k) for count in counts] for k in ks]
         ax.plot(ks, [mean(found) * 100 for found in values], marker=marker, fillstyle="none", label=name, color=color)
         low, high = zip(*map(bootstrap, values), strict=True)
