@@ -121,6 +121,20 @@ def test_a_training_that_was_stopped_at_its_step_is_not_trained_on(config, pairs
     assert len(read_jsonl(tmp_path / "steps.jsonl")) == 4
 
 
+def test_the_watched_pairs_are_the_same_from_before_the_first_step_to_after_the_last(config, pairs, tmp_path):
+    start, config = fresh(config, threads=1), config.but(train=config.train.but(max_steps=4, eval_every=2))
+    many = pairs * (1 + 2 * training.WATCHED // len(pairs))
+    watched = many[:: -(-len(many) // training.WATCHED)]
+    before = training.mean_logps(logprobs.reference_logps(start, watched))
+    facts = run(start, many, tmp_path, config)
+    assert {name: facts[name] for name in before} == pytest.approx(before, rel=1e-4)
+    steps = read_jsonl(tmp_path / "steps.jsonl")
+    assert ["watched_chosen_logp" in s for s in steps] == [False, True, False, True]
+    after = training.mean_logps(logprobs.reference_logps(start, watched))  # it was trained in place
+    assert {name: steps[-1][name] for name in after} == pytest.approx(after, rel=1e-4)
+    assert after != pytest.approx(before, rel=1e-4)
+
+
 def test_accumulated_micro_batches_are_the_whole_batch(config, pairs, tmp_path):
     losses = []
     for micro in (8, 2):
@@ -139,8 +153,8 @@ def test_wrong_reference_is_refused():
 
 def test_a_loss_without_a_reference_scores_none_unless_it_verifies_who_sampled(config, pairs, tmp_path, monkeypatch):
     scored: list[int] = []
-    whole = logprobs.reference_logps
-    monkeypatch.setattr(training, "reference_logps", lambda *a: scored.append(1) or whole(*a))
+    whole = training.kept_reference_logps
+    monkeypatch.setattr(training, "kept_reference_logps", lambda *a: scored.append(1) or whole(*a))
     config = config.but(train=config.train.but(max_steps=8))
     facts = run(fresh(config, threads=1), pairs, tmp_path / "orpo", config, loss="orpo", sampled_by_start=False)
     assert not scored and facts["dpo_at_start"] is None and facts["sampler_gap"] is None

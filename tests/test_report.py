@@ -142,11 +142,6 @@ def test_an_artefact_that_is_not_there_is_named_with_its_notebook(run, config, t
         tables.audit_table(tmp_path, config)
 
 
-def test_a_curve_is_smoothed_by_the_steps_before():
-    assert figures.smoothed([1.0, 2.0, 3.0]) == [1.0, 2.0, 3.0]
-    assert figures.smoothed([0.0, 3.0] * 15)[:4] == [0.0, 1.5, 1.5, 1.5]
-
-
 def test_the_report_does_not_load_torch():
     code = "import sys; from irpo_utils.report import comparison, figures, publish; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=files.ROOT, check=True)

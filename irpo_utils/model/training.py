@@ -29,6 +29,7 @@ from .records import Pair
 from .schedule import Mark, last_checkpoint, sorted_in_batches, trainer_arguments, training_order
 
 LN2 = math.log(2)
+WATCHED = 64  # pairs whose log-probabilities are followed through a training
 Loss = Callable[..., PairLosses]  # (scores, weights by name), as in `losses.py`
 Logps = list[tuple[float, float]]  # of each pair's chosen and rejected response
 
@@ -91,17 +92,19 @@ class PreferenceTrainer(Trainer):
 
 
 class Recorder(Mark):
-    """Writes every step's terms to disk, scores dev, and keeps the policy that is best there."""
+    """Writes every step's terms to disk, scores dev and the watched pairs, and keeps the policy that is best on dev."""
 
     def __init__(
         self,
         folder: Path,
         every: int,
         score: Callable[[PreTrainedModel], float] | None,
+        watch: Callable[[PreTrainedModel], dict[str, float]],
         show: Callable[[str], None],
         stop_after: int | None = None,
     ):
-        self.folder, self.every, self.score, self.show, self.stop_after = folder, every, score, show, stop_after
+        self.folder, self.every, self.score, self.watch = folder, every, score, watch
+        self.show, self.stop_after = show, stop_after
         self.trainer: PreferenceTrainer | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -115,11 +118,12 @@ class Recorder(Mark):
         terms.clear()
         if step % self.every == 0 or last:
             control.should_save = True
+            torch.cuda.empty_cache()  # does nothing without CUDA; sampling needs what training's last step left
+            row |= self.watch(model)
             if self.score:
-                torch.cuda.empty_cache()  # does nothing without CUDA; sampling needs what training's last step left
                 row["dev_greedy"] = self.score(model)
-                torch.cuda.empty_cache()
-                model.train()
+            torch.cuda.empty_cache()
+            model.train()
             self._keep_best(model, step, row.get("dev_greedy", float(step)))
         with open(self.folder / "steps.jsonl", "a") as f:
             f.write(json.dumps(row) + "\n")
@@ -228,6 +232,14 @@ def kept_reference_logps(
     return logps
 
 
+def mean_logps(logps: Logps) -> dict[str, float]:
+    """The mean log-probability of pairs' chosen and rejected responses, in nats, by the names that a step's record has."""
+    return {
+        f"watched_{side}_logp": sum(pair[i] for pair in logps) / len(logps)
+        for i, side in enumerate(("chosen", "rejected"))
+    }
+
+
 def dpo_at_start(trainer: PreferenceTrainer, pairs: list[Pair]) -> Tensor | None:
     """The DPO terms [pairs] of the first pairs before the first step; None for a loss without such a term.
 
@@ -276,8 +288,9 @@ def train(
 
     Returns:
         step and score of the best policy, the DPO term at the start (None where it is not checked), the gap of
-        `check_sampled` (None unless `sampled_by_start`), the number of steps, and the tokens of prompts and responses
-        trained on.
+        `check_sampled` (None unless `sampled_by_start`), the number of steps, the tokens of prompts and responses
+        trained on, and the watched pairs' mean log-probabilities before the first step (the steps' records have those
+        after them).
 
     Raises:
         ValueError: the pairs should bring the reference's log-probabilities, and do not.
@@ -302,6 +315,12 @@ def train(
         start_logps = kept_reference_logps(model, pairs, 2 * micro_batch, keep_reference)
     if own_reference:
         pairs = with_reference(pairs, start_logps)
+    watched = range(0, len(pairs), -(-len(pairs) // WATCHED))
+    start_watched = (
+        [start_logps[i] for i in watched]
+        if own_reference or sampled
+        else reference_logps(model, [pairs[i] for i in watched], 2 * micro_batch)
+    )
     order = training_order([p.problem for p in pairs], config, seed)
     steps = len(order) // batch
     trained = sum(pair_tokens(pairs[i]) for i in order[: batch * (stop_after or steps)])
@@ -309,7 +328,11 @@ def train(
         order = sorted_in_batches(
             order, batch, lambda i: (len(pairs[i].prompt_ids), pairs[i].problem, len(pairs[i].chosen_ids))
         )
-    recorder = Recorder(folder, config.eval_every, score, show, stop_after)
+
+    def watch(policy: PreTrainedModel) -> dict[str, float]:
+        return mean_logps(reference_logps(policy, [pairs[i] for i in watched], 2 * micro_batch))
+
+    recorder = Recorder(folder, config.eval_every, score, watch, show, stop_after)
     trainer = engine(
         model,
         trainer_arguments(folder, config, steps, seed, save_strategy="no"),  # the recorder asks for checkpoints
@@ -334,4 +357,5 @@ def train(
         "dpo_at_start": start,
         "sampler_gap": gap,
         "trained_tokens": trained,
+        **mean_logps(start_watched),
     }

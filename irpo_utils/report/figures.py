@@ -86,24 +86,24 @@ def loss_curves(steps: Steps, best_step: int) -> Figure:
 
 
 def logp_curves(curves: dict[str, Steps], catalogue: Catalogue) -> Figure:
-    """The paper's figure: mean log-probability of chosen (solid) and rejected (dashed) responses against steps."""
+    """The paper's figure: mean log-probability of chosen (solid) and rejected (dashed) responses against steps.
+
+    The responses are those of the watched pairs, the same at every step.
+    """
     fig, ax = plt.subplots(figsize=(7, 3.6), layout="constrained")
     for method, steps in curves.items():
+        watched = [s for s in steps if "watched_chosen_logp" in s]
         for side, style in (("chosen", "-"), ("rejected", "--")):
-            values = [s[f"{side}_logp"] for s in steps]
+            values = [s[f"watched_{side}_logp"] for s in watched]
             if side == "rejected" and not any(values):  # nothing is rejected
                 continue
-            x = [s["step"] for s in steps]
-            ax.plot(x, smoothed(values), style, color=color_of(method, catalogue), label=f"{method}, {side}")
-    ax.set(xlabel="step", ylabel="log-probability of a response (nats)", title="Chosen (solid) and rejected (dashed)")
+            x = [s["step"] for s in watched]
+            ax.plot(x, values, style, marker=".", color=color_of(method, catalogue), label=f"{method}, {side}")
+    ax.set(
+        xlabel="step", ylabel="log-probability of a response (nats)", title="The same pairs: chosen (solid), rejected"
+    )
     ax.legend(frameon=False, fontsize=8, **BESIDE)
     return fig
-
-
-def smoothed(values: list[float]) -> list[float]:
-    """Each value as the mean of itself and those before it, a fifteenth of all of them together."""
-    window = max(1, len(values) // 15)
-    return [mean(values[max(0, i + 1 - window) : i + 1]) for i in range(len(values))]
 
 
 def at_k(summary: dict[str, float], title: str) -> Figure:

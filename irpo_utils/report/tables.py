@@ -95,7 +95,7 @@ def percent(values: pd.Series) -> str:
 
 
 def training_curves(run: Path, config: Config) -> dict[str, list[dict[str, float]]]:
-    """Method -> the first iteration's steps (seed 0).
+    """Method -> the first iteration's start and steps (seed 0).
 
     Of methods whose rounds are all of one kind and train on the policy's own samples, by their answers: the first
     iteration stands for the others, and what is chosen are right answers of the same model.
@@ -104,8 +104,7 @@ def training_curves(run: Path, config: Config) -> dict[str, list[dict[str, float
     for method in config.methods:
         first, *others = config.recipe(method).rounds
         if not others and first.draws and first.reward == "answer":
-            path = TrainStage(run, method, 0, 1, config).path("steps.jsonl")
-            curves[method] = read_jsonl(path, "03_train.ipynb")
+            curves[method] = TrainStage(run, method, 0, 1, config).curve()
     return curves
 
 

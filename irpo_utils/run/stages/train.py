@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ...files import write_json
+from ...files import read_jsonl, write_json
 from ...methods import parts
 from ...model.records import Pair
 from ...tasks import get_task
@@ -81,6 +81,10 @@ class TrainStage(Stage):
     def pairs(self, task: Task) -> list[Pair]:
         """What it trains on."""
         return self.records("pairs", Pair)
+
+    def curve(self) -> list[dict[str, float]]:
+        """The watched pairs' log-probabilities before the first step (step 0), and a record for each step."""
+        return [self.result() | {"step": 0}, *read_jsonl(self.path("steps.jsonl"), self.name)]
 
     def result(self) -> dict[str, Any]:
         """The facts in training.json."""
