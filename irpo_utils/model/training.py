@@ -315,12 +315,12 @@ def train(
         start_logps = kept_reference_logps(model, pairs, 2 * micro_batch, keep_reference)
     if own_reference:
         pairs = with_reference(pairs, start_logps)
-    watched = range(0, len(pairs), -(-len(pairs) // WATCHED))
-    start_watched = (
-        [start_logps[i] for i in watched]
-        if own_reference or sampled
-        else reference_logps(model, [pairs[i] for i in watched], 2 * micro_batch)
-    )
+    every = -(-len(pairs) // WATCHED)
+
+    def watch(policy: PreTrainedModel) -> dict[str, float]:
+        return mean_logps(reference_logps(policy, pairs[::every], 2 * micro_batch))
+
+    watched_at_start = mean_logps(start_logps[::every]) if own_reference or sampled else watch(model)
     order = training_order([p.problem for p in pairs], config, seed)
     steps = len(order) // batch
     trained = sum(pair_tokens(pairs[i]) for i in order[: batch * (stop_after or steps)])
@@ -328,10 +328,6 @@ def train(
         order = sorted_in_batches(
             order, batch, lambda i: (len(pairs[i].prompt_ids), pairs[i].problem, len(pairs[i].chosen_ids))
         )
-
-    def watch(policy: PreTrainedModel) -> dict[str, float]:
-        return mean_logps(reference_logps(policy, [pairs[i] for i in watched], 2 * micro_batch))
-
     recorder = Recorder(folder, config.eval_every, score, watch, show, stop_after)
     trainer = engine(
         model,
@@ -357,5 +353,5 @@ def train(
         "dpo_at_start": start,
         "sampler_gap": gap,
         "trained_tokens": trained,
-        **mean_logps(start_watched),
+        **watched_at_start,
     }

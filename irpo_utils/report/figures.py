@@ -100,7 +100,9 @@ def logp_curves(curves: dict[str, Steps], catalogue: Catalogue) -> Figure:
             x = [s["step"] for s in watched]
             ax.plot(x, values, style, marker=".", color=color_of(method, catalogue), label=f"{method}, {side}")
     ax.set(
-        xlabel="step", ylabel="log-probability of a response (nats)", title="The same pairs: chosen (solid), rejected"
+        xlabel="step",
+        ylabel="log-probability of a response (nats)",
+        title="Of the same pairs: chosen (solid), rejected (dashed)",
     )
     ax.legend(frameon=False, fontsize=8, **BESIDE)
     return fig
