@@ -10,7 +10,9 @@ import time
 
 import psutil
 import pytest
+import torch
 from conftest import OUTPUTS, ROOT, drive, drive_apart, remove_run
+from safetensors.torch import load_file
 
 from irpo_utils.files import (
     NOTEBOOKS,
@@ -23,6 +25,7 @@ from irpo_utils.files import (
     write_json,
     write_text,
 )
+from irpo_utils.model.load import load_policy
 from irpo_utils.model.records import Prompt
 from irpo_utils.run.config import dump
 from irpo_utils.run.driver import why
@@ -400,7 +403,11 @@ def test_publish_copies_small_files_without_this_machine_s_paths(micro_run):
         assert done.returncode == 0, done.stderr
         assert (target / "metrics.csv").read_bytes() == (run / "metrics.csv").read_bytes()
         assert (target / "irpo" / "seed_0" / "iteration_1" / "03_train.ipynb").exists()
-        assert not any(p.suffix in (".safetensors", ".jsonl") for p in target.rglob("*"))
+        assert not any(p.suffix == ".jsonl" for p in target.rglob("*"))
+        (rounded,) = target.rglob("*.safetensors")
+        weights = load_file(run / rounded.relative_to(target))
+        assert all(torch.equal(own, weights[name].bfloat16()) for name, own in load_file(rounded).items())
+        assert load_policy(load_preset("micro").model, rounded.parent)
         assert not any(f"{ROOT}/" in p.read_text() for p in target.rglob("*.ipynb"))
     finally:
         remove_run(f"reference/{run.name}")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from weakref import WeakKeyDictionary
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -228,6 +230,18 @@ def free_bytes() -> float:
 
 def is_adapter(policy: Path) -> bool:
     return (policy / "adapter_config.json").exists()
+
+
+def copy_rounded(adapter: Path, target: Path) -> None:
+    """Copy an adapter with its weights rounded to bfloat16: half the size."""
+    target.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(adapter / "adapter_config.json", target / "adapter_config.json")
+    weights = load_file(adapter / "adapter_model.safetensors")
+    save_file(
+        {name: weight.to(torch.bfloat16).contiguous() for name, weight in weights.items()},
+        target / "adapter_model.safetensors",
+        {"format": "pt"},
+    )
 
 
 def load_whole(

@@ -15,7 +15,8 @@ EXPORT = "export: used as export RUN FOLDER [method=irpo] [seed=0] [iteration=1]
 EXTRAPOLATE = "extrapolate: used as extrapolate TH1 TH0|base TARGET [a=0.3] [model.path=... model.dtype=...]"
 TABLES = ("*.csv", "*.png", "table.txt", "methods.txt", "config.yaml", "*.ipynb")  # beside the methods' folders
 FACTS = ("evaluation", "audit", "training", "reward")
-WITHOUT_PROBLEMS = ("03_train", "05_report")  # notebooks that show none
+WITHOUT_PROBLEMS = ("03_train", "05_report", "20_real_model")  # notebooks that show none, or quote a few
+LARGEST_ADAPTER = 12e6  # bytes of one that is published, in half of them
 
 
 def export(arguments: list[str]) -> int:
@@ -82,9 +83,10 @@ def check_new(command: str, target: Path) -> None:
 
 
 def publish(run: Path) -> None:
-    """Copy a run's small artefacts (notebooks, tables, figures; no weights, no samples) to outputs/reference.
+    """Copy a run's small artefacts (notebooks, tables, figures, small adapters; no samples) to outputs/reference.
 
-    Of several methods the first has all its notebooks published (of seed 0), the others those that it has not.
+    Of several methods the first has all its notebooks published (of seed 0), the others those that it has not. Its last
+    adapter comes along, and that of M_0 after a warm start, rounded to bfloat16.
     Of a run on a benchmark the notebooks that show problems are left out: its records are others' to publish.
 
     Raises:
@@ -110,4 +112,11 @@ def publish(run: Path) -> None:
                 write_text(copy, path.read_text().replace(f"{NOTEBOOKS.parent}/", ""))
             else:
                 shutil.copyfile(path, copy)
+    adapters = (
+        [run / "m0/seed_0/adapter", run / first / f"seed_0/iteration_{config.rounds(first)}/adapter"] if config else []
+    )
+    for adapter in adapters:
+        weights = adapter / "adapter_model.safetensors"
+        if weights.is_file() and weights.stat().st_size <= LARGEST_ADAPTER:
+            load_object("irpo_utils.model.load:copy_rounded")(adapter, target / adapter.relative_to(run))
     print(f"{len(kept)} files -> {relative(target)}")
