@@ -327,7 +327,9 @@ def run_side_by_side(run: Path, work: list[tuple[str, int]], jobs: int, lock: in
 
     Each holds the run's `lock` too, so that the run stays taken where the driver is killed and they are not yet gone.
     """
-    waiting, going, failures = list(work), {}, []
+    # Method by method: seeds have each an M_0 to make and to evaluate, for which methods of one seed would wait together.
+    methods = list(dict.fromkeys(method for method, _ in work))
+    waiting, going, failures = sorted(work, key=lambda each: methods.index(each[0])), {}, []
     try:
         while waiting or going:
             while waiting and len(going) < jobs:
