@@ -238,7 +238,7 @@ def copy_rounded(adapter: Path, target: Path) -> None:
     shutil.copyfile(adapter / "adapter_config.json", target / "adapter_config.json")
     weights = load_file(adapter / "adapter_model.safetensors")
     save_file(
-        {name: weight.to(torch.bfloat16).contiguous() for name, weight in weights.items()},
+        {name: weight.bfloat16() for name, weight in weights.items()},
         target / "adapter_model.safetensors",
         {"format": "pt"},
     )

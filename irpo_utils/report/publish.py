@@ -16,7 +16,7 @@ EXTRAPOLATE = "extrapolate: used as extrapolate TH1 TH0|base TARGET [a=0.3] [mod
 TABLES = ("*.csv", "*.png", "table.txt", "methods.txt", "config.yaml", "*.ipynb")  # beside the methods' folders
 FACTS = ("evaluation", "audit", "training", "reward")
 WITHOUT_PROBLEMS = ("03_train", "05_report", "20_real_model")  # notebooks that show none, or quote a few
-LARGEST_ADAPTER = 12e6  # bytes of one that is published, in half of them
+LARGEST_ADAPTER = 12e6  # bytes, before it is rounded
 
 
 def export(arguments: list[str]) -> int:
@@ -87,7 +87,8 @@ def publish(run: Path) -> None:
 
     Of several methods the first has all its notebooks published (of seed 0), the others those that it has not. Its last
     adapter comes along, and that of M_0 after a warm start, rounded to bfloat16.
-    Of a run on a benchmark the notebooks that show problems are left out: its records are others' to publish.
+    Of a run on a benchmark the notebooks that show its problems are left out, but for the few that 20_real_model quotes:
+    the records are others' to publish.
 
     Raises:
         MissingArtefact: the run holds no results.

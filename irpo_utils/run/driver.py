@@ -220,7 +220,9 @@ def start(preset: str, settings: list[str], replaces: bool = False) -> None:
         print(
             f"{run.name}: {', '.join(config.methods)}; {config.seeds} seed(s), {config.iterations} iterations -> {relative(run)}"
         )
-        failures = run_in_turn(plans) if jobs == 1 else run_side_by_side(run, method_seeds(config), jobs, lock)
+        # Side by side method by method: the methods of one seed would wait for its M_0 together.
+        work = [(method, seed) for method in config.methods for seed in range(config.seeds)]
+        failures = run_in_turn(plans) if jobs == 1 else run_side_by_side(run, work, jobs, lock)
         conclude(run, config, failures)
 
 
@@ -327,9 +329,7 @@ def run_side_by_side(run: Path, work: list[tuple[str, int]], jobs: int, lock: in
 
     Each holds the run's `lock` too, so that the run stays taken where the driver is killed and they are not yet gone.
     """
-    # Method by method: seeds have each an M_0 to make and to evaluate, for which methods of one seed would wait together.
-    methods = list(dict.fromkeys(method for method, _ in work))
-    waiting, going, failures = sorted(work, key=lambda each: methods.index(each[0])), {}, []
+    waiting, going, failures = list(work), {}, []
     try:
         while waiting or going:
             while waiting and len(going) < jobs:
