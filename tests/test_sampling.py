@@ -113,6 +113,23 @@ def test_what_all_prompts_begin_with_is_run_once_and_changes_nothing(network):
         assert np.allclose([c.logp for c in completions], [c.logp for c in alone], atol=1e-3)
 
 
+@pytest.mark.parametrize("beginning", [[1], [1, *range(40, 60)]])
+def test_longer_prompts_are_run_apart_and_draw_the_same(network, beginning, monkeypatch):
+    """Little of what is run is padding, whatever the lengths of a batch."""
+    rng = np.random.default_rng(5)
+    prompts = {str(i): [*beginning, *rng.integers(3, 97, 1 + i).tolist()] for i in range(40)}
+    settings = dict(n=4, temperature=1.0, max_rows=256)
+    together = drawn_from(network, prompts, **settings)
+    monkeypatch.setattr(sampling, "ENOUGH_TOKENS", 32)
+    seen = []
+    embedded = network.get_input_embeddings().register_forward_hook(lambda _, ids, __: seen.append(ids[0].shape))
+    apart = drawn_from(network, prompts, **settings)
+    embedded.remove()
+    assert {name: ids_of(own) for name, own in apart.items()} == {name: ids_of(own) for name, own in together.items()}
+    run = sum(rows * width for rows, width in seen if width > 1)
+    assert run < 1.25 * sum(map(len, prompts.values())) < 40 * max(map(len, prompts.values()))
+
+
 def test_a_greedy_response_comes_along_and_changes_no_sample(network):
     rng = np.random.default_rng(4)
     prompts = {str(i): [1, *rng.integers(3, 97, 3 + i % 4).tolist()] for i in range(10)}

@@ -32,9 +32,11 @@ from transformers import DynamicCache, PreTrainedModel
 
 from .load import causal_model, free_bytes
 from .shape import cache_numbers
-from .shared_prompt import SampleCache, numbered, repeated, run_prefix, shared_attention, shares_prompts
+from .shared_prompt import SampleCache, numbered, pad_after, repeated, run_prefix, shared_attention, shares_prompts
 
-PREFILL_TOKENS = 1 << 15  # prompt tokens that are run at once
+PREFILL_TOKENS = 1 << 15  # prompt tokens that are run at once, at most
+ENOUGH_TOKENS = 1 << 11  # prompt tokens after which longer prompts are rather run by themselves
+LONGER = 1.25  # that many times as long as the shortest
 BLOCK = 256  # words of a vocabulary whose probabilities are summed together
 SMALL = 16 * BLOCK  # words of a vocabulary that is summed one by one
 COMPACT_AT = 0.75  # rows are put together anew when fewer than this share of them goes on, or many more
@@ -226,20 +228,33 @@ def run_prompts(
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
     prefix, mask = run_prefix(model, ids, mask)
     length, positions = prefix.get_seq_length(), (mask.cumsum(-1) - 1).clamp_(min=0)
-    caches, logits, size = [], [], max(1, PREFILL_TOKENS // width)
-    for first in range(0, len(prompts), size):
-        part = slice(first, first + size)
+    caches, logits = [], []
+    for part, longest in alike([len(p) - length for p in prompts]):
+        own = slice(width - longest, width)
         caches.append(repeated(prefix, len(ids[part])))
         out = model(
-            input_ids=ids[part, length:],
-            attention_mask=mask[part] if padded else None,
-            position_ids=positions[part, length:],
+            input_ids=ids[part, own],
+            attention_mask=torch.cat([mask[part, :length], mask[part, own]], -1) if padded else None,
+            position_ids=positions[part, own],
             past_key_values=caches[-1],
             use_cache=True,
             logits_to_keep=1,
         )
         logits.append(out.logits[:, -1])
+        pad_after(caches[-1], length, width - longest - length)
     return caches, torch.cat(logits), mask
+
+
+def alike(lengths: list[int]) -> Iterator[tuple[slice, int]]:
+    """Prompts of `lengths` tokens in parts that are run together, with the longest of each: little of it is padding."""
+    first, longest, least = 0, lengths[0], lengths[0]
+    for i, length in enumerate(lengths):
+        longest, least = max(longest, length), min(least, length)
+        enough = (i - first) * longest >= ENOUGH_TOKENS and longest > LONGER * least
+        if i > first and (enough or (i + 1 - first) * longest > PREFILL_TOKENS):
+            yield slice(first, i), max(lengths[first:i])
+            first, longest, least = i, length, length
+    yield slice(first, len(lengths)), longest
 
 
 def move_rows(cache: SampleCache, prompt_of_row: np.ndarray, sources: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

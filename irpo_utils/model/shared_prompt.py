@@ -69,6 +69,15 @@ def repeated(cache: DynamicCache, rows: int) -> DynamicCache:
     return found
 
 
+def pad_after(cache: DynamicCache, length: int, more: int) -> None:
+    """Put `more` tokens that are not looked at behind the first `length` ones."""
+    for layer in cache.layers if more else ():
+        for side in ("keys", "values"):
+            states = getattr(layer, side)
+            gap = states.new_zeros(*states.shape[:2], more, states.shape[-1])
+            setattr(layer, side, torch.cat([states[:, :, :length], gap, states[:, :, length:]], -2))
+
+
 def numbered(groups: np.ndarray) -> np.ndarray:
     """The number of each member within its group, from 0 on, for members of `groups` [members]."""
     order = np.argsort(groups, kind="stable")
