@@ -34,7 +34,7 @@ from .load import causal_model, free_bytes
 from .shape import cache_numbers
 from .shared_prompt import SampleCache, numbered, pad_after, repeated, run_prefix, shared_attention, shares_prompts
 
-PREFILL_TOKENS = 1 << 15  # prompt tokens that are run at once, at most
+PREFILL_TOKENS = 1 << 15  # prompt tokens of a part that is run at once, at most
 ENOUGH_TOKENS = 1 << 11  # prompt tokens after which longer prompts are rather run by themselves
 LONGER = 1.25  # that many times as long as the shortest
 BLOCK = 256  # words of a vocabulary whose probabilities are summed together
@@ -229,7 +229,7 @@ def run_prompts(
     prefix, mask = run_prefix(model, ids, mask)
     length, positions = prefix.get_seq_length(), (mask.cumsum(-1) - 1).clamp_(min=0)
     caches, logits = [], []
-    for part, longest in alike([len(p) - length for p in prompts]):
+    for part, longest in alike([len(p) - length for p in prompts], length):
         own = slice(width - longest, width)
         caches.append(repeated(prefix, len(ids[part])))
         out = model(
@@ -245,13 +245,16 @@ def run_prompts(
     return caches, torch.cat(logits), mask
 
 
-def alike(lengths: list[int]) -> Iterator[tuple[slice, int]]:
-    """Prompts of `lengths` tokens in parts that are run together, with the longest of each: little of it is padding."""
+def alike(lengths: list[int], prefix: int) -> Iterator[tuple[slice, int]]:
+    """Prompts of `lengths` tokens behind a prefix in parts that are run together, with the longest of each.
+
+    Little of a part is padding, and with what it attends to it has at most PREFILL_TOKENS tokens.
+    """
     first, longest, least = 0, lengths[0], lengths[0]
     for i, length in enumerate(lengths):
         longest, least = max(longest, length), min(least, length)
         enough = (i - first) * longest >= ENOUGH_TOKENS and longest > LONGER * least
-        if i > first and (enough or (i + 1 - first) * longest > PREFILL_TOKENS):
+        if i > first and (enough or (i + 1 - first) * (prefix + longest) > PREFILL_TOKENS):
             yield slice(first, i), max(lengths[first:i])
             first, longest, least = i, length, length
     yield slice(first, len(lengths)), longest
