@@ -13,7 +13,7 @@ from ..run.page import visible
 
 def table(frame: pd.DataFrame) -> HTML:
     """A table without its index. (What `frame.style` makes does not escape what is in it.)"""
-    plain = frame.map(_visible).rename(columns=_visible)
+    plain = frame.map(_visible).rename(columns=_visible).rename_axis(columns=None)
     with pd.option_context("display.max_colwidth", None):
         return HTML(plain.to_html(index=False, border=0))
 

@@ -62,7 +62,7 @@ def described(fig: Figure) -> str:
         what = ": ".join(filter(None, (ax.get_title(), ax.get_ylabel())))
         against = f" against {ax.get_xlabel()}" if ax.get_xlabel() else ""
         lines = ", ".join(dict.fromkeys(ax.get_legend_handles_labels()[1]))
-        panels.append(what + against + (f" ({lines})" if lines else ""))
+        panels.append(what + against + (f", lines: {lines}" if lines else ""))
     return "; ".join(panels)
 
 

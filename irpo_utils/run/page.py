@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 import re
-import unicodedata
 from pathlib import Path
 
 from ..files import PACKAGE
@@ -17,7 +16,7 @@ TAGS = {"h1", "h2", "h3", "p", "br", "hr", "pre", "div", "span", "table", "thead
 
 def visible(text: str) -> str:
     r"""The text with its control characters spelled out, as "\x1b" for the one that begins an ANSI code."""
-    return "".join(repr(c)[1:-1] if unicodedata.category(c) == "Cc" and c not in "\n\t" else c for c in text)
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: repr(found[0])[1:-1], text)
 
 
 def page(notebook: Path, title: str) -> str:
@@ -48,9 +47,9 @@ def page(notebook: Path, title: str) -> str:
         exclude_output_prompt=True,
         sanitize_html=True,
         # nbconvert's own filters allow no table head and no paragraph, and turn ANSI codes into colours.
-        filters={"clean_html": shown, "ansi2html": lambda text: html.escape(visible(text))},
+        filters={"clean_html": shown, "ansi2html": html.escape},
     )
     markdown = "\n".join(cell.source for cell in source.cells if cell.cell_type == "markdown")
     sections = re.findall(r"^## (.+)$", markdown, re.MULTILINE)
     made, _ = exporter.from_notebook_node(source, {"title": title, "sections": sections, "policy": POLICY})
-    return made
+    return visible(made)
