@@ -195,9 +195,9 @@ def accuracy_curves(metrics: pd.DataFrame, catalogue: Catalogue) -> Figure:
         ax.errorbar(x, middle, bars, fmt="o-", capsize=3, **look)
     ax.set(xlabel="iteration (0 is M_0)", ylabel="greedy accuracy on test (%)", xticks=sorted(test.iteration.unique()))
     ax.grid(axis="y", alpha=0.3)
-    ax.legend(
-        frameon=False, **(BESIDE if many else {"loc": "lower center", "bbox_to_anchor": (0.5, 1), "ncols": count})
-    )
+    longest = max(len(catalogue[method].label) for method in test.method.unique())
+    above = {"loc": "lower center", "bbox_to_anchor": (0.5, 1), "ncols": 1 if longest > 36 else 2}
+    ax.legend(frameon=False, **(BESIDE if many else above))
     return fig
 
 

@@ -1,4 +1,4 @@
-"""The driver: run every stage of a run as a notebook, skip what is done, end with the table and the report."""
+"""The driver: run every stage of a run as a notebook, skip what is done, end with the report."""
 
 from __future__ import annotations
 

@@ -22,10 +22,9 @@ def visible(text: str) -> str:
 def page(notebook: Path, title: str) -> str:
     """The page of an executed notebook: its headings, prose and outputs, without cells tagged "notebook".
 
-    Equations stay TeX, since those that read them load a library or need another one here. So a notebook that becomes a
-    page has none.
+    It has no equation: the loss is explained in other notebooks, and so nothing here has to render TeX.
     """
-    import bleach  # these take half a second, which `why` and `grade` need not wait
+    import bleach  # it comes with nbconvert; they take half a second, which `why` and `grade` need not wait
     import nbformat
     from nbconvert import HTMLExporter
     from traitlets.config import Config
