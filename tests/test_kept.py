@@ -227,10 +227,11 @@ def test_a_method_that_cannot_go_on_does_not_take_the_others_report(tmp_path):
         )
         assert done.returncode == 1
         assert "irpo, seed 0: ValueError: no pair can be made" in done.stderr and "Traceback" not in done.stderr
-        assert "SFT on gold" in done.stdout and "IRPO" not in done.stdout.partition("method")[2]
+        card = done.stdout.partition("report ...\n")[2]
+        assert "M_1 of SFT on gold" in card and "IRPO" not in card
         folder = OUTPUTS / "test-one-fails" / "irpo" / "seed_0" / "iteration_1"
         assert (folder / "02_pairs-failed.ipynb").exists() and not (folder / "02_pairs.ipynb").exists()
-        assert "not in this report" in (OUTPUTS / "test-one-fails" / "05_report.ipynb").read_text()
+        assert "Not in this report" in (OUTPUTS / "test-one-fails" / "05_report.ipynb").read_text()
     finally:
         remove_run("test-one-fails")
 

@@ -4,13 +4,20 @@ import json
 import subprocess
 import sys
 
+import nbformat
 import pandas as pd
 import pytest
+from bs4 import BeautifulSoup
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from irpo_utils import files
-from irpo_utils.report import comparison, figures, tables
+from irpo_utils.report import comparison, displays, figures, tables
+from irpo_utils.run.card import outcome
 from irpo_utils.run.config import dump, read_config
+from irpo_utils.run.driver import compare, report
+from irpo_utils.run.page import page
 from irpo_utils.run.presets import load_preset
+from irpo_utils.run.stages import method_seeds, plan
 
 OWN = """
 mine:
@@ -140,6 +147,138 @@ def test_an_artefact_that_is_not_there_is_named_with_its_notebook(run, config, t
         comparison.spent_table(tmp_path, config)
     with pytest.raises(files.MissingArtefact, match=r"audit.json is missing; run notebooks/02_pairs.ipynb"):
         tables.audit_table(tmp_path, config)
+
+
+def test_the_outcome_is_one_sentence(config):
+    def row(method, seed, t, greedy):
+        test = {"problems": 4, "greedy": greedy, "greedy_low": greedy - 0.125, "greedy_high": greedy + 0.125}
+        return {"method": method, "seed": seed, "iteration": t, "test": test}
+
+    one = [row("irpo", 0, 0, 0.25), row("irpo", 0, 1, 0.75), row("mine", 0, 0, 0.25), row("mine", 0, 1, 0.5)]
+    sentence = "M_0 solves 25.0% of the 4 test problems, M_1 of IRPO (DPO + NLL) 75.0% (95 % interval: 62.5% to 87.5%)"
+    assert outcome(one, config) == f"{sentence}."
+    one[-1]["test"]["greedy"] = 1.0
+    assert outcome(one, config) == f"{sentence}; of 2 methods From M_0, held against M_t ends highest, at 100.0%."
+    several = [*one, row("irpo", 1, 1, 0.25), row("mine", 1, 1, 0.0)]
+    assert "M_1 of IRPO (DPO + NLL) 50.0% (2 seeds: 25.0% to 75.0%)." in outcome(several, config)
+
+
+MARKUP = "<script>alert(1)</script> <img src=x onerror=alert(1)> [x](javascript:alert(1)) $\\frac{"
+HOSTILE = f"{MARKUP} \x1b[31mred\x1b[0m"
+SHOWN = f"{MARKUP} \\x1b[31mred\\x1b[0m"
+
+
+def checked(made):
+    """The parsed page, which loads nothing, runs nothing and leads nowhere else, whatever it shows."""
+    soup = BeautifulSoup(made, "html.parser")
+    (policy,) = soup.select("head > meta[http-equiv=Content-Security-Policy]")
+    assert policy["content"].startswith("default-src 'none'; style-src 'unsafe-inline'; img-src data:;")
+    assert not soup.select("script, link, iframe, object, embed, form, base, svg, video, audio")
+    assert not [name for tag in soup.find_all(True) for name in tag.attrs if name.startswith("on")]
+    assert all(image["src"].startswith("data:image/") for image in soup.select("img"))
+    links = [tag["href"] for tag in soup.select("[href]")]
+    assert all(link.startswith("#") and soup.find(id=link[1:]) for link in links), links
+    assert "\x1b" not in made and "url(" not in made and "@import" not in made
+    return soup
+
+
+@pytest.fixture(scope="module")
+def hostile_run(tmp_path_factory):
+    """A finished run whose problems, responses, label and further test set are hostile; and its report."""
+    run = tmp_path_factory.mktemp("hostile")
+    problems, further = run / "problems.jsonl", run / "<img src=x onerror=alert(1)>.jsonl"
+    rows = [{"question": f"{HOSTILE} {i}", "answer": i, "solution": HOSTILE} for i in range(40)]
+    files.write_jsonl(problems, rows[:24])
+    files.write_jsonl(further, rows[24:])
+    (run / "my_methods.yaml").write_text(OWN.replace("label: From M_0, held against M_t", f"label: '{MARKUP}'"))
+    settings = [f"recipes={run / 'my_methods.yaml'}", "methods=irpo,mine", "iterations=1", "task.name=jsonl"]
+    settings += [f"task.train={problems}", f"task.test={problems}", f"evaluation.test={further}"]
+    config = load_preset("micro", [*settings, "task.train_size=8", "task.dev_size=4", "task.test_size=4"])
+    files.write_text(run / "config.yaml", dump(config))
+    facts = {"problems": 4, "greedy": 0.5, "greedy_low": 0.25, "greedy_high": 0.75, "chance": 0.1}
+    responses = [{"split": "test", "problem": f"p{i}", "greedy": i % 2, "response": HOSTILE} for i in range(4)]
+    watched = {"step": 1, "watched_chosen_logp": -1.0, "watched_rejected_logp": -2.0}
+    contents = {
+        "evaluation.json": json.dumps(dict.fromkeys(("dev", "test", str(further)), facts)),
+        "responses.jsonl": "\n".join(map(json.dumps, responses)),
+        "audit.json": json.dumps({"samples": 32, "right": 8, "pairs": 6, "drawn_tokens": 500}),
+        "training.json": json.dumps(TRAINED),
+        "steps.jsonl": json.dumps(watched),
+    }
+    for method, seed in method_seeds(config):
+        for stage in plan(config, run, method, seed):
+            for name in stage.writes():
+                files.write_text(stage.path(name), contents.get(name, HOSTILE))
+            outputs = {name: files.file_hash(stage.path(name)) for name in stage.writes()}
+            files.write_json(stage.manifest_path(), {"key": stage.key(), "outputs": outputs, "seconds": 1.0})
+    report(run, 1)
+    return run
+
+
+def test_the_page_of_a_hostile_run_shows_its_texts_as_text(hostile_run):
+    soup = checked((hostile_run / "report.html").read_text())
+    assert soup.find("td", string=MARKUP) and soup.find("th", string="greedy, <img src=x onerror=alert(1)>")
+    paragraphs = [p.get_text() for p in soup.select("p")]
+    assert [p for p in paragraphs if p.startswith(f"{MARKUP}: 50.0% of the test answers are right before")]
+
+
+def test_the_page_begins_with_the_outcome_and_the_curve_and_has_contents(hostile_run):
+    soup = checked((hostile_run / "report.html").read_text())
+    first, then, *_ = soup.select("h2")
+    begins = [tag for tag in first.find_all_next(["p", "img", "nav", "h2"])][:4]
+    assert [tag.name for tag in begins] == ["p", "img", "p", "nav"]
+    assert begins[0].get_text().startswith("M_0 solves 50.0% of the 4 test problems, M_1 of IRPO (DPO + NLL) 50.0%")
+    headings = [heading.find(string=True) for heading in soup.select("h2")]
+    assert [link.get_text() for link in soup.select("nav a")] == headings and then in begins[3].find_all_next("h2")
+    assert [image["alt"].partition(" against")[0] for image in soup.select("img")] == [
+        "greedy accuracy on test (%)",
+        "Of the same pairs: chosen (solid), rejected (dashed): log-probability of a response (nats)",
+    ]
+
+
+def test_the_methods_of_a_hostile_run_are_compared_in_text(hostile_run):
+    compare(hostile_run, 1)
+    notebook = nbformat.read(hostile_run / "06_methods.ipynb", as_version=4)
+    outputs = [out for cell in notebook.cells for out in cell.get("outputs", [])]
+    assert not any("text/markdown" in out.get("data", {}) for out in outputs)
+    found = BeautifulSoup("".join(out.get("data", {}).get("text/html", "") for out in outputs), "html.parser")
+    assert found.find("td", string=MARKUP) and not found.select("script, img, a")
+    assert checked(page(hostile_run / "06_methods.ipynb", HOSTILE)).h1.get_text() == SHOWN
+
+
+def test_tables_and_paragraphs_are_text():
+    for made in (displays.table(pd.DataFrame({HOSTILE: [HOSTILE]})), displays.paragraphs([HOSTILE])):
+        soup = BeautifulSoup(made.data, "html.parser")
+        assert {tag.name for tag in soup.find_all(True)} <= {"table", "thead", "tbody", "tr", "th", "td", "p"}
+        assert {tag.get_text() for tag in soup.select("th, td, p")} == {SHOWN}
+
+
+def test_a_page_shows_markup_of_any_output_as_text(tmp_path):
+    """Should a text come past the displays, as one that a task of the user's own prints."""
+    kinds = ("text/html", "text/markdown", "text/latex", "text/plain", "image/svg+xml", "application/javascript")
+    outputs = [new_output("display_data", {kind: HOSTILE}) for kind in kinds]
+    outputs += [new_output("stream", name=name, text=HOSTILE) for name in ("stdout", "stderr")]
+    outputs += [new_output("display_data", {"text/html": '<a href="javascript:alert(1)">x</a>'})]
+    notebook = new_notebook(cells=[new_markdown_cell(HOSTILE), new_code_cell("1", outputs=outputs)])
+    nbformat.write(notebook, tmp_path / "hostile.ipynb")
+    made = page(tmp_path / "hostile.ipynb", HOSTILE)
+    soup = BeautifulSoup(made, "html.parser")
+    assert not soup.select("script, [onerror], [href*=javascript]") and "\x1b" not in made
+    assert made.count("&lt;script&gt;alert(1)&lt;/script&gt;") >= 8
+    assert [pre.get_text() for pre in soup.select("pre")] == [SHOWN] * 3
+
+
+def test_a_label_with_control_characters_is_refused(tmp_path):
+    (tmp_path / "my_methods.yaml").write_text(OWN.replace("label: From M_0", 'label: "\\e[31mred"  #'))
+    with pytest.raises(files.ConfigError, match="label: expected one line of text without control characters"):
+        load_preset("micro", [f"recipes={tmp_path / 'my_methods.yaml'}", "methods=mine"])
+
+
+def test_notebooks_that_become_pages_have_no_equation():
+    """A page has nothing that renders one."""
+    for name in ("05_report", "06_methods"):
+        cells = nbformat.read(files.NOTEBOOKS / f"{name}.ipynb", as_version=4).cells
+        assert not [cell.id for cell in cells if cell.cell_type == "markdown" and "$" in cell.source]
 
 
 def test_the_report_does_not_load_torch():

@@ -42,9 +42,15 @@ def manifests(run):
     return {p.relative_to(run): p.stat().st_mtime_ns for p in run.rglob("*.manifest.json")}
 
 
-def test_run_ends_with_the_table_and_the_files(micro_run):
+def test_run_ends_with_its_card_and_the_files(micro_run):
     run, printed = micro_run
-    assert "report.html" in printed.splitlines()[-1]
+    lines = printed.partition("report ...\n")[2].splitlines()
+    assert lines[0].startswith(f"{run.name}: irpo, sft_gold; 1 seed(s), 2 iterations; took 0:") and len(lines) <= 6
+    assert lines[1].startswith("M_0 solves ") and "M_2 of IRPO (DPO + NLL)" in lines[1] and "95 % interval" in lines[1]
+    card = {line.split()[0]: line.split(maxsplit=1)[1] for line in lines[2:]}
+    assert list(card) == ["report", "table", "model", "methods"]
+    assert all((ROOT / card[name]).is_file() for name in ("report", "table", "methods"))
+    assert f"{run.name}/irpo/seed_0/iteration_2/adapter" in card["model"]
     rows = list(csv.DictReader((run / "metrics.csv").read_text().splitlines()))
     assert list(rows[0]) == [
         "run",

@@ -10,6 +10,7 @@ from collections.abc import Collection, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
+from unicodedata import category
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
@@ -107,6 +108,13 @@ class Method(Section):
             raise ValueError(f"repeat: 0 to {len(self.rounds)}, the number of its last rounds that go on")
         if not self.rounds[0].trains:
             raise ValueError("the first round cannot extrapolate: there is no model before M_0")
+        return self
+
+    @model_validator(mode="after")
+    def _shows_as_text(self) -> Self:
+        for name in ("label", "source"):
+            if any(category(character) == "Cc" for character in getattr(self, name)):
+                raise ValueError(f"{name}: expected one line of text without control characters, as ANSI codes have")
         return self
 
     def round(self, t: int) -> Round:

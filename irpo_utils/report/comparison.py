@@ -182,7 +182,7 @@ def differences_in_words(run: Path, metrics: pd.DataFrame, config: Config) -> li
         ahead = sum(d > 0 for d in apart)
         every = ", ".join(f"{d:+.1f}" for d in apart)
         texts.append(
-            f"**{label[one]} against {label[other]}** ({what}): {mean[one]:.1f} and {mean[other]:.1f} %, "
+            f"{label[one]} against {label[other]} ({what}): {mean[one]:.1f} and {mean[other]:.1f} %, "
             f"ahead in {ahead} of {len(apart)} seeds ({every} points)."
         )
     for method in config.methods:
@@ -194,5 +194,5 @@ def differences_in_words(run: Path, metrics: pd.DataFrame, config: Config) -> li
 def _judge_in_words(run: Path, config: Config, method: str) -> list[str]:
     """What a first round's judge is worth, a text for each seed; nothing of a reward that gives no verdict on itself."""
     facts = [read_facts(RewardStage(run, method, seed, 1, config), "reward.json") for seed in range(config.seeds)]
-    name = f"**The judge of {config.recipe(method).label}**, before the first round"
+    name = f"The judge of {config.recipe(method).label}, before the first round"
     return [f"{name}, seed {seed}: {own['verdict']}" for seed, own in enumerate(facts) if "verdict" in own]

@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # named in annotations only; pandas takes a second to import
     from ..methods.recipes import Method
     from ..model.records import Sample
 
+plt.rcParams["text.parse_math"] = False  # a label with dollar signs is text
 Steps = list[dict[str, float]]
 Record = dict[str, Any]
 Catalogue = dict[str, "Method"]
@@ -49,9 +50,20 @@ def versions(torch: bool = True) -> str:
 
 
 def show(fig: Figure) -> None:
-    """Display a figure once and free it."""
-    display(fig)
+    """Display a figure once, with a text for those who do not see it, and free it."""
+    display(fig, metadata={"image/png": {"alt": described(fig)}})
     plt.close(fig)
+
+
+def described(fig: Figure) -> str:
+    """What a figure shows, from its own titles, axes and legends: the alt text of its image."""
+    panels = []
+    for ax in (ax for ax in fig.axes if ax.axison):
+        what = ": ".join(filter(None, (ax.get_title(), ax.get_ylabel())))
+        against = f" against {ax.get_xlabel()}" if ax.get_xlabel() else ""
+        lines = ", ".join(dict.fromkeys(ax.get_legend_handles_labels()[1]))
+        panels.append(what + against + (f", lines: {lines}" if lines else ""))
+    return "; ".join(panels)
 
 
 def correct_counts(counts: list[int], n: int, title: str) -> Figure:
@@ -183,7 +195,9 @@ def accuracy_curves(metrics: pd.DataFrame, catalogue: Catalogue) -> Figure:
         ax.errorbar(x, middle, bars, fmt="o-", capsize=3, **look)
     ax.set(xlabel="iteration (0 is M_0)", ylabel="greedy accuracy on test (%)", xticks=sorted(test.iteration.unique()))
     ax.grid(axis="y", alpha=0.3)
-    ax.legend(frameon=False, **(BESIDE if many else {}))
+    longest = max(len(catalogue[method].label) for method in test.method.unique())
+    above = {"loc": "lower center", "bbox_to_anchor": (0.5, 1), "ncols": 1 if longest > 36 else 2}
+    ax.legend(frameon=False, **(BESIDE if many else above))
     return fig
 
 

@@ -1,4 +1,4 @@
-"""The driver: run every stage of a run as a notebook, skip what is done, end with the table and the report."""
+"""The driver: run every stage of a run as a notebook, skip what is done, end with the report."""
 
 from __future__ import annotations
 
@@ -29,8 +29,10 @@ from ..methods.parts import SAMPLERS
 from ..tasks import check_task, get_task
 from ..tasks.base import Problem, Task
 from ..tasks.records import further_tests
+from .card import card
 from .config import Config, differences, dump, read_config
 from .notebooks import QUIET, StageFailed, run_notebook
+from .page import page
 from .presets import key_values, load_preset
 from .stages import finished, method_seeds, plan
 from .store import Stage, is_run, run_folder
@@ -77,14 +79,9 @@ def run_stages(stages: list[Stage], after: int = 0) -> None:
 
 def report(run: Path, threads: int) -> None:
     """Run 05_report and render it as a page."""
-    from nbconvert import HTMLExporter
-
     target = run / "05_report.ipynb"
     run_notebook(NOTEBOOKS / "05_report.ipynb", target, {"run": relative(run)}, threads)
-    page, _ = HTMLExporter(exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True).from_filename(
-        str(target)
-    )
-    write_text(run / "report.html", page)
+    write_text(run / "report.html", page(target, f"Report: {run.name}"))
 
 
 def compare(run: Path, threads: int) -> None:
@@ -207,6 +204,7 @@ def start(preset: str, settings: list[str], replaces: bool = False) -> None:
     Raises:
         ConfigError: see `configure`, `check_inputs`; or much would be replaced. StageFailed: a stage failed, in the end.
     """
+    started = time.monotonic()
     config, run, jobs = configure(preset, settings)
     notes = check_inputs(config, jobs)
     if resource.getrlimit(resource.RLIMIT_NOFILE)[0] < OPEN_FILES:
@@ -223,11 +221,11 @@ def start(preset: str, settings: list[str], replaces: bool = False) -> None:
         # Side by side method by method: the methods of one seed would wait for its M_0 together.
         work = [(method, seed) for method in config.methods for seed in range(config.seeds)]
         failures = run_in_turn(plans) if jobs == 1 else run_side_by_side(run, work, jobs, lock)
-        conclude(run, config, failures)
+        conclude(run, config, failures, started)
 
 
-def conclude(run: Path, config: Config, failures: list[str]) -> None:
-    """The report, and what came of it on one screen. Raises StageFailed if something had failed."""
+def conclude(run: Path, config: Config, failures: list[str], started: float) -> None:
+    """The report, and what came of it in a few lines, `started` then. Raises StageFailed if something had failed."""
     stopped = "\n".join([*failures, "the same command goes on from there"])
     try:
         whole, _ = finished(run)
@@ -237,10 +235,7 @@ def conclude(run: Path, config: Config, failures: list[str]) -> None:
     report(run, config.threads)
     if len(whole.methods) > 1:
         compare(run, config.threads)
-    print((run / "table.txt").read_text())
-    last = plan(whole, run, *method_seeds(whole)[-1])[-1]
-    print(f"load the last model ({last.method}, iteration {last.iteration}):\n  {last.load_line()}")
-    print(f"report: {relative(run / 'report.html')}")
+    print(*card(run, whole, time.monotonic() - started), sep="\n")
     if failures:
         raise StageFailed(stopped)
 
