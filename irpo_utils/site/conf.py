@@ -34,6 +34,7 @@ html_theme_options = {
 html_sidebars = {"**": ["navbar-logo", "search-button-field", "sbt-sidebar-nav"]}
 html_show_search_summary = False  # it would be fetched, which a browser refuses for files on disk
 html_copy_source = False
+html_use_index = False
 html_show_sphinx = False
 
 # Of the package's two builds and 24 MB this file alone: equations need no network.
