@@ -294,7 +294,7 @@ def test_every_link_of_the_site_leads_somewhere(site):
             assert not section or section in pages[target].names, (page.name, link)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def browser():
     """Headless Chromium: IRPO_CHROMIUM is its path, IRPO_CHROMIUM_ARGS what it is started with besides."""
     sync_api = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
@@ -309,11 +309,11 @@ def browser():
 
 
 FAULTS = """() => {
-    const faults = [], root = document.documentElement, text = document.querySelector("article").cloneNode(true);
+    const faults = [], root = document.documentElement, text = document.querySelector("main").cloneNode(true);
     if (root.scrollWidth > root.clientWidth) faults.push(`scrolls sideways: ${root.scrollWidth} > ${root.clientWidth}`);
-    for (const image of document.querySelectorAll("article img"))
+    for (const image of document.querySelectorAll("main img"))
         if (!image.alt.trim() || !image.naturalWidth) faults.push(`image: ${image.src}`);
-    for (const equation of document.querySelectorAll("article .math"))
+    for (const equation of document.querySelectorAll("main .math"))
         if (!equation.querySelector("mjx-container svg")) faults.push(`equation: ${equation.textContent}`);
     if (document.querySelector("mjx-merror, [data-mjx-error]")) faults.push("an equation has an error");
     for (const code of text.querySelectorAll("pre, code, mjx-container")) code.remove();
@@ -342,4 +342,3 @@ def test_every_page_in_a_browser(site, browser, width, scheme):
     page.wait_for_selector("#search-results li a")
     assert "01b_reward" in page.inner_html("#search-results")
     assert not faults
-    page.close()

@@ -87,10 +87,10 @@ def write_notebook(notebook: Notebook, executed: Path, target: Path, pages: dict
 def note(notebook: Notebook, executed: Path) -> str:
     """How to open the notebook of a page."""
     return (
-        f":::{{admonition}} Open this notebook\n:class: open-notebook\n"
-        f"`./run_all.sh lab` in your checkout, then `{notebook.name}.ipynb`. "
-        f"The file: [notebooks/{notebook.name}.ipynb](checkout:notebooks/{notebook.name}.ipynb). "
-        f"Shown here: [{relative(executed)}](checkout:{relative(executed)}), as it was executed.\n:::\n"
+        f":::{{container}} open-notebook\n"
+        f"Open this notebook: `./run_all.sh lab`, then `{notebook.name}.ipynb` "
+        f"([the file](checkout:notebooks/{notebook.name}.ipynb)). "
+        f"This page is its [executed copy](checkout:{relative(executed)}).\n:::\n"
     )
 
 

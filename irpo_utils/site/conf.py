@@ -23,10 +23,11 @@ myst_url_schemes = {
 }
 
 html_theme = "sphinx_book_theme"
+html_context = {"default_mode": "auto"}  # light or dark as the reader's system is
 html_theme_options = {
     "use_download_button": False,
     "use_fullscreen_button": False,
-    "article_header_end": ["article-header-buttons"],
+    "navbar_persistent": [],  # a second search field
     "show_navbar_depth": 1,
     "pygments_light_style": "a11y-high-contrast-light",
     "pygments_dark_style": "a11y-high-contrast-dark",
