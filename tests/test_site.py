@@ -9,12 +9,14 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote
 
+import nbformat
 import pandas as pd
 import pytest
 from conftest import ROOT
+from nbformat import v4
 
 from irpo_utils.extras.process.reward_model import Solution
-from irpo_utils.files import ConfigError, MissingArtefact
+from irpo_utils.files import ConfigError, MissingArtefact, write_text
 from irpo_utils.methods.select import AUDIT_KEYS
 from irpo_utils.model.records import Pair, Prompt, Sample
 from irpo_utils.run.config import Config
@@ -162,7 +164,7 @@ def test_of_other_kinds_of_output_none_is_shown():
     output = {"data": {"application/javascript": "alert(1)", "image/svg+xml": "<svg/>"}}
     prepare.make_safe(output)
     assert output["data"] == {"text/plain": "(not shown)"}
-    for source in ("a <b>word</b>", "![x](https://somewhere/x.png)", "<!-- x -->"):
+    for source in ("a <b>word</b>", "![x](https://somewhere/x.png)", "<!-- x -->", "[x]: javascript:alert(1)"):
         output = {"data": {"text/markdown": source, "text/plain": "<Markdown object>"}}
         prepare.make_safe(output)
         assert output["data"] == {"text/plain": source}
@@ -213,10 +215,8 @@ def test_the_configuration_has_every_parameter_with_its_range_and_comment():
     assert "| `train.beta` | `0.1` | a number, above 0 |  |" in text
     assert '| `model.tuning` | `lora` | `lora` or `full` | "full" for a model small enough to save whole |' in text
     assert "a list: a number, above 0 | per iteration; the last one goes on" in text
-    assert (
-        "| `train.batch` | `16` | a whole number, at least 1, at most 1,000,000 | Pairs per optimizer step; where"
-        in text
-    )
+    assert "| `train.batch` | `16` | a whole number, 1 to 1,000,000 | Pairs per optimizer step; where" in text
+    assert "| `threads` | `2` | a whole number, 1 to 1,024 | CPU threads of a stage; part of what" in text
     assert "| `tiny` |" in text
 
 
@@ -263,6 +263,29 @@ def site(tmp_path_factory):
         patch.setattr(build, "SITE", folder / "site")
         assert build.main([]) == 0
     return folder / "site"
+
+
+def test_what_a_model_wrote_is_text_on_the_page(site, tmp_path, monkeypatch):
+    attacks = "<script>alert(1)</script> <img src=x onerror=alert(1)> [x](javascript:alert(1)) \x1b[31mred\x1b[0m $$x$$"
+    outputs = [v4.new_output("stream", text=attacks)]
+    for kind in ("text/plain", "text/html", "text/markdown", "text/latex", "image/svg+xml", "application/javascript"):
+        outputs.append(v4.new_output("display_data", {kind: attacks}))
+    cells = [v4.new_markdown_cell("# Title"), v4.new_code_cell("print(response)", outputs=outputs)]
+    language = {"name": "python", "pygments_lexer": "ipython3"}
+    nbformat.write(v4.new_notebook(cells=cells, metadata={"language_info": language}), tmp_path / "executed.ipynb")
+
+    def sources(target):
+        write_text(target / "index.md", "# Index\n\n```{toctree}\n01_sample\n```\n")
+        build.write_notebook(chapters.Notebook("01_sample"), tmp_path / "executed.ipynb", target, {})
+
+    monkeypatch.setattr(build, "write_sources", sources)
+    monkeypatch.setattr(build, "WORK", tmp_path / "work")
+    monkeypatch.setattr(build, "SITE", tmp_path / "site")
+    assert build.main([]) == 0
+    page = (tmp_path / "site/01_sample.html").read_text()
+    assert page.count("&lt;script&gt;alert(1)") == 3  # the stream, the plain text, and the Markdown as its source
+    assert "<script>alert" not in page and "<img src=x" not in page and 'href="javascript' not in page
+    assert "MathJax" not in page and "tex-svg" not in page
 
 
 class Anchors(HTMLParser):

@@ -39,7 +39,7 @@ BOOK: dict[str, tuple[str | Notebook, ...]] = {
     ),
     "The loss": (Notebook("10_loss_from_scratch"), Notebook("11_why_the_nll"), Notebook("30_tune")),
     "What the numbers say": (Notebook("13_ablations"), Notebook("21_claims"), Notebook("22_read_a_run")),
-    "The family of methods": ("family", Notebook("06_methods")),
+    "The family of methods": ("family", Notebook("06_methods", "methods")),
     "Feedback on steps": ("process", Notebook("07_process_feedback")),
     "How fast": ("speed", Notebook("31_speed")),
     "Real models": ("real_models", Notebook("20_real_model"), "grading", "programs"),

@@ -27,6 +27,7 @@ html_context = {"default_mode": "auto"}  # light or dark as the reader's system 
 html_theme_options = {
     "use_download_button": False,
     "use_fullscreen_button": False,
+    "footer_content_items": [],
     "navbar_persistent": [],  # a second search field
     "show_navbar_depth": 1,
     "pygments_light_style": "a11y-high-contrast-light",

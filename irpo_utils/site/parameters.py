@@ -30,7 +30,7 @@ def tables() -> str:
 def table(title: str, prefix: str, section: type[Section], without: Any = ()) -> str:
     """A section: its title, its docstring, and a row for each parameter."""
     about = inspect.cleandoc(vars(section).get("__doc__") or "")
-    said = comments(section)
+    said = {name: text for kind in reversed(section.__mro__) for name, text in comments(kind).items()}
     lines = []
     for name, field in section.model_fields.items():
         if name in without or name == "method_settings":  # what `METHOD.train.lr` sets
@@ -74,12 +74,15 @@ def item(kind: Any) -> str:
 
 def limits_of(metadata: list[Any]) -> str:
     found = {name: getattr(m, name) for m in metadata for name in ("ge", "gt", "le") if hasattr(m, name)}
-    low = f", at least {found['ge']:,}" if "ge" in found else f", above {found['gt']:,}" if "gt" in found else ""
-    return low + (f", at most {found['le']:,}" if "le" in found else "")
+    if {"ge", "le"} <= set(found):
+        return f", {found['ge']:,} to {found['le']:,}"
+    return f", at least {found['ge']:,}" if "ge" in found else f", above {found['gt']:,}" if "gt" in found else ""
 
 
-def comments(section: type[Section]) -> dict[str, str]:
-    """Field -> what the comments above it and beside it say."""
+def comments(section: type) -> dict[str, str]:
+    """Field -> what the comments above it and beside it say; none for a class that is no section of the configuration."""
+    if not issubclass(section, Section):
+        return {}
     source = textwrap.dedent(inspect.getsource(section))
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     at = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}

@@ -20,7 +20,7 @@ TABLE_TAGS = {"table", "caption", "thead", "tbody", "tfoot", "tr", "th", "td"}
 AROUND = {"div", "style"}  # what pandas puts around a table; left out
 SPANS = {"rowspan", "colspan"}
 _PLUS_MINUS = re.compile(r"(?<=\S) ?± ?(?=\d)")
-_MARKUP = re.compile(r"<[a-zA-Z/!?]|!\[")
+_MARKUP = re.compile(r"<[a-zA-Z/!?]|\]\s*[(:\[]")  # HTML, links and images
 _HEADING = re.compile(r"^#{1,6}\s+(.+)$", re.MULTILINE)
 
 
