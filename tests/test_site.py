@@ -103,6 +103,9 @@ def test_a_figure_has_an_alt_text_of_its_own_or_of_its_place():
 
 def test_no_line_ends_beside_a_plus_minus():
     assert prepare.unbroken("88.7 ± 5.9, mean ± deviation") == "88.7\u00a0±\u00a05.9, mean ± deviation"
+    assert prepare.unbroken("after three 96.3\n% (means)") == "after three 96.3\u00a0% (means)"
+    code = "```\n7 % 2\n```\n`7 % 2`"
+    assert links.in_prose(code, prepare.unbroken) == code
 
 
 def test_the_note_stands_below_the_title():
@@ -212,12 +215,13 @@ def test_the_configuration_has_every_parameter_with_its_range_and_comment():
     text = parameters.tables()
     shown = re.findall(r"^\| `([\w.]+)` \| ", text.partition("## Presets")[0], re.MULTILINE)
     assert set(shown) == set(names_of(Config)) - {"method_settings"} and len(shown) == len(set(shown))
-    assert "| `train.beta` | `0.1` | a number, above 0 |  |" in text
+    assert "| `train.beta` | `0.1` | a number, above 0 | how strongly" in text
     assert '| `model.tuning` | `lora` | `lora` or `full` | "full" for a model small enough to save whole |' in text
     assert "a list: a number, above 0 | per iteration; the last one goes on" in text
     assert "| `train.batch` | `16` | a whole number, 1 to 1,000,000 | Pairs per optimizer step; where" in text
     assert "| `threads` | `2` | a whole number, 1 to 1,024 | CPU threads of a stage; part of what" in text
     assert "| `tiny` |" in text
+    assert not re.findall(r"^\| `([\w.]+)` .*\|  \|$", text, re.MULTILINE)  # each says what it is
 
 
 def test_the_page_of_artefacts_names_every_field():

@@ -12,7 +12,7 @@ import nbformat
 from ..files import OUTPUTS, ROOT, ConfigError, MissingArtefact, relative, replace, write_text
 from . import parameters
 from .chapters import BOOK, PAGES, Notebook, notebooks, toctrees
-from .links import figures, relinked
+from .links import figures, in_prose, relinked
 from .prepare import prepared, unbroken
 
 SITE = OUTPUTS / "site"
@@ -61,7 +61,7 @@ def write_sources(target: Path) -> None:
             copy = target / figure
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / figure, copy)
-        write_text(target / f"{name}.md", unbroken(page))
+        write_text(target / f"{name}.md", in_prose(page, unbroken))
     for notebook, path in executed.items():
         write_notebook(notebook, path, target, pages)
 

@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 
 from ..files import ROOT, MissingArtefact
 from .chapters import README_SECTIONS
 
-_FENCE = re.compile(r"(^ *```.*?^ *```)", re.MULTILINE | re.DOTALL)
+_CODE = re.compile(r"(^ *```.*?^ *```|`[^`\n]+`)", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"(!\[[^\]]*)?\]\((?P<target>[^)\s]+)\)")
 _ELSEWHERE = re.compile(r"[a-z][a-z+.-]*:|#", re.IGNORECASE)
 
 
 def relinked(text: str, folder: str, pages: dict[str, str]) -> str:
-    """Markdown with its links rewritten; what stands in code blocks stays.
+    """Markdown with its links rewritten; what stands in code stays.
 
     Args:
         folder: that of the text, relative to the repository's root.
@@ -30,8 +31,13 @@ def relinked(text: str, folder: str, pages: dict[str, str]) -> str:
     def rewritten(link: re.Match[str]) -> str:
         return f"{link[1] or ''}]({destination(link['target'], folder, pages, bool(link[1]))})"
 
-    parts = _FENCE.split(text)
-    parts[::2] = [_LINK.sub(rewritten, prose) for prose in parts[::2]]
+    return in_prose(text, lambda prose: _LINK.sub(rewritten, prose))
+
+
+def in_prose(text: str, change: Callable[[str], str]) -> str:
+    """Markdown with a change made in what is not code."""
+    parts = _CODE.split(text)
+    parts[::2] = map(change, parts[::2])
     return "".join(parts)
 
 
@@ -52,5 +58,5 @@ def destination(target: str, folder: str, pages: dict[str, str], is_image: bool 
 
 def figures(text: str) -> list[str]:
     """The files of the repository that a rewritten text shows as images."""
-    prose = "".join(_FENCE.split(text)[::2])
+    prose = "".join(_CODE.split(text)[::2])
     return [link["target"] for link in _LINK.finditer(prose) if link[1] and not _ELSEWHERE.match(link["target"])]

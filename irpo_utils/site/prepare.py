@@ -12,6 +12,7 @@ from html.parser import HTMLParser
 from typing import Any
 
 from ..files import ConfigError
+from .links import in_prose
 
 Cell = dict[str, Any]
 # Kinds of output that are shown. An image in SVG would be a document of its own, with scripts.
@@ -19,7 +20,8 @@ SHOWN = ("image/png", "image/jpeg", "text/html", "text/markdown", "text/plain")
 TABLE_TAGS = {"table", "caption", "thead", "tbody", "tfoot", "tr", "th", "td"}
 AROUND = {"div", "style"}  # what pandas puts around a table; left out
 SPANS = {"rowspan", "colspan"}
-_PLUS_MINUS = re.compile(r"(?<=\S) ?± ?(?=\d)")
+_PLUS_MINUS = re.compile(r"(?<=\S)\s?±\s?(?=\d)")
+_PERCENT = re.compile(r"(?<=\d)\s%")
 _MARKUP = re.compile(r"<[a-zA-Z/!?]|\]\s*[(:\[]")  # HTML, links and images
 _HEADING = re.compile(r"^#{1,6}\s+(.+)$", re.MULTILINE)
 
@@ -29,7 +31,7 @@ def prepared(cells: list[Cell], note: str) -> list[Cell]:
     cells = with_used_parameters(cells)
     for cell in cells:
         if cell["cell_type"] == "markdown":
-            cell["source"] = unbroken(cell["source"])
+            cell["source"] = in_prose(cell["source"], unbroken)
         for output in cell.get("outputs", []):
             make_safe(output)
     add_alt_texts(cells)
@@ -62,8 +64,8 @@ def assignments(source: str) -> list[tuple[str, str, int]]:
 
 
 def unbroken(text: str) -> str:
-    """Text in which no line ends beside a ± : "88.7 ± 5.9" stays together."""
-    return _PLUS_MINUS.sub("\u00a0±\u00a0", text)
+    """Text in which no line ends beside a ± or before a %. (A line of MyST that begins with % would not be shown.)"""
+    return _PERCENT.sub("\u00a0%", _PLUS_MINUS.sub("\u00a0±\u00a0", text))
 
 
 def make_safe(output: dict[str, Any]) -> None:
