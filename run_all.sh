@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Set up what is missing, then run the loop (default), the tests (--test), or show what there is (--list, --help).
+# Set up what is missing, then run the loop (default), the tests (--test), build the site (--site), or show what there is
+# (--list, --help).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
@@ -48,6 +49,28 @@ else
 fi
 python=$(cd "$(dirname "$python")" && pwd)/$(basename "$python")
 export PATH="$(dirname "$python"):$PATH"
+# The site is built in an environment of its own, which does not hold the project: .venv-site, or what IRPO_SITE_PYTHON names.
+site_ready() { .venv-site/bin/python - 2>/dev/null <<'P'
+import importlib.metadata as m, sys, tomllib
+for pin in tomllib.load(open("pyproject.toml", "rb"))["dependency-groups"]["site"]:
+    name, wanted = pin.split("==")
+    if m.version(name) != wanted: sys.exit(1)
+P
+}
+set_up_site() {
+  echo "setting up .venv-site from the group 'site' in pyproject.toml (once, a minute) ..." >&2
+  .venv-site/bin/python -m pip --version >/dev/null 2>&1 || "$python" -m venv --clear .venv-site
+  for wanted in "--upgrade pip>=25.1" "--group site"; do  # the first pip that knows groups
+    # shellcheck disable=SC2086
+    .venv-site/bin/python -m pip install --quiet --disable-pip-version-check $wanted || {
+      echo "error: pip could not install ${wanted#--upgrade }; is there a network, or a package index (PIP_INDEX_URL)? The same command goes on" >&2
+      exit 1
+    }
+  done
+}
+case "${1:-}" in
+  --site) [ -n "${IRPO_SITE_PYTHON:-}" ] || site_ready || set_up_site ;;
+esac
 case "${1:-}" in
   --test) shift; exec "$python" -m pytest "$@" ;;
   *) exec "$python" -m irpo_utils "$@" ;;

@@ -24,6 +24,7 @@ HELP = """usage: ./run_all.sh [preset] [key=value ...]     run the loop, skip wh
        ./run_all.sh --list                        show the presets, the methods and every parameter with its default
        ./run_all.sh --estimate preset [key=value ...]   memory that a run would take; runs nothing
        ./run_all.sh --bench [quick|full]          sampling and training beside generate and TRL -> outputs/bench/bench.json
+       ./run_all.sh --site                        build the book of the project -> outputs/site/index.html
        ./run_all.sh --publish RUN                 copy a run's small artefacts to outputs/reference/RUN
        ./run_all.sh export RUN FOLDER [method=irpo seed=0 iteration=3]   write M_t as one whole model in bfloat16
        ./run_all.sh extrapolate TH1 TH0|base FOLDER [a=0.3]   ExPO: write TH1 + a (TH1 - TH0), both folders of policies
@@ -43,6 +44,7 @@ COMMANDS = {
     "grade": "irpo_utils.run.grade:main",
     "export": "irpo_utils.report.publish:export",
     "extrapolate": "irpo_utils.report.publish:extrapolate",
+    "--site": "irpo_utils.site.build:main",
 }
 
 

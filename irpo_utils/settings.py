@@ -56,8 +56,8 @@ class TaskConfig(Section):
     dev: Names = ()  # none: `dev_size` problems are held out of training
     test: Names = ()  # none, for a task without sources of its own: `test_size` problems are held out of training
     train_size: Size = 1000  # problems; 0 takes all there are
-    dev_size: Size = 200
-    test_size: Size = 300
+    dev_size: Size = 200  # problems that learning rates and the step that is kept are chosen on
+    test_size: Size = 300  # problems that results are reported on
     seed: int = 0  # which problems are held out, and which are taken when a size cuts
     flexible: bool = False  # whether the reward, too, accepts an answer that is not marked
     # How sampled programs are run.
@@ -87,8 +87,8 @@ class ModelConfig(Section):
         "float32"  # "auto": bfloat16 where CUDA is, or a CPU with AMX or AVX512-BF16. Adapters are float32 in any case
     )
     trust_remote_code: bool = False  # whether code that comes with the model may run
-    lora_r: Count = 32
-    lora_alpha: Count = 64
+    lora_r: Count = 32  # rank of the adapter
+    lora_alpha: Count = 64  # the adapter counts lora_alpha / lora_r times
 
     @model_validator(mode="after")
     def _trainable(self) -> Self:
@@ -102,8 +102,8 @@ class WarmStartConfig(Section):
 
     # Taken from the training problems; the loop has the rest.
     problems: Size = Field(0, description="0: M_0 is the base")
-    lr: Positive = 3.0e-4
-    max_steps: Count = 40
+    lr: Positive = 3.0e-4  # learning rate
+    max_steps: Count = 40  # optimizer steps
     eval_every: Count = 10  # the step that is best on dev is M_0
 
 
@@ -111,16 +111,16 @@ class SamplingConfig(Section):
     # What samples and evaluates: "transformers" in this process, or "vllm" in one of its own, for which IRPO_VLLM_PYTHON
     # may name a Python that has it (pyproject.toml: how to make one). Dev scores while training: always the former.
     engine: Literal["transformers", "vllm"] = "transformers"
-    n: Count = 16
+    n: Count = 16  # N: samples of each problem
     temperature: Annotated[tuple[Positive, ...], BeforeValidator(_several), Field(min_length=1)] = (
         0.8,
     )  # per iteration; the last one goes on
-    max_new_tokens: Count = 64
+    max_new_tokens: Count = 64  # of a response; a longer one is cut off, unfinished
     max_rows: Count = 512  # responses at once, at most
 
 
 class PairsConfig(Section):
-    k: Count = 8
+    k: Count = 8  # K: pairs of each problem, at most
     eta: Positive = 0.2  # least difference of two rewards that makes a pair, where rewards are not just right and wrong
     max_per_problem: Count = 10  # correct samples of a problem that ReST-EM takes
     gold: bool = False  # whether the gold solution joins the winners
@@ -133,7 +133,7 @@ class ProcessConfig(Section):
 
     continuations: Count = 8  # K: from the end of every step; the paper's code implies 8 for maths, 6 for code
     delta: Size = 0  # a step is right if more than so many of its continuations reach the right answer
-    temperature: Positive = 1.0
+    temperature: Positive = 1.0  # of the continuations
     simulator: str = ""  # who continues: "" is the policy M_t itself, else a hub name or a folder
     labels: Literal["process", "outcome"] = (
         "process"  # "outcome", the control: every step has its answer's label, and nothing is simulated
@@ -144,8 +144,8 @@ class ProcessConfig(Section):
     lr: Positive = 5.0e-5  # the paper's
     lora_r: Count = 16  # the paper's
     batch: Count = 32  # solutions per optimizer step
-    max_steps: Count = 2000
-    max_epochs: Count = 3
+    max_steps: Count = 2000  # optimizer steps, at most
+    max_epochs: Count = 3  # passes over the solutions, at most
 
     @model_validator(mode="after")
     def _reachable(self) -> Self:
@@ -158,28 +158,28 @@ class JudgeConfig(Section):
     """Self-Rewarding: the model as its own judge, on a scale from 0 to 5."""
 
     samples: Count = 3  # judgements that are averaged
-    temperature: Positive = 0.7
+    temperature: Positive = 0.7  # of the judgements
     # "text": a judgement is written out and its "Score: n" read. "scores": n is drawn from the model's own probabilities
     # of the six scores behind the prompt, for a model that cannot write a judgement.
     read: Literal["text", "scores"] = "text"
-    max_new_tokens: Count = 256
+    max_new_tokens: Count = 256  # of a judgement
 
 
 class TrainConfig(Section):
     engine: Literal["own", "trl"] = "own"  # "trl": its DPOTrainer, whose NLL is a mean over all tokens of a micro-batch
-    lr: Positive = 1.0e-3
-    beta: Positive = 0.1
-    alpha: Annotated[float, Field(ge=0)] = 1.0
+    lr: Positive = 1.0e-3  # learning rate
+    beta: Positive = 0.1  # how strongly DPO holds the policy to its reference
+    alpha: Annotated[float, Field(ge=0)] = 1.0  # weight of the NLL term
     odds_weight: Annotated[float, Field(ge=0)] = 0.1  # lambda of ORPO's odds ratio term; the other losses have none
     # Pairs per optimizer step; where nothing is rejected, twice as many responses: as many tokens for every method.
     batch: Count = 16
     micro_batch: Count = 16  # pairs per forward pass (or twice as many responses)
     pairs_together: Count = 1  # pairs of one problem that come together: they share its prompt, for a noisier gradient
-    max_steps: Count = 250
-    max_epochs: Count = 4
+    max_steps: Count = 250  # optimizer steps, at most
+    max_epochs: Count = 4  # passes over the pairs, at most
     extrapolation: float = 0.3  # a of ExPO; the paper: 0.3 to 0.5
     warmup: Share = 0.1  # share of the steps
-    max_grad_norm: Positive = 1.0
+    max_grad_norm: Positive = 1.0  # gradients are clipped to this norm
     eval_every: Count = 50  # steps between dev scores; the best step becomes M_{t+1}
     retrain_with_dev: bool = (
         False  # then train anew for as many steps with the dev problems included, as the paper does
@@ -195,8 +195,8 @@ class TrainConfig(Section):
 
 
 class EvaluationConfig(Section):
-    samples: Count = 32
-    temperature: Positive = 0.8
+    samples: Count = 32  # of each problem, for maj@k and pass@k
+    temperature: Positive = 0.8  # of the samples
     test: Names = ()  # further test sets, each a file or hub data set in the form of the task's own
     test_size: Size = 0  # problems of each of them; 0 takes all
 
@@ -223,8 +223,8 @@ class Settings(Section):
     judge: JudgeConfig = JudgeConfig()
     train: TrainConfig = TrainConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
-    seeds: Annotated[int, Field(ge=1, le=10_000)] = 1
-    iterations: Annotated[int, Field(ge=1, le=999)] = 3  # random seeds are apart up to there
+    seeds: Annotated[int, Field(ge=1, le=10_000)] = 1  # how many random seeds, from 0: each repeats the whole run
+    iterations: Annotated[int, Field(ge=1, le=999)] = 3  # rounds of the loop; random seeds are apart up to the limit
     # CPU threads of a stage; part of what makes a rerun bit-identical.
     threads: Annotated[int, Field(ge=1, le=1024)] = 2
 
