@@ -84,7 +84,7 @@ def parser() -> argparse.ArgumentParser:
 def command(arguments: list[str]) -> int:
     if arguments[:1] and arguments[0] in COMMANDS:
         return load_object(COMMANDS[arguments[0]])(arguments[1:])
-    options = parser().parse_args(arguments)
+    options = parser().parse_intermixed_args(arguments)  # `--yes` may stand between parameters
     words, alone = options.words, options.help or options.list or options.bench or options.publish is not None
     if alone and (words or options.estimate):
         raise ConfigError(f"no option is used as {' '.join(arguments)!r}; see ./run_all.sh --help")

@@ -41,7 +41,6 @@ def test_the_book_has_every_page_and_every_notebook_once():
     assert {path.stem for path in (ROOT / "notebooks").glob("*.ipynb")} <= set(named)
     texts = {p for pages in chapters.BOOK.values() for p in pages if isinstance(p, str)}
     assert {path.stem for path in chapters.PAGES.glob("*.md")} == texts | {"index"}
-    assert set(chapters.README_SECTIONS.values()) <= texts | {"index"}
 
 
 def test_the_contents_hold_what_is_present_and_no_empty_part():
@@ -177,7 +176,7 @@ def test_of_other_kinds_of_output_none_is_shown():
     [
         ("[x](01_sample.ipynb#by-hand)", "notebooks", "[x](01_sample.ipynb#by-hand)"),
         ("[`x`](notebooks/01_sample.ipynb)", "", "[`x`](01_sample.ipynb)"),
-        ("[x](../README.md#the-family)", "notebooks", "[x](family.md)"),
+        ("[x](../README.md#three-doors)", "notebooks", "[x](index.md)"),
         ("[x](README.md)", "", "[x](index.md)"),
         ("[x](../irpo_utils/loop.py)", "notebooks", "[x](checkout:irpo_utils/loop.py)"),
         ("[x](notebooks/31_speed.ipynb)", "", "[x](checkout:notebooks/31_speed.ipynb)"),

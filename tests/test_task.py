@@ -345,8 +345,8 @@ def test_what_cannot_be_had_from_the_hub_is_named_with_the_mend():
     assert model.endswith("or give a folder, as in model.path=/models/my-model")
 
 
-def test_the_readme_s_own_task_class_works(tmp_path):
-    blocks = (ROOT / "README.md").read_text().split("```python\n")[1:]
+def test_the_documented_task_class_works(tmp_path):
+    blocks = (ROOT / "irpo_utils/site/pages/extending.md").read_text().split("```python\n")[1:]
     (source,) = (block.partition("```")[0] for block in blocks if "class Sums" in block.partition("```")[0])
     (tmp_path / "my_task.py").write_text(source)
     task = get_task(TaskConfig(name=f"{tmp_path / 'my_task.py'}:Sums", train_size=5, dev_size=2, test_size=2))

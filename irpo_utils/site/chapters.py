@@ -47,26 +47,6 @@ BOOK: dict[str, tuple[str | Notebook, ...]] = {
     "Reference": ("configuration", "artefacts", "design"),
     "Limits": ("limits", Notebook("23_memorising")),
 }
-# The sections of the README -> the pages that have them here.
-README_SECTIONS = {
-    "in-two-minutes": "index",
-    "two-commands": "index",
-    "what-comes-out": "results",
-    "the-notebooks": "index",
-    "batch-runs": "running",
-    "the-family": "family",
-    "process-feedback": "process",
-    "real-models-real-benchmarks": "real_models",
-    "a-pre-trained-model-on-a-cpu": "real_models",
-    "grading": "grading",
-    "code": "programs",
-    "what-memorising-looks-like": "limits",
-    "your-own-problems": "own_data",
-    "speed": "speed",
-    "honest-limits": "limits",
-    "layout": "design",
-    "citation": "index",
-}
 
 
 def notebooks() -> list[Notebook]:

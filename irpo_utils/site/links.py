@@ -10,7 +10,6 @@ import re
 from collections.abc import Callable
 
 from ..files import ROOT, MissingArtefact
-from .chapters import README_SECTIONS
 
 _CODE = re.compile(r"(^ *```.*?^ *```|`[^`\n]+`)", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"(!\[[^\]]*)?\]\((?P<target>[^)\s]+)\)")
@@ -48,7 +47,7 @@ def destination(target: str, folder: str, pages: dict[str, str], is_image: bool 
     path, _, section = target.partition("#")
     path = os.path.normpath(os.path.join(folder, path))
     if path == "README.md":
-        return f"{README_SECTIONS.get(section, 'index')}.md"
+        return "index.md"
     if path in pages:
         return pages[path] + (f"#{section}" if section else "")
     if not (ROOT / path).exists():

@@ -10,7 +10,7 @@ to patch, and what comes back is compared by the test runner's own `==`.
 * What is no data (an object of a class of the program's) stays there and is named by a number. The tests may ask it for
   what `Far` has. They see none of its own comparisons and arithmetic, so that it equals nothing but itself.
 
-Which right programs fail for that is said in the README, under "Code".
+Which right programs fail for that is said in `site/pages/programs.md`.
 
 Standard library only, and quick to import: it starts anew for every program.
 """
