@@ -66,6 +66,7 @@ SMALL = {
     "test_quickstart_takes_a_model_and_problems_of_ones_own": ("quickstart", quickstart),
     "test_the_seed_notebook_makes_a_model": ("00_seed_model", seed_model),
     "test_the_process_notebook_writes_its_tables": ("07_process_feedback", process_feedback),
+    "test_the_loss_by_hand_is_that_of_the_code": ("10_loss_from_scratch", lambda folder: {"alpha": 0.7, "beta": 0.3}),
     "test_the_nll_notebook_watches_three_losses": ("11_why_the_nll", why_the_nll),
     "test_the_memorising_notebook_makes_a_model": ("23_memorising", memorising),
     "test_the_real_model_notebook_reads_solutions": ("20_real_model", real_model),
@@ -170,6 +171,11 @@ def test_the_process_notebook_writes_its_tables(executed):
     wanted = [("a number", "1", "0"), ("a number", "2", "0"), ("a number", "2", "1"), ("odd or even", "1", "0")]
     assert [(r["answer"], r["k"], r["delta"]) for r in rows[2:6]] == wanted
     assert not (folder / "run" / "scratch").exists()
+
+
+def test_the_loss_by_hand_is_that_of_the_code(executed):
+    _, printed = executed  # the notebook asserts it
+    assert "DPO 0.6931" in printed
 
 
 def test_the_nll_notebook_watches_three_losses(executed):
