@@ -43,13 +43,13 @@ class EvaluateStage(Stage):
         return super().configured_files() | problem_files(self.config.evaluation.test)
 
     def make(self) -> None:
-        config, task = self.config, get_task(self.config.task)
-        splits = {split: task.problems(split) for split in SPLITS} | further_tests(task, config.evaluation)
+        task = get_task(self.config.task)
+        splits = {split: task.problems(split) for split in SPLITS} | further_tests(task, self.config.evaluation)
         summary, responses = {}, []
         everything = [p for problems in splits.values() for p in problems]
-        with self.sampler.load()(config, self.input("policy"), task, everything) as sampler:
-            for split, problems in splits.items():
-                rows = self._responses(sampler, split, problems)
+        with self.open_sampler(task, everything) as sampler:
+            for number, (split, problems) in enumerate(splits.items()):
+                rows = self._responses(sampler, split, problems, self.partial / f"split_{number}")
                 summary[split] = summarize(rows) | task_facts(task, problems, rows)
                 responses += rows
         write_json(self.path("evaluation.json"), summary)
@@ -59,8 +59,11 @@ class EvaluateStage(Stage):
         """The summary of each split, and a record for each problem."""
         return json.loads(self.path("evaluation.json").read_text()), read_jsonl(self.path("responses.jsonl"), self.name)
 
-    def _responses(self, sampler, split: str, problems: list[Problem]) -> list[Record]:
-        """A record for each problem: its greedy response, and the answers and rewards of its samples."""
+    def _responses(self, sampler, split: str, problems: list[Problem], folder: Path) -> list[Record]:
+        """A record for each problem: its greedy response, and the answers and rewards of its samples.
+
+        `folder` keeps what is drawn, so that a stage that is killed goes on.
+        """
         config = self.config.evaluation
         records: dict[str, Record] = {
             p.id: {"split": split, "problem": p.id, "answers": [], "rewards": []} for p in problems
@@ -68,7 +71,7 @@ class EvaluateStage(Stage):
         # Evaluation has the seed of its own split and no iteration, so that models are compared on the same draws.
         options = {"seed": self.seed, "label": split}
         options |= {"n": config.samples, "temperature": config.temperature, "greedy_too": True}
-        for s in (s for batch in sampler.samples(problems, **options) for s in batch):
+        for s in sampler.in_chunks(problems, folder, **options):
             if s.sample < 0:
                 records[s.problem] |= {"greedy": s.reward, "flexible": s.flexible, "response": s.response}
             else:
