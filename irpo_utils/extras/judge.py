@@ -161,7 +161,7 @@ def written_scores(
     """
     options = {"n": config.judge.samples, "temperature": config.judge.temperature, "seed": seed}
     scores, tokens = {}, 0
-    for judgement in sampler.in_chunks(questions, folder, "judging", **options):
+    for judgement in sampler.in_chunks({"judging": questions}, folder, **options)["judging"]:
         score = None if judgement.answer is None else int(judgement.answer)
         scores.setdefault(judgement.problem, []).append(score)
         tokens += len(judgement.token_ids)

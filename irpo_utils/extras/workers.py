@@ -91,6 +91,7 @@ def cluster(cpus: int) -> Iterator[Any]:
             folder = stack.enter_context(TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True))
             options |= {"address": "local", "num_cpus": cpus, "object_store_memory": STORE, "_temp_dir": folder}
             options |= {"include_dashboard": False}
+            stack.enter_context(quick_imports(Path(folder)))
         try:
             ray.init(**options)
         except ConnectionError as error:
@@ -101,13 +102,40 @@ def cluster(cpus: int) -> Iterator[Any]:
         yield ray
 
 
+@contextmanager
+def quick_imports(folder: Path) -> Iterator[None]:
+    """Processes that are started in the block do without `rfc3987_syntax`.
+
+    JupyterLab brings it, jsonschema imports it where it is, and Ray imports jsonschema: two to four seconds of a CPU in
+    each of Ray's six processes, for a check of addresses that nobody asks for. Ray gives up those that take 15 s.
+    """
+    (folder / "rfc3987_syntax.py").write_text("raise ImportError\n")
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(folder), *([before] if before else [])])
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
+
+
 def results(actors: list[Any], calls: list[tuple]) -> Iterator[Any]:
-    """What `actors` answer to calls of `do`, as they are done. An error in one is raised as it was there."""
+    """What `actors` answer to calls of `do`, as they are done; `actors` is emptied. An error is raised as it was there."""
     from ray.exceptions import RayTaskError
     from ray.util import ActorPool
 
+    pool = ActorPool(actors)
+    actors.clear()
+    for call in calls:
+        pool.submit(lambda actor, call: actor.do.remote(*call), call)
     try:
-        yield from ActorPool(actors).map_unordered(lambda actor, call: actor.do.remote(*call), calls)
+        while pool.has_next():
+            yield pool.get_next_unordered()
+            # One that finds nothing more to do ends, and makes room for one whose machine was lost: its chunk waits for it.
+            while pool.has_free():
+                pool.pop_idle()
     except RayTaskError as error:
         raise error.cause from None
 
@@ -129,12 +157,11 @@ def actor(ray: Any, kind: type, config: Settings) -> Any:
 def opened(config: Settings, policy: Path | None, task: Task, problems: list[Problem]) -> Iterator[Sampler]:
     """A sampler of M_t (None: the base) whose chunks are done by `sampling.workers` actors.
 
-    Ray is started by the first chunk, and the actors end with the block. What is drawn otherwise is drawn in this process.
+    Ray is started for the chunks and ends with the block. What is not drawn in chunks is drawn in this process.
     """
     sampling = config.sampling
     with ExitStack() as stack:
         here = stack.enter_context(SAMPLERS[sampling.engine].load()(config, policy, task, problems))
-        actors: list[Any] = []
 
         def spread(work: Work, chunks: dict[Path, Any]) -> Iterator[tuple[Path, list[Record]]]:
             if not chunks:
@@ -143,8 +170,8 @@ def opened(config: Settings, policy: Path | None, task: Task, problems: list[Pro
             if source_of(config.task.name):  # a file of the user's, which is no module elsewhere
                 ray.cloudpickle.register_pickle_by_value(sys.modules[load_object(config.task.name).__module__])
             kind = actor(ray, Worker, config)
-            while len(actors) < min(sampling.workers, len(chunks)):
-                actors.append(kind.remote(config, policy, task, problems))
+            given = [ray.put(value) for value in (config, policy, task, problems)]
+            actors = [kind.remote(*given) for _ in range(min(sampling.workers, len(chunks)))]
             yield from results(actors, [(work, path, chunk) for path, chunk in chunks.items()])
 
         yield replace(here, spread=spread)

@@ -105,22 +105,31 @@ class Sampler:
                 [(by_id[name], i - greedy_too, c) for name, own in batch.items() for i, c in enumerate(own)]
             )
 
-    def in_chunks(self, problems: list[Problem], folder: Path, label: str, **options: Any) -> list[Sample]:
-        """`samples` of many problems, with its `options`, a chunk of problems at a time, as `fill` does them.
+    def in_chunks(self, groups: dict[str, list[Problem]], folder: Path, **options: Any) -> dict[str, list[Sample]]:
+        """`samples` of groups of problems, with its `options`, a chunk of problems at a time as `fill` does them.
 
         Chunks follow the sampler's own order, so that every batch is the same in a resumed run. They depend on the
         configuration alone, whoever draws them.
+
+        Args:
+            groups: what a group is called while it is drawn -> its problems.
+            folder: gets a file for every chunk, from which a stage that was killed goes on; it holds no other chunks.
         """
-        ids = encode_prompts(self.task, self.tokenizer, problems)
-        order = sorted(problems, key=lambda p: (len(ids[p.id]), p.id))
         size = max(1, self.config.sampling.max_rows // options["n"]) * CHUNK
-        chunks = {}
-        for start in range(0, len(order), size):
-            part = order[start : start + size]
-            which = f"{label}, problems {start + 1}-{start + len(part)} of {len(order)}"
-            chunks[folder / f"chunk_{start:07d}.jsonl"] = part, which
-        self.fill(chunks, partial(samples_of, **options), label)
-        return [s for path in chunks for s in Sample.read(path, "the same stage")]
+        chunks: dict[Path, tuple[list[Problem], str]] = {}
+        files: dict[str, list[Path]] = {label: [] for label in groups}
+        for number, (label, problems) in enumerate(groups.items()):
+            ids = encode_prompts(self.task, self.tokenizer, problems)
+            order = sorted(problems, key=lambda p: (len(ids[p.id]), p.id))
+            for start in range(0, len(order), size):
+                part = order[start : start + size]
+                files[label].append(folder / f"chunk_{number}_{start:07d}.jsonl")
+                which = f"{label}, problems {start + 1}-{start + len(part)} of {len(order)}"
+                chunks[files[label][-1]] = part, which
+        self.fill(chunks, partial(samples_of, **options), ", ".join(groups))
+        return {
+            label: [s for path in paths for s in Sample.read(path, "the same stage")] for label, paths in files.items()
+        }
 
     def fill(self, chunks: dict[Path, Any], work: Work, label: str) -> None:
         """Leave the records of `work(sampler, chunk)` in the file of every chunk that has none yet.

@@ -51,8 +51,8 @@ class SampleStage(Stage):
             if not self.choices.draws:
                 return
             options = {"n": config.sampling.n, "temperature": config.temperature(self.iteration)}
-            options |= {"seed": self.random_seed(), "label": f"sampling M_{self.iteration - 1}"}
-            found = sampler.in_chunks(problems, self.partial, **options)
+            label = f"sampling M_{self.iteration - 1}"
+            found = sampler.in_chunks({label: problems}, self.partial, seed=self.random_seed(), **options)[label]
         rank = {p.id: i for i, p in enumerate(problems)}
         found.sort(key=lambda s: (rank[s.problem], s.sample))
         Record.write(self.path("samples.jsonl"), found)
