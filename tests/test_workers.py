@@ -20,7 +20,7 @@ import pytest
 from conftest import ROOT, drive
 
 from irpo_utils import files
-from irpo_utils.extras import workers
+from irpo_utils.extras import cluster, workers
 from irpo_utils.extras.judge import Judging, judge_questions, written_scores
 from irpo_utils.extras.process import simulation
 from irpo_utils.files import ConfigError, file_hash
@@ -107,14 +107,14 @@ def meanwhile(work):
 
 
 @pytest.fixture
-def cluster(tmp_path_factory, monkeypatch):
+def machines(tmp_path_factory, monkeypatch):
     """Makes a Ray cluster here of as many machines as numbers of CPUs are given; the first is the head."""
     cluster_utils = pytest.importorskip("ray.cluster_utils")
     found = []
 
     def start(*cpus):
         options = {"include_dashboard": False, "object_store_memory": STORE}
-        with workers.quick_imports(tmp_path_factory.mktemp("imports")):
+        with cluster.quick_imports(tmp_path_factory.mktemp("imports")):
             found.append(cluster_utils.Cluster(True, head_node_args={"num_cpus": cpus[0], **options}))
             for count in cpus[1:]:
                 found[0].add_node(num_cpus=count, object_store_memory=STORE)
@@ -127,23 +127,23 @@ def cluster(tmp_path_factory, monkeypatch):
 
 
 @needs_ray
-def test_two_workers_leave_what_one_leaves_and_the_key_is_the_same(cluster, tmp_path):
-    cluster(2)
+def test_two_workers_leave_what_one_leaves_and_the_key_is_the_same(machines, tmp_path):
+    machines(2)
     one, two = (stage_of(SampleStage, tmp_path / w, f"sampling.workers={w}") for w in "12")
     assert made(one) == made(two)
     assert one.manifest()["key"] == two.manifest()["key"] and "sampling.workers" not in one.key()["parameters"]
     assert one.is_done() and two.is_done()
-    done = dict(workers.run_commands({str(n): [sys.executable, "-c", f"exit({n})"] for n in (0, 3)}, 2, two.config))
+    done = dict(cluster.run_commands({str(n): [sys.executable, "-c", f"exit({n})"] for n in (0, 3)}, 2, two.config))
     assert done == {"0": 0, "3": 3}
 
 
 @needs_ray
-def test_an_actor_that_is_killed_begins_its_chunk_again(cluster, held, tmp_path):
+def test_an_actor_that_is_killed_begins_its_chunk_again(machines, held, tmp_path):
     task, folder = held
     alone = made(stage_of(EvaluateStage, tmp_path / "one", task, iteration=0))
     for path in folder.glob("**/chunk_*.jsonl"):
         path.unlink()
-    cluster(2)
+    machines(2)
     (folder / "hold").touch()
 
     def kill():
@@ -156,17 +156,17 @@ def test_an_actor_that_is_killed_begins_its_chunk_again(cluster, held, tmp_path)
 
 
 @needs_ray
-def test_a_machine_that_is_lost_loses_no_more_than_its_chunk(cluster, held, tmp_path):
+def test_a_machine_that_is_lost_loses_no_more_than_its_chunk(machines, held, tmp_path):
     """Nothing comes in its place: its chunk waits until the other worker has nothing more to do."""
     task, folder = held
     alone = made(stage_of(SampleStage, tmp_path / "one", task))
-    machines = cluster(0, 1, 1)
+    ray = machines(0, 1, 1)
     (folder / "hold").touch()
 
     def lose():
         (first, *_) = until(lambda: list(folder.glob("held_*")))
-        lost = next(node for node in machines.worker_nodes if node.node_id == first.read_text())
-        machines.remove_node(lost, allow_graceful=False)
+        lost = next(node for node in ray.worker_nodes if node.node_id == first.read_text())
+        ray.remove_node(lost, allow_graceful=False)
         (folder / "hold").unlink()
 
     with meanwhile(lose):
@@ -285,9 +285,9 @@ def test_numbers_of_workers_and_gpus_that_make_no_sense_are_refused(overrides, m
 
 def test_without_ray_the_run_does_not_start(monkeypatch):
     def absent(name):
-        raise workers.PackageNotFoundError(name)
+        raise cluster.PackageNotFoundError(name)
 
-    monkeypatch.setattr(workers, "version", absent)
+    monkeypatch.setattr(cluster, "version", absent)
     done = drive("micro", "run=test-workers", "sampling.workers=2")
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert (
@@ -296,14 +296,14 @@ def test_without_ray_the_run_does_not_start(monkeypatch):
     )
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     assert "error: jobs: ray is not installed" in drive("micro", "run=test-workers", "jobs=2").stderr
-    monkeypatch.setattr(workers, "version", lambda name: "2.60.0")
+    monkeypatch.setattr(cluster, "version", lambda name: "2.60.0")
     both = drive("micro", "run=test-workers", "jobs=2", "sampling.workers=2")
     assert "set jobs=1 or sampling.workers=1" in both.stderr and not (ROOT / "outputs" / "test-workers").exists()
 
 
 def test_the_table_names_it():
-    assert parts.WORKERS.load() is workers.opened and parts.COMMANDS.load() is workers.run_commands
-    assert files.load_object(parts.WORKERS.check) is workers.check
+    assert parts.WORKERS.load() is workers.opened and parts.COMMANDS.load() is cluster.run_commands
+    assert files.load_object(parts.WORKERS.check) is cluster.check
     here, vllm = parts.SAMPLERS["transformers"], parts.SAMPLERS["vllm"]
     assert here.opener(load_preset("micro")) is sampler.opened
     assert {each.opener(load_preset("micro", ["sampling.workers=2"])) for each in (here, vllm)} == {workers.opened}

@@ -126,8 +126,8 @@ SAMPLERS = {
     "server": Engine("irpo_utils.extras.server:opened", "irpo_utils.extras.server:check"),
 }  # fmt: skip
 # Any of these in several processes; no engine of its own, since what is drawn is the same.
-WORKERS = Engine("irpo_utils.extras.workers:opened", "irpo_utils.extras.workers:check")
-COMMANDS = Part("irpo_utils.extras.workers:run_commands")  # whole methods and seeds on the machines of a cluster
+WORKERS = Engine("irpo_utils.extras.workers:opened", "irpo_utils.extras.cluster:check")
+COMMANDS = Part("irpo_utils.extras.cluster:run_commands")  # whole methods and seeds on the machines of a cluster
 
 
 @dataclass(frozen=True)
