@@ -126,27 +126,29 @@ class Sampler:
                 files[label].append(folder / f"chunk_{number}_{start:07d}.jsonl")
                 which = f"{label}, problems {start + 1}-{start + len(part)} of {len(order)}"
                 chunks[files[label][-1]] = part, which
-        self.fill(chunks, partial(samples_of, **options), ", ".join(groups))
-        return {
-            label: [s for path in paths for s in Sample.read(path, "the same stage")] for label, paths in files.items()
-        }
+        made = self.fill(chunks, partial(samples_of, **options), ", ".join(groups))
+        for path in chunks.keys() - made.keys():
+            made[path] = Sample.read(path, "the same stage")
+        return {label: [s for path in paths for s in made[path]] for label, paths in files.items()}
 
-    def fill(self, chunks: dict[Path, Any], work: Work, label: str) -> None:
-        """Leave the records of `work(sampler, chunk)` in the file of every chunk that has none yet.
+    def fill(self, chunks: dict[Path, Any], work: Work, label: str) -> dict[Path, list[Record]]:
+        """Leave the records of `work(sampler, chunk)` in the file of every chunk that has none yet; returns those.
 
         A kill loses the chunks that are at work: one, or one for each of `sampling.workers`. Where these are other
         processes `work` and its chunk go there, so both must pickle.
         """
         missing = {path: chunk for path, chunk in chunks.items() if not path.exists()}
         spread, together = self.spread or partial(in_turn, self), self.config.sampling.workers if self.spread else 1
-        started = 0.0
+        made, started = {}, 0.0
         for number, (path, records) in enumerate(spread(work, missing), 1):
             Record.write(path, records)
+            made[path] = records
             if number == 1:  # in which the model was loaded
                 started = time.monotonic()
             elif number == 1 + together and number < len(missing):  # what a chunk takes says what the rest will take
                 left = (time.monotonic() - started) / together * (len(missing) - number)
                 print(f"{label}: {len(missing) - number} more parts, about {left:.0f} s left", file=sys.stderr)
+        return made
 
     def graded(self, drawn: list[tuple[Problem, int, Completion]]) -> list[Sample]:
         """Responses with what their answers are worth. A marked answer counts; `flexible` says what another would earn."""
