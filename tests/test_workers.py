@@ -156,6 +156,7 @@ def test_an_actor_that_is_killed_begins_its_chunk_again(machines, held, tmp_path
 
 
 @needs_ray
+@pytest.mark.long  # a minute
 def test_a_machine_that_is_lost_loses_no_more_than_its_chunk(machines, held, tmp_path):
     """Nothing comes in its place: its chunk waits until the other worker has nothing more to do."""
     task, folder = held
@@ -297,6 +298,7 @@ def test_without_ray_the_run_does_not_start(monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     assert "error: jobs: ray is not installed" in drive("micro", "run=test-workers", "jobs=2").stderr
     monkeypatch.setattr(cluster, "version", lambda name: "2.60.0")
+    monkeypatch.delenv("RAY_ADDRESS")
     both = drive("micro", "run=test-workers", "jobs=2", "sampling.workers=2")
     assert "set jobs=1 or sampling.workers=1" in both.stderr and not (ROOT / "outputs" / "test-workers").exists()
 

@@ -35,10 +35,9 @@ def check(config: Settings, jobs: int = 1) -> None:
     except PackageNotFoundError:
         name = "sampling.workers" if workers > 1 else "jobs"
         raise ConfigError(f'{name}: ray is not installed; pip install -e ".[ray]", or set {name}=1') from None
-    if jobs > 1 and workers > 1 and os.environ.get("RAY_ADDRESS"):
+    if jobs > 1 and workers > 1:
         raise ConfigError(
-            "jobs: on a cluster the workers of one method and seed could wait for what the others hold; "
-            "set jobs=1 or sampling.workers=1"
+            "jobs: the workers of one method and seed would wait for what the others hold; set jobs=1 or sampling.workers=1"
         )
 
 

@@ -111,7 +111,7 @@ def check(config: Settings, jobs: int = 1) -> None:
             f"sampling.engine: {interpreter()} has no vLLM; make an environment that has it (pyproject.toml says how) "
             "and set IRPO_VLLM_PYTHON to its python, or set sampling.engine=transformers"
         )
-    if jobs > 1 and config.sampling.workers == 1 and torch.cuda.is_available():
+    if jobs > 1 and torch.cuda.is_available():
         raise ConfigError("jobs: vLLM takes the whole GPU; set jobs=1, or sampling.engine=transformers")
 
 
