@@ -32,7 +32,9 @@ HELP = """usage: ./run_all.sh [preset] [key=value ...]     run the loop, skip wh
        ./run_all.sh --test                        run the tests
 
   run=NAME       the folder under outputs/ (default: the preset's name)
-  jobs=J         methods and seeds at work side by side (default 1; each takes `threads` CPU threads)
+  jobs=J         methods and seeds at work side by side (default 1; each takes `threads` CPU threads), on the machines
+                 of a Ray cluster if RAY_ADDRESS names one; sampling.workers=W: processes that draw for one of them
+                 (irpo_utils/site/pages/clusters.md)
   key=value      any parameter, as in iterations=2 seeds=3 methods=irpo,dpo train.lr=1e-3 dpo.train.beta=0.3
   --yes          do finished stages again that took long, where a changed parameter wants it
   --debug        with any command: show the traceback behind an error

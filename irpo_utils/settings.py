@@ -16,6 +16,8 @@ from pydantic.fields import FieldInfo
 
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM has room for
 EXECUTIONS = ("isolated", "i-accept-the-risk")  # how sampled programs are run, see extras/code/sandbox.py
+# Parameters that say where something is computed and not what comes of it: they are in no stage's key.
+PLACES = {"sampling": ("url", "workers", "gpus_per_worker")}
 
 
 def _several(value: Any) -> Any:
@@ -108,15 +110,42 @@ class WarmStartConfig(Section):
 
 
 class SamplingConfig(Section):
-    # What samples and evaluates: "transformers" in this process, or "vllm" in one of its own, for which IRPO_VLLM_PYTHON
-    # may name a Python that has it (pyproject.toml: how to make one). Dev scores while training: always the former.
-    engine: Literal["transformers", "vllm"] = "transformers"
+    # What samples and evaluates: "transformers" in this process; "vllm" in one of its own, for which IRPO_VLLM_PYTHON may
+    # name a Python that has it (pyproject.toml: how to make one); "server": one that is running already, at `url`
+    # (site/pages/clusters.md). Dev scores while training: always the first.
+    engine: Literal["transformers", "vllm", "server"] = "transformers"
+    url: str = ""  # of a server, as http://node1:8000
+    workers: Count = 1  # processes that draw chunks of problems, on all machines of a Ray cluster; 1: the stage's own
+    # GPUs that each of them takes: 0 on a CPU, 0.5 for two on one GPU; 2 and more split the model of an engine that can.
+    gpus_per_worker: Annotated[float, Field(ge=0)] = 0
     n: Count = 16  # N: samples of each problem
     temperature: Annotated[tuple[Positive, ...], BeforeValidator(_several), Field(min_length=1)] = (
         0.8,
     )  # per iteration; the last one goes on
     max_new_tokens: Count = 64  # of a response; a longer one is cut off, unfinished
     max_rows: Count = 512  # responses at once, at most
+
+    @property
+    def tensor_parallel(self) -> int:
+        """GPUs that one model is split over."""
+        return max(1, int(self.gpus_per_worker))
+
+    @model_validator(mode="after")
+    def _placed(self) -> Self:
+        gpus = self.gpus_per_worker
+        if (self.engine == "server") != bool(self.url):
+            raise ValueError(
+                "sampling.url: where the server is, for sampling.engine=server alone, as http://node1:8000"
+            )
+        if self.engine == "server" and self.workers > 1:
+            raise ValueError("sampling.workers: a server draws everything at once by itself; leave it at 1")
+        if self.engine == "transformers" and gpus > 1:
+            raise ValueError("sampling.gpus_per_worker: at most 1, since only sampling.engine=vllm splits a model")
+        if gpus != int(gpus) and (gpus > 1 or self.engine == "vllm"):
+            raise ValueError(
+                f"sampling.gpus_per_worker: a part of a GPU is for sampling.engine=transformers, got {gpus}"
+            )
+        return self
 
 
 class PairsConfig(Section):
@@ -236,10 +265,16 @@ class Settings(Section):
             raise ValueError(
                 f"warm_start.problems: the warm start takes all {self.task.train_size} problems of task.train_size; lower it"
             )
-        if self.sampling.engine == "vllm" and self.model.quantize == "nf4":
+        if self.sampling.engine != "transformers" and self.model.quantize == "nf4":
+            name = "vLLM" if self.sampling.engine == "vllm" else "a server"
             raise ValueError(
-                "sampling.engine: vLLM would not run the 4-bit weights that are trained; "
+                f"sampling.engine: {name} would not run the 4-bit weights that are trained; "
                 "set model.quantize=none or sampling.engine=transformers"
+            )
+        if self.sampling.engine == "server" and self.model.tuning == "full":
+            raise ValueError(
+                "sampling.engine: a server takes an adapter while it runs and no whole model; "
+                "set model.tuning=lora or sampling.engine=transformers"
             )
         if self.sampling.engine == "vllm" and self.model.tuning == "lora" and self.model.lora_r > LORA_RANKS[-1]:
             raise ValueError(

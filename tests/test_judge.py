@@ -2,7 +2,6 @@
 
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,11 +27,17 @@ def sample(problem, response, reward):
     return Sample(problem, 0, response, None, reward, reward, True, -1.0, (4, 2))
 
 
-def job(kind, config, problems, samples, seed, **more):
-    """A job as the reward stage makes it; the judge's random numbers are those of `seed`."""
-    return kind(
-        config, None, None, problems, {}, Sample.by_problem(samples), 1.0, seed - judge.SEED, Path("unused"), **more
-    )
+@pytest.fixture
+def job(tmp_path):
+    """Makes a job as the reward stage does, each with a folder of its own; the judge's random numbers are those of `seed`."""
+    made = []
+
+    def make(kind, config, problems, samples, seed, **more):
+        made.append(tmp_path / f"job_{len(made)}")
+        by_problem = Sample.by_problem(samples)
+        return kind(config, None, None, problems, {}, by_problem, 1.0, seed - judge.SEED, made[-1], **more)
+
+    return make
 
 
 @dataclass(frozen=True)
@@ -76,14 +81,14 @@ class Words:
         return " ".join(self.words[i] for i in ids)
 
 
-def test_judgements_are_averaged_over_those_that_parse(config):
+def test_judgements_are_averaged_over_those_that_parse(config, job):
     """By hand: three judgements of each distinct response; "a" twice and "a" for another problem."""
     tokenizer, seen = Words(), {}
     judgements = {
-        ("p", "a"): ["Score: 5", "Score: 4", "well"],
-        ("p", "b"): ["Score: 1", "Score: 2", "Score: 0"],
-        ("p", "c"): ["no", "Score: 9", ""],
-        ("q", "a"): ["Score: 3", "Score: 3", "Score: 3"],
+        "p/judge/0": ["Score: 5", "Score: 4", "well"],
+        "p/judge/1": ["Score: 1", "Score: 2", "Score: 0"],
+        "p/judge/2": ["no", "Score: 9", ""],
+        "q/judge/0": ["Score: 3", "Score: 3", "Score: 3"],
     }
     problems = [Problem("p", "How many? {x}", "1"), Problem("q", "Where?", "2")]
     p, q = (
@@ -93,9 +98,10 @@ def test_judgements_are_averaged_over_those_that_parse(config):
 
     def draw(prompts, *, n, temperature, seed, eos_id, max_new_tokens, max_rows, greedy_too, progress):
         assert (n, temperature, seed, eos_id, max_new_tokens) == (3, 0.9, 7, [0, 2], 99)
-        for (name, ids), replies in zip(prompts.items(), judgements.values(), strict=True):
+        assert prompts.keys() == judgements.keys()
+        for name, ids in prompts.items():
             seen[name] = tokenizer.decode(ids)
-            yield {name: [Completion([*tokenizer(r).input_ids, 0], -1.0, True) for r in replies]}
+            yield {name: [Completion([*tokenizer(r).input_ids, 0], -1.0, True) for r in judgements[name]]}
 
     settings = judging(config, samples=3, temperature=0.9, max_new_tokens=99)
     judged, facts = judge.judged(job(Scripted, settings, problems, p + q, 7, draw=draw, tokenizer=tokenizer))
@@ -105,10 +111,10 @@ def test_judgements_are_averaged_over_those_that_parse(config):
     assert (facts["responses"], facts["judgements"], facts["readable"], facts["unscored"]) == (4, 12, 8 / 12, 1)
     assert facts["auc"] == 1 and facts["ranked"] == 1  # 4.5 twice, against 1 and, in the other problem, 3
     # A problem's own, whatever else is judged.
-    assert list(seen) == ["p/judge/0", "p/judge/1", "p/judge/2", "q/judge/0"]
+    assert sorted(seen) == ["p/judge/0", "p/judge/1", "p/judge/2", "q/judge/0"]
     mixed = judge.judge_questions(problems, [p[0], p[1], q[0], p[2], p[3]], "text")
-    assert [question.id for question in mixed.values()] == list(seen)
-    texts = list(seen.values())
+    assert [question.id for question in mixed.values()] == sorted(seen)
+    texts = [seen[name] for name in sorted(seen)]
     assert "How many? {x}" in texts[0] and "Where?" in texts[3] and all(t.endswith("Score: n\n") for t in texts)
 
 
@@ -137,7 +143,7 @@ def samples(config, task):
         return problems, [s for batch in batches for s in batch]
 
 
-def test_scores_are_drawn_from_the_model_s_own_probabilities_of_the_six(config, seed_model, tokenizer, samples):
+def test_scores_are_drawn_from_the_model_s_own_probabilities_of_the_six(config, seed_model, tokenizer, samples, job):
     problems, drawn = samples
     many = judging(config, read="scores", samples=4000, temperature=1.5)
     judged, facts = judge.judged(job(Job, many, problems, drawn, 0))
@@ -155,7 +161,7 @@ def test_scores_are_drawn_from_the_model_s_own_probabilities_of_the_six(config, 
     assert runs[0] == runs[1] and len({s.reward for s in runs[0]}) > 3
 
 
-def test_nothing_is_written_for_scores_by_probability(config, tokenizer, samples):
+def test_nothing_is_written_for_scores_by_probability(config, tokenizer, samples, job):
     """So no other engine is started either."""
     problems, drawn = samples
 
@@ -169,7 +175,7 @@ def test_nothing_is_written_for_scores_by_probability(config, tokenizer, samples
         judge.judged(job(Scripted, judging(config, read="text"), problems, drawn, 3, **mute))
 
 
-def test_a_model_that_cannot_judge_in_words_leaves_samples_without_a_reward(config, samples):
+def test_a_model_that_cannot_judge_in_words_leaves_samples_without_a_reward(config, samples, job):
     problems, drawn = samples
     judged, facts = judge.judged(job(Job, judging(config, max_new_tokens=24), problems, drawn, 0))
     assert facts["readable"] == 0 and all(s.reward is None for s in judged)
@@ -177,7 +183,7 @@ def test_a_model_that_cannot_judge_in_words_leaves_samples_without_a_reward(conf
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2"])
-def test_scores_through_a_chat_template(config, family, tmp_path, monkeypatch):
+def test_scores_through_a_chat_template(config, job, family, tmp_path, monkeypatch):
     folder = build(family, tmp_path / family, ["How many points does it earn? Score: 1 Score: 2"] * 9)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     head, rests = judge.score_tokens(tokenizer)

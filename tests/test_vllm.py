@@ -13,6 +13,7 @@ import torch
 from conftest import ROOT, drive
 
 from irpo_utils import files
+from irpo_utils.extras import remote
 from irpo_utils.extras.vllm import engine as vllm
 from irpo_utils.files import ConfigError
 from irpo_utils.methods import parts
@@ -89,7 +90,7 @@ def test_a_greedy_response_comes_before_each_problem_s_samples(engine, prompts):
 
 
 def test_greedy_responses_go_before_the_samples_of_their_beginnings():
-    assert vllm.with_greedy(["a", "b"], ["a1", "a2", "b1", "b2"], 2) == ["a", "a1", "a2", "b", "b1", "b2"]
+    assert remote.with_greedy(["a", "b"], ["a1", "a2", "b1", "b2"], 2) == ["a", "a1", "a2", "b", "b1", "b2"]
 
 
 @needs_vllm

@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -113,7 +114,7 @@ def judged(job: Job) -> tuple[list[Sample], dict[str, Any]]:
         tokenizer = sampler.tokenizer
         prompts = encode_prompts(sampler.task, tokenizer, asked)
         if config.judge.read == "text":
-            scores, cost = written_scores(config, sampler, asked, job.seed + SEED)
+            scores, cost = written_scores(config, sampler, asked, job.seed + SEED, job.folder / "judgements")
         else:
             model = load_policy(config.model, job.policy, threads=config.threads)
             scores, cost = likely_scores(config, model, tokenizer, prompts, job.seed + SEED)
@@ -151,15 +152,19 @@ def judge_questions(problems: list[Problem], samples: list[Sample], read: str) -
     }
 
 
-def written_scores(config: Settings, sampler: Sampler, questions: list[Problem], seed: int) -> tuple[Scores, int]:
-    """Scores of `judge.samples` judgements on each question, drawn from the policy, and how many tokens those have."""
+def written_scores(
+    config: Settings, sampler: Sampler, questions: list[Problem], seed: int, folder: Path
+) -> tuple[Scores, int]:
+    """Scores of `judge.samples` judgements on each question, drawn from the policy, and how many tokens those have.
+
+    `folder` keeps the judgements, so that a stage that is killed goes on.
+    """
     options = {"n": config.judge.samples, "temperature": config.judge.temperature, "seed": seed}
     scores, tokens = {}, 0
-    for batch in sampler.samples(questions, label="judging", **options):
-        for judgement in batch:
-            score = None if judgement.answer is None else int(judgement.answer)
-            scores.setdefault(judgement.problem, []).append(score)
-            tokens += len(judgement.token_ids)
+    for judgement in sampler.in_chunks({"judging": questions}, folder, **options)["judging"]:
+        score = None if judgement.answer is None else int(judgement.answer)
+        scores.setdefault(judgement.problem, []).append(score)
+        tokens += len(judgement.token_ids)
     return scores, tokens
 
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from ..files import ConfigError, load_object, source_of
-from ..settings import TrainConfig
+from ..settings import Settings, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -115,11 +115,19 @@ class Engine(Part):
     check: str = ""  # (config, jobs): raises ConfigError where it cannot run
     version: str = ""  # () -> its version, where it lies in an environment of its own
 
+    def opener(self, config: Settings) -> Callable[..., Any]:
+        """What opens a sampler: the engine's own function, or that of `sampling.workers` processes that have the engine."""
+        return (WORKERS if config.sampling.workers > 1 else self).load()
+
 
 SAMPLERS = {
     "transformers": Engine("irpo_utils.methods.sampler:opened"),
     "vllm": Engine("irpo_utils.extras.vllm.engine:opened", "irpo_utils.extras.vllm.engine:check", "irpo_utils.extras.vllm.engine:version"),
+    "server": Engine("irpo_utils.extras.server:opened", "irpo_utils.extras.server:check"),
 }  # fmt: skip
+# Any of these in several processes; no engine of its own, since what is drawn is the same.
+WORKERS = Engine("irpo_utils.extras.workers:opened", "irpo_utils.extras.cluster:check")
+COMMANDS = Part("irpo_utils.extras.cluster:run_commands")  # whole methods and seeds on the machines of a cluster
 
 
 @dataclass(frozen=True)

@@ -23,10 +23,10 @@ def rationalized(job: Job) -> tuple[list[Sample], dict[str, Any]]:
     if hinted:
         n = job.config.sampling.n
         with job.sampler(problems=hinted) as sampler:
-            batches = sampler.samples(
-                hinted, n=n, temperature=job.temperature, seed=job.seed + 3, label="rationalizing"
-            )
-            drawn = [s for batch in batches for s in batch]
+            options = {"n": n, "temperature": job.temperature, "seed": job.seed + 3}
+            drawn = sampler.in_chunks({"rationalizing": hinted}, job.folder / "rationalized", **options)[
+                "rationalizing"
+            ]
     right = [replace(s, logp=None, extra=True) for s in drawn if s.reward == 1]
     facts = {
         "failed_problems": len(failed),

@@ -28,5 +28,5 @@ class Job:
     def sampler(self, config: Settings | None = None, task: Task | None = None, problems: list[Problem] | None = None):
         """A sampler of the policy, of another task or with other settings if they are given. Use it in a `with` block."""
         config = config or self.config
-        open_sampler = parts.SAMPLERS[config.sampling.engine].load()
-        return open_sampler(config, self.policy, task or self.task, problems or self.problems)
+        opened = parts.SAMPLERS[config.sampling.engine].opener(config)
+        return opened(config, self.policy, task or self.task, problems or self.problems)

@@ -9,18 +9,23 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..model.load import load_policy, load_tokenizer
 from ..model.prompts import encode_prompts, encode_response, ending_tokens, stop_ids
-from ..model.records import Prompt, Sample
+from ..model.records import Prompt, Record, Sample
 from ..model.sampling import Completion, sample
 from ..settings import Settings
 from ..tasks.base import Problem, Task
 from ..tasks.grading import grade
 
 Draw = Callable[..., Iterator[dict[str, list[Completion]]]]  # `sampling.sample` without its model
+Work = Callable[["Sampler", Any], list[Record]]  # what is done with one chunk
+# (work, path -> chunk) -> the path and the records of every chunk, as they are done
+Spread = Callable[[Work, dict[Path, Any]], Iterator[tuple[Path, list[Record]]]]
+CHUNK = 8  # batches of samples that a killed stage loses at most, for each process that draws
 
 
 class Progress:
@@ -49,6 +54,7 @@ class Sampler:
     task: Task
     stops: list[int]  # tokens that end a response; the first ends gold solutions
     config: Settings
+    spread: Spread | None = None  # hands chunks to processes that hold the same policy; none: this process does them
 
     @classmethod
     def of(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, config: Settings) -> Sampler:
@@ -58,7 +64,7 @@ class Sampler:
 
     def on(self, model: PreTrainedModel) -> Sampler:
         """The same for a model in memory."""
-        return replace(self, draw=partial(sample, model))
+        return replace(self, draw=partial(sample, model), spread=None)
 
     def prompts(self, problems: list[Problem]) -> dict[str, Prompt]:
         """Problem id -> its prompt, with the gold solution as the model would have drawn it."""
@@ -99,6 +105,51 @@ class Sampler:
                 [(by_id[name], i - greedy_too, c) for name, own in batch.items() for i, c in enumerate(own)]
             )
 
+    def in_chunks(self, groups: dict[str, list[Problem]], folder: Path, **options: Any) -> dict[str, list[Sample]]:
+        """`samples` of groups of problems, with its `options`, a chunk of problems at a time as `fill` does them.
+
+        Chunks follow the sampler's own order, so that every batch is the same in a resumed run. They depend on the
+        configuration alone, whoever draws them.
+
+        Args:
+            groups: what a group is called while it is drawn -> its problems.
+            folder: gets a file for every chunk, from which a stage that was killed goes on; it holds no other chunks.
+        """
+        size = max(1, self.config.sampling.max_rows // options["n"]) * CHUNK
+        chunks: dict[Path, tuple[list[Problem], str]] = {}
+        files: dict[str, list[Path]] = {label: [] for label in groups}
+        for number, (label, problems) in enumerate(groups.items()):
+            ids = encode_prompts(self.task, self.tokenizer, problems)
+            order = sorted(problems, key=lambda p: (len(ids[p.id]), p.id))
+            for start in range(0, len(order), size):
+                part = order[start : start + size]
+                files[label].append(folder / f"chunk_{number}_{start:07d}.jsonl")
+                which = f"{label}, problems {start + 1}-{start + len(part)} of {len(order)}"
+                chunks[files[label][-1]] = part, which
+        made = self.fill(chunks, partial(samples_of, **options), ", ".join(groups))
+        for path in chunks.keys() - made.keys():
+            made[path] = Sample.read(path, "the same stage")
+        return {label: [s for path in paths for s in made[path]] for label, paths in files.items()}
+
+    def fill(self, chunks: dict[Path, Any], work: Work, label: str) -> dict[Path, list[Record]]:
+        """Leave the records of `work(sampler, chunk)` in the file of every chunk that has none yet; returns those.
+
+        A kill loses the chunks that are at work: one, or one for each of `sampling.workers`. Where these are other
+        processes `work` and its chunk go there, so both must pickle.
+        """
+        missing = {path: chunk for path, chunk in chunks.items() if not path.exists()}
+        spread, together = self.spread or partial(in_turn, self), self.config.sampling.workers if self.spread else 1
+        made, started = {}, 0.0
+        for number, (path, records) in enumerate(spread(work, missing), 1):
+            Record.write(path, records)
+            made[path] = records
+            if number == 1:  # in which the model was loaded
+                started = time.monotonic()
+            elif number == 1 + together and number < len(missing):  # what a chunk takes says what the rest will take
+                left = (time.monotonic() - started) / together * (len(missing) - number)
+                print(f"{label}: {len(missing) - number} more parts, about {left:.0f} s left", file=sys.stderr)
+        return made
+
     def graded(self, drawn: list[tuple[Problem, int, Completion]]) -> list[Sample]:
         """Responses with what their answers are worth. A marked answer counts; `flexible` says what another would earn."""
         texts = [self.tokenizer.decode(c.token_ids[:-1] if c.finished else c.token_ids) for _, _, c in drawn]
@@ -130,6 +181,18 @@ class Sampler:
         """Share of `problems` that are solved greedily."""
         batches = self.samples(problems, n=1, temperature=0, seed=0, label=label)
         return sum(s.reward == 1 for batch in batches for s in batch) / len(problems)
+
+
+def samples_of(sampler: Sampler, chunk: tuple[list[Problem], str], **options: Any) -> list[Sample]:
+    """The samples of one chunk, problems and their label; `options` are those of `Sampler.samples`."""
+    problems, label = chunk
+    return [s for batch in sampler.samples(problems, label=label, **options) for s in batch]
+
+
+def in_turn(sampler: Sampler, work: Work, chunks: dict[Path, Any]) -> Iterator[tuple[Path, list[Record]]]:
+    """`Sampler.spread` without other processes."""
+    for path, chunk in chunks.items():
+        yield path, work(sampler, chunk)
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from ..files import (
     source_of,
     write_text,
 )
-from ..methods.parts import SAMPLERS
+from ..methods.parts import COMMANDS, SAMPLERS, WORKERS
 from ..tasks import check_task, get_task
 from ..tasks.base import Problem, Task
 from ..tasks.records import further_tests
@@ -94,6 +94,10 @@ def check_inputs(config: Config, jobs: int = 1) -> list[str]:
 
     Returns what to say of them: problems left out, the memory it needs. Raises ConfigError.
     """
+    clustered = on_cluster(jobs)
+    if config.sampling.workers > 1 or clustered:
+        load_object(WORKERS.check)(config, jobs)
+    jobs = 1 if clustered else jobs  # of those that share this machine
     if check := SAMPLERS[config.sampling.engine].check:
         load_object(check)(config, jobs)
     check_simulator(config)
@@ -220,7 +224,10 @@ def start(preset: str, settings: list[str], replaces: bool = False) -> None:
         )
         # Side by side method by method: the methods of one seed would wait for its M_0 together.
         work = [(method, seed) for method in config.methods for seed in range(config.seeds)]
-        failures = run_in_turn(plans) if jobs == 1 else run_side_by_side(run, work, jobs, lock)
+        if on_cluster(jobs):
+            failures = run_on_cluster(run, config, work, jobs)
+        else:
+            failures = run_in_turn(plans) if jobs == 1 else run_side_by_side(run, work, jobs, lock)
         conclude(run, config, failures, started)
 
 
@@ -319,6 +326,23 @@ def nearby(stage: Stage, other: Stage) -> str:
     return stage.name if stage.iteration == other.iteration else f"{stage.name} of iteration {stage.iteration}"
 
 
+def on_cluster(jobs: int) -> bool:
+    """Whether jobs go to the machines of a Ray cluster."""
+    return jobs > 1 and bool(os.environ.get("RAY_ADDRESS"))
+
+
+def method_seed_command(run: Path, method: str, seed: int) -> list[str]:
+    """What runs one method and seed; the number of the process with which it ends comes behind it."""
+    return [sys.executable, "-m", "irpo_utils", "--method-seed", str(run), method, str(seed)]
+
+
+def run_on_cluster(run: Path, config: Config, work: list[tuple[str, int]], jobs: int) -> list[str]:
+    """Every method and seed as a task of the cluster that `RAY_ADDRESS` names, `jobs` at a time; returns what failed."""
+    commands = {f"{method}, seed {seed}": method_seed_command(run, method, seed) for method, seed in work}
+    done = COMMANDS.load()(commands, jobs, config)
+    return [f"{name}: its message is above" for name, status in done if status]
+
+
 def run_side_by_side(run: Path, work: list[tuple[str, int]], jobs: int, lock: int) -> list[str]:
     """Every method and seed in a process of its own, `jobs` at a time; returns what failed.
 
@@ -329,8 +353,7 @@ def run_side_by_side(run: Path, work: list[tuple[str, int]], jobs: int, lock: in
         while waiting or going:
             while waiting and len(going) < jobs:
                 method, seed = waiting.pop(0)
-                command = [sys.executable, "-m", "irpo_utils", "--method-seed"]
-                command += [str(run), method, str(seed), str(os.getpid())]
+                command = [*method_seed_command(run, method, seed), str(os.getpid())]
                 going[subprocess.Popen(command, pass_fds=[lock])] = f"{method}, seed {seed}"
             time.sleep(0.2)
             for process in [p for p in going if p.poll() is not None]:

@@ -6,6 +6,7 @@ moment of sampling, of training and of a dev score. It is good to about a third.
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from ..model.logprobs import CHUNK
 from ..model.prompts import encode_prompts, stop_ids
 from ..model.sampling import PREFILL_TOKENS, most_prompts, pick_bytes
 from ..model.shape import Shape
-from ..settings import ModelConfig, Settings
+from ..settings import ModelConfig, SamplingConfig, Settings
 from ..tasks.base import Problem, Task
 
 GIB = 1 << 30
@@ -151,17 +152,26 @@ def check_fits(shape: Shape, config: Settings, prompt: int, free_bytes: float) -
         "training": training_bytes(shape, config),
         "dev score": dev_score_bytes(shape, config, prompt),
     }
-    if config.sampling.engine == "vllm":  # it fits its cache to what the weights leave
+    if config.sampling.engine != "transformers":  # it fits its cache to what the weights leave
         del stages["sampling"]
-        lines.append("sampling: by vLLM, which sizes its own memory and is not counted")
+        name = {"vllm": "vLLM", "server": "a server"}[config.sampling.engine]
+        lines.append(f"sampling: by {name}, which sizes its own memory and is not counted")
     for stage, parts in stages.items():
         total = sum(parts.values()) + RESERVE
+        own = free_bytes / (workers_beside(config.sampling) if stage == "sampling" else 1)
         each = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items())
-        needs = f"about {total / GIB:.1f} of {free_bytes / GIB:.1f} GiB"
+        needs = f"about {total / GIB:.1f} of {own / GIB:.1f} GiB"
         lines.append(f"{stage}: {needs} ({each}, reserve {RESERVE / GIB:.1f})")
-        if total > free_bytes:
+        if total > own:
             raise TooLarge(f"{lines[-1]}: does not fit; {hint(config, stage, parts)}")
     return lines
+
+
+def workers_beside(sampling: SamplingConfig) -> float:
+    """Workers that share the memory of this machine, or of a GPU. Where those of a cluster are is not known: 1."""
+    if sampling.gpus_per_worker:
+        return min(sampling.workers, 1 / min(1, sampling.gpus_per_worker))
+    return 1 if os.environ.get("RAY_ADDRESS") else sampling.workers
 
 
 def free_memory() -> float:

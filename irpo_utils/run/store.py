@@ -43,7 +43,7 @@ from ..files import (
 from ..methods.parts import SAMPLERS, Engine
 from ..model import packaged
 from ..model.records import Prompt, Record, Sample
-from ..settings import ModelConfig, Section
+from ..settings import PLACES, ModelConfig, Section
 from ..tasks import TASKS
 from ..tasks.base import Problem, Task
 from ..tasks.records import is_file
@@ -153,6 +153,10 @@ class Stage:
         """The engine that it draws responses with."""
         return SAMPLERS[self.config.sampling.engine]
 
+    def open_sampler(self, task: Task, problems: list[Problem]) -> Any:
+        """A `sampler.Sampler` of the input "policy" that will be asked `problems`, for a `with` block."""
+        return self.sampler.opener(self.config)(self.config, self.input("policy"), task, problems)
+
     # Where things are.
 
     def m0_folder(self) -> Path:
@@ -216,9 +220,9 @@ class Stage:
     # What it depends on.
 
     def section(self, name: str, only: Iterable[str] = (), without: Iterable[str] = ()) -> dict[str, Any]:
-        """The parameters of a section of the configuration, as "train.lr"."""
+        """The parameters of a section of the configuration, as "train.lr", but for those that say where it is computed."""
         section: Section = getattr(self.config, name)
-        found = section.model_dump(mode="json", include=set(only) or None, exclude=set(without))
+        found = section.model_dump(mode="json", include=set(only) or None, exclude={*without, *PLACES.get(name, ())})
         return {f"{name}.{leaf}": value for leaf, value in found.items()}
 
     def task_parameters(self, unused: str = "") -> dict[str, Any]:
@@ -235,7 +239,10 @@ class Stage:
         return self.section("task", without=dropped)
 
     def common_parameters(self) -> dict[str, Any]:
-        return {"seed": self.seed, "iteration": self.iteration, "threads": self.config.threads}
+        found = {"seed": self.seed, "iteration": self.iteration, "threads": self.config.threads}
+        if self.draws and (split := self.config.sampling.tensor_parallel) > 1:
+            found["sampling.tensor_parallel"] = split  # sums round differently, as with another number of threads
+        return found
 
     def base_parameters(self) -> dict[str, Any]:
         """The model's parameters; those of an adapter do not count where there is none."""

@@ -43,7 +43,7 @@ BOOK: dict[str, tuple[str | Notebook, ...]] = {
     "Feedback on steps": ("process", Notebook("07_process_feedback")),
     "How fast": ("speed", Notebook("31_speed")),
     "Real models": ("real_models", Notebook("20_real_model"), "grading", "programs"),
-    "Your own": ("running", "own_data", "extending"),
+    "Your own": ("running", "own_data", "extending", "clusters"),
     "Reference": ("configuration", "artefacts", "design"),
     "Limits": ("limits", Notebook("23_memorising")),
 }

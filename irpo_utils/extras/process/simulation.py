@@ -6,9 +6,10 @@ computed again. A prefix that several samples share is simulated once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
@@ -33,6 +34,14 @@ class Continued(Record):
     prefix: Ids
     outcomes: str  # "0110": the second and the third of four reached the right answer
     tokens: int  # of the continuations alone
+
+
+class Chunk(NamedTuple):
+    """Problems that are simulated together."""
+
+    problems: list[Problem]
+    starts: Prefixes  # in the simulator's tokens
+    label: str
 
 
 def simulator(job: Job, tokenizer: PreTrainedTokenizerBase) -> tuple[Job, PreTrainedTokenizerBase]:
@@ -85,13 +94,13 @@ def simulate(job: Job, tokenizer: PreTrainedTokenizerBase, prefixes: Prefixes) -
         job = replace(job, config=job.config.but(sampling=longer))
     prompts = encode_prompts(job.task, reader, problems)
     problems.sort(key=lambda p: (len(prompts[p.id]), p.id))
-    chunks = chunked(job, problems, starts)
-    missing = {path: part for path, part in chunks.items() if not path.exists()}
+    parts = chunked(job, problems, starts)
+    chunks = {
+        path: Chunk(part, {p.id: starts[p.id] for p in part}, f"simulating, part {number} of {len(parts)}")
+        for number, (path, part) in enumerate(parts.items(), 1)
+    }
     with job.sampler(problems=problems) as sampler:
-        for number, (path, part) in enumerate(missing.items(), 1):
-            label = f"simulating, part {number} of {len(missing)}"
-            own = {p.id: starts[p.id] for p in part}
-            Continued.write(path, continuations(job, sampler, part, prompts, own, label))
+        sampler.fill(chunks, partial(continuations, seed=job.seed), "simulating")
     found = {(row.problem, row.prefix): row.outcomes for path in chunks for row in Continued.read(path, "01b_reward")}
     return {(p.id, ids): found[p.id, start(ids)] for p in problems for ids in prefixes[p.id]}
 
@@ -115,32 +124,31 @@ def tokens_drawn(folder: Path) -> int:
     return sum(row.tokens for path in files for row in Continued.read(path, "01b_reward"))
 
 
-def continuations(
-    job: Job, sampler: Sampler, problems: list[Problem], prompts: dict[str, list[int]], starts: Prefixes, label: str
-) -> Iterator[Continued]:
-    """One chunk of `simulate`: a record for every prefix of `problems`."""
-    k, tokenizer = job.config.process.continuations, sampler.tokenizer
-    limit = sampler.config.sampling.max_new_tokens
-    going_on = {name: [ids for ids in own if len(ids) < limit] for name, own in starts.items()}
+def continuations(sampler: Sampler, chunk: Chunk, seed: int) -> list[Continued]:
+    """One chunk of `simulate`: a record for every prefix."""
+    config, tokenizer, found = sampler.config, sampler.tokenizer, []
+    k, limit = config.process.continuations, config.sampling.max_new_tokens
+    going_on = {name: [ids for ids in own if len(ids) < limit] for name, own in chunk.starts.items()}
     drawn = sampler.draw(
-        {p.id: prompts[p.id] for p in problems if going_on[p.id]},
+        encode_prompts(sampler.task, tokenizer, [p for p in chunk.problems if going_on[p.id]]),
         n=k,
-        temperature=job.config.process.temperature,
-        seed=job.seed,
+        temperature=config.process.temperature,
+        seed=seed,
         eos_id=sampler.stops,
         max_new_tokens=limit,
-        max_rows=sampler.config.sampling.max_rows,
-        progress=Progress(label),
+        max_rows=config.sampling.max_rows,
+        progress=Progress(chunk.label),
         starts={name: [list(ids) for ids in own] for name, own in going_on.items()},
     )
-    by_id = {p.id: p for p in problems}
-    for name, completions in ((name, found) for batch in drawn for name, found in batch.items()):
+    by_id = {p.id: p for p in chunk.problems}
+    for name, completions in ((name, batch[name]) for batch in drawn for name in batch):
         texts = tokenizer.batch_decode([c.token_ids[:-1] if c.finished else c.token_ids for c in completions])
-        verdicts = grade(job.task, texts, [by_id[name]] * len(texts), flexible=sampler.config.task.flexible)
+        verdicts = grade(sampler.task, texts, [by_id[name]] * len(texts), flexible=config.task.flexible)
         outcomes = "".join("1" if verdict.reward == 1 else "0" for verdict in verdicts)
         for i, prefix in enumerate(going_on[name]):
             own = slice(k * i, k * i + k)
             tokens = sum(len(c.token_ids) - len(prefix) for c in completions[own])
-            yield Continued(name, prefix, outcomes[own], tokens)
-    for name, own in starts.items():
-        yield from (Continued(name, prefix, "0" * k, 0) for prefix in own if len(prefix) >= limit)
+            found.append(Continued(name, prefix, outcomes[own], tokens))
+    for name, own in chunk.starts.items():
+        found += [Continued(name, prefix, "0" * k, 0) for prefix in own if len(prefix) >= limit]
+    return found

@@ -4,24 +4,21 @@ A process of its own, because vLLM does not give memory back. An interpreter of 
 one, because vLLM pins other versions of transformers than this project; pyproject.toml says how to make that
 environment.
 
-What differs from `sampling.sample`: the random numbers (so the samples; greedy ones agree up to rounding), and an
-adapter on a 16-bit base, which vLLM rounds to 16 bits. Each problem has seeds of its own, so its samples do not depend
-on its batch where logits do not: in float32. The dev score while training stays with `sampling.sample`, on the model in
-memory.
+What differs from `sampling.sample`: the random numbers (`remote.py`), and an adapter on a 16-bit base, which vLLM rounds
+to 16 bits. The dev score while training stays with `sampling.sample`, on the model in memory.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
@@ -33,14 +30,13 @@ from ...files import ROOT, ConfigError
 from ...methods.sampler import Sampler
 from ...model.load import base_path, is_adapter, load_shape, load_tokenizer
 from ...model.prompts import encode_prompts, stop_ids
-from ...model.sampling import Completion, check_greedy, check_starts, stream
 from ...model.shape import Shape
 from ...settings import LORA_RANKS, Settings
 from ...tasks.base import Problem, Task
+from ..remote import Answer, Orders, Remote, Request
 from . import child
 
 GIB = 1 << 30
-COLDEST = 0.01  # vLLM takes a temperature below this, 0 apart, for this one
 MOST_ROWS = 1024  # vLLM's own choice for large GPUs; more rows than tokens of a batch would be refused
 TAIL = 30  # lines of its log that are shown when it fails
 
@@ -119,12 +115,7 @@ def check(config: Settings, jobs: int = 1) -> None:
         raise ConfigError("jobs: vLLM takes the whole GPU; set jobs=1, or sampling.engine=transformers")
 
 
-def problem_seed(seed: int, problem_id: str) -> int:
-    """The seed of the problem's first sample, whatever batch it is in; vLLM counts on from there."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{problem_id}".encode()).digest()[:6], "little")
-
-
-class Engine:
+class Engine(Remote):
     """A vLLM process that holds M_t. `with Engine(...) as engine` ends it, and gives its memory back.
 
     Args:
@@ -152,6 +143,8 @@ class Engine:
             "logprobs_mode": "raw_logprobs",  # before the temperature
             "seed": 0,
         }
+        if config.sampling.tensor_parallel > 1:
+            settings |= {"tensor_parallel_size": config.sampling.tensor_parallel, "distributed_executor_backend": "mp"}
         if adapter:
             own = json.loads((adapter / "adapter_config.json").read_text())["r"]  # ExPO's is up to twice model.lora_r
             rank = next((r for r in LORA_RANKS if r >= own), None)
@@ -172,6 +165,7 @@ class Engine:
                 pass_fds=[writing],
                 env=environment(config.threads, cache_gib(config, self.context)),
                 text=True,
+                start_new_session=True,  # a model that is split over GPUs has processes of its own, which end with it
             )
         except OSError as error:
             raise EngineError(f"{interpreter()} cannot be run ({error.strerror}); see IRPO_VLLM_PYTHON") from None
@@ -195,7 +189,8 @@ class Engine:
         for pipe in (self._replies, self._process.stdin):
             with contextlib.suppress(BrokenPipeError):
                 pipe.close()
-        self._process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         self._log.close()
 
@@ -224,90 +219,26 @@ class Engine:
         tail = "\n".join(log[-TAIL:])
         raise EngineError(f"vLLM ({interpreter()}) ended {how}.{hint} The end of its log:\n{tail}")
 
-    def sample(
-        self,
-        prompts: dict[str, list[int]],
-        *,
-        n: int,
-        temperature: float,
-        seed: int,
-        eos_id: int | Sequence[int],
-        max_new_tokens: int,
-        max_rows: int = 512,
-        greedy_too: bool = False,
-        progress: Callable[[int, int, float], None] | None = None,
-        starts: dict[str, list[list[int]]] | None = None,
-    ) -> Iterator[dict[str, list[Completion]]]:
-        """Sample `n` responses for every prompt, or beginning, with the arguments and completions of `sampling.sample`.
-
-        vLLM gets all prompts at once and fills its own batches (of up to `sampling.max_rows` responses). `max_rows` is
-        about how many responses are yielded at a time, a problem's together, in the order in which problems are done. A
-        beginning is one more part of the prompt, whose cache vLLM itself shares.
+    def answers(self, requests: list[Request], orders: Orders) -> Iterator[Answer]:
+        """All requests go to vLLM at once.
 
         Raises:
-            ValueError: greedy decoding with n > 1, a temperature that vLLM would change, or responses beyond what the
-                engine was started for.
-            EngineError: the process ended.
+            ValueError: responses may exceed what the engine was started for. EngineError: the process ended.
         """
-        check_greedy(n, temperature)
-        if 0 < temperature < COLDEST:
-            raise ValueError(f"vLLM samples at a temperature of at least {COLDEST}, not {temperature}; 0 is greedy")
-        if greedy_too:
-            options = {"seed": seed, "eos_id": eos_id, "max_new_tokens": max_new_tokens, "max_rows": max_rows}
-            options["starts"] = starts
-            first: dict[str, list[Completion]] = {}
-            for batch in self.sample(prompts, n=1, temperature=0, **options):
-                first |= batch
-            for batch in self.sample(prompts, n=n, temperature=temperature, progress=progress, **options):
-                yield {name: with_greedy(first[name], drawn, n) for name, drawn in batch.items()}
-            return
-        names = sorted(prompts, key=lambda name: (len(prompts[name]), name))
-        longest = len(prompts[names[-1]]) if names else 0
-        if names and longest + max_new_tokens > self.context:
+        longest = max((len(request.prompt) + request.max_new_tokens for request in requests), default=0)
+        if longest > self.context:
             raise ValueError(
-                f"prompts of up to {longest} tokens and {max_new_tokens} new ones exceed the {self.context} "
+                f"prompts and responses of up to {longest} tokens exceed the {self.context} "
                 "that the engine was started for"
             )
-        stops = [eos_id] if isinstance(eos_id, int) else list(eos_id)
-        begin = {name: [[]] for name in prompts} if starts is None else starts
-        check_starts(begin, prompts, stops, max_new_tokens)
-        requests = [(name, start) for name in names for start in begin[name]]
         self._orders += 1
-        order = {
-            "order": self._orders,
-            "n": n,
-            "temperature": temperature,
-            "stops": stops,
-            "max_new_tokens": [max_new_tokens - len(start) for _, start in requests],
-            "prompts": [prompts[name] + start for name, start in requests],
-            "seeds": [problem_seed(seed, stream(name, start)) for name, start in requests],
-        }
-        self._order(order)
-        batch: dict[str, list[Completion]] = {}
-        parts: dict[str, dict[int, list[Completion]]] = {name: {} for name in names}  # of problems that are not done
-        started, tokens, done = time.perf_counter(), 0, 0
+        prompts, seeds, max_new_tokens = ([r[i] for r in requests] for i in range(3))
+        order = {"order": self._orders, "prompts": prompts, "seeds": seeds, "max_new_tokens": max_new_tokens}
+        self._order(order | orders._asdict())
         for _ in requests:
             while (reply := self._reply())["order"] != self._orders:
                 pass  # of a call that was left before its end
-            name, start = requests[reply["number"]]
-            parts[name][reply["number"]] = [
-                Completion(start + ids, logp, ids[-1] in stops) for ids, logp in reply["samples"]
-            ]
-            tokens += sum(len(ids) for ids, _ in reply["samples"])
-            if len(parts[name]) < len(begin[name]):
-                continue
-            done += 1
-            batch[name] = [c for _, completions in sorted(parts.pop(name).items()) for c in completions]
-            if sum(map(len, batch.values())) >= max_rows or done == len(names):
-                if progress:
-                    progress(done, len(names), tokens / (time.perf_counter() - started))
-                yield batch
-                batch = {}
-
-
-def with_greedy(greedy: list[Completion], drawn: list[Completion], n: int) -> list[Completion]:
-    """The completions of a problem's beginnings, each one's greedy response before its `n` that were drawn."""
-    return [c for i, one in enumerate(greedy) for c in (one, *drawn[i * n : (i + 1) * n])]
+            yield reply["number"], reply["samples"]
 
 
 @contextmanager

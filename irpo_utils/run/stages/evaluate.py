@@ -8,6 +8,7 @@ from typing import Any
 
 from ...files import read_jsonl, write_json, write_jsonl
 from ...metrics import step_summary, summarize
+from ...model.records import Sample
 from ...tasks import get_task
 from ...tasks.base import Problem, Task
 from ...tasks.records import further_tests
@@ -43,15 +44,18 @@ class EvaluateStage(Stage):
         return super().configured_files() | problem_files(self.config.evaluation.test)
 
     def make(self) -> None:
-        config, task = self.config, get_task(self.config.task)
-        splits = {split: task.problems(split) for split in SPLITS} | further_tests(task, config.evaluation)
+        task = get_task(self.config.task)
+        splits = {split: task.problems(split) for split in SPLITS} | further_tests(task, self.config.evaluation)
+        # Evaluation has the seed of its own split and no iteration, so that models are compared on the same draws.
+        config, options = self.config.evaluation, {"seed": self.seed, "greedy_too": True}
+        options |= {"n": config.samples, "temperature": config.temperature}
+        with self.open_sampler(task, [p for problems in splits.values() for p in problems]) as sampler:
+            drawn = sampler.in_chunks(splits, self.partial, **options)
         summary, responses = {}, []
-        everything = [p for problems in splits.values() for p in problems]
-        with self.sampler.load()(config, self.input("policy"), task, everything) as sampler:
-            for split, problems in splits.items():
-                rows = self._responses(sampler, split, problems)
-                summary[split] = summarize(rows) | task_facts(task, problems, rows)
-                responses += rows
+        for split, problems in splits.items():
+            rows = responses_of(task, split, problems, drawn[split])
+            summary[split] = summarize(rows) | task_facts(task, problems, rows)
+            responses += rows
         write_json(self.path("evaluation.json"), summary)
         write_jsonl(self.path("responses.jsonl"), responses)
 
@@ -59,22 +63,19 @@ class EvaluateStage(Stage):
         """The summary of each split, and a record for each problem."""
         return json.loads(self.path("evaluation.json").read_text()), read_jsonl(self.path("responses.jsonl"), self.name)
 
-    def _responses(self, sampler, split: str, problems: list[Problem]) -> list[Record]:
-        """A record for each problem: its greedy response, and the answers and rewards of its samples."""
-        config = self.config.evaluation
-        records: dict[str, Record] = {
-            p.id: {"split": split, "problem": p.id, "answers": [], "rewards": []} for p in problems
-        }
-        # Evaluation has the seed of its own split and no iteration, so that models are compared on the same draws.
-        options = {"seed": self.seed, "label": split}
-        options |= {"n": config.samples, "temperature": config.temperature, "greedy_too": True}
-        for s in (s for batch in sampler.samples(problems, **options) for s in batch):
-            if s.sample < 0:
-                records[s.problem] |= {"greedy": s.reward, "flexible": s.flexible, "response": s.response}
-            else:
-                records[s.problem]["answers"].append(sampler.task.vote(s.answer) if s.answer else s.answer)
-                records[s.problem]["rewards"].append(s.reward)
-        return list(records.values())
+
+def responses_of(task: Task, split: str, problems: list[Problem], drawn: list[Sample]) -> list[Record]:
+    """A record for each problem: its greedy response, and the answers and rewards of its samples."""
+    records: dict[str, Record] = {
+        p.id: {"split": split, "problem": p.id, "answers": [], "rewards": []} for p in problems
+    }
+    for s in drawn:
+        if s.sample < 0:
+            records[s.problem] |= {"greedy": s.reward, "flexible": s.flexible, "response": s.response}
+        else:
+            records[s.problem]["answers"].append(task.vote(s.answer) if s.answer else s.answer)
+            records[s.problem]["rewards"].append(s.reward)
+    return list(records.values())
 
 
 def task_facts(task: Task, problems: list[Problem], rows: list[Record]) -> Record:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 from ...methods.parts import SAMPLERS, Engine
-from ...model.records import Prompt, Record, Sample
+from ...model.records import Record, Sample
 from ...tasks import get_task
-from ...tasks.base import Problem
 from ..store import Stage
 
 
@@ -45,16 +43,16 @@ class SampleStage(Stage):
         return super().sampler if self.choices.draws else SAMPLERS["transformers"]  # which writes prompts
 
     def make(self) -> None:
-        """Draws a chunk of problems at a time, so that a kill loses one chunk."""
+        """Draws a chunk of problems at a time, so that a kill loses no more than the chunks at work."""
         config, task = self.config, get_task(self.config.task)
         problems = self.training_problems(task)
-        with self.sampler.load()(config, self.input("policy"), task, problems) as sampler:
-            prompts = sampler.prompts(problems)
-            Record.write(self.path("prompts.jsonl"), prompts.values())
+        with self.open_sampler(task, problems) as sampler:
+            Record.write(self.path("prompts.jsonl"), sampler.prompts(problems).values())
             if not self.choices.draws:
                 return
-            self._draw(sampler, problems, prompts)
-        found = [s for path in sorted(self.partial.glob("chunk_*.jsonl")) for s in Sample.read(path, self.name)]
+            options = {"n": config.sampling.n, "temperature": config.temperature(self.iteration)}
+            label = f"sampling M_{self.iteration - 1}"
+            found = sampler.in_chunks({label: problems}, self.partial, seed=self.random_seed(), **options)[label]
         rank = {p.id: i for i, p in enumerate(problems)}
         found.sort(key=lambda s: (rank[s.problem], s.sample))
         Record.write(self.path("samples.jsonl"), found)
@@ -64,28 +62,3 @@ class SampleStage(Stage):
     def result(self) -> list[Sample]:
         """The samples; none of a round on gold solutions alone."""
         return Sample.read(self.path("samples.jsonl"), self.name) if self.choices.draws else []
-
-    def _draw(self, sampler, problems: list[Problem], prompts: dict[str, Prompt]) -> None:
-        """Leave the samples of every chunk of problems in a file."""
-        sampling = self.config.sampling
-        # Chunks follow the sampler's own order, so that every batch is the same in a resumed run.
-        order = sorted(problems, key=lambda p: (len(prompts[p.id].prompt_ids), p.id))
-        size = max(1, sampling.max_rows // sampling.n) * 8
-        chunks = {start: self.partial / f"chunk_{start:07d}.jsonl" for start in range(0, len(order), size)}
-        missing = {start: path for start, path in chunks.items() if not path.exists()}
-        started = 0.0
-        for number, (start, path) in enumerate(missing.items(), 1):
-            part = order[start : start + size]
-            batches = sampler.samples(
-                part,
-                n=sampling.n,
-                temperature=self.config.temperature(self.iteration),
-                seed=self.random_seed(),
-                label=f"sampling M_{self.iteration - 1}, problems {start + 1}-{start + len(part)} of {len(order)}",
-            )
-            Record.write(path, [s for batch in batches for s in batch])
-            if number == 1:  # in which the model was loaded
-                started = time.monotonic()
-            elif number == 2 and len(missing) > 2:  # what a chunk takes says what the rest will take
-                left = (time.monotonic() - started) * (len(missing) - 2)
-                print(f"sampling: {len(missing) - 2} more parts, about {left:.0f} s left", file=sys.stderr)
