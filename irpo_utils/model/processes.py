@@ -1,0 +1,151 @@
+"""Several processes that train one model, each on a part of every batch: how they meet, and what they tell one another.
+
+A launcher starts them (accelerate launch, torchrun), and the usual environment says which one this is: RANK, WORLD_SIZE,
+LOCAL_RANK, MASTER_ADDR, MASTER_PORT. Where none has, there is one process, and all of this changes nothing.
+
+Every function but `rank` and `world_size` is for all processes together: one that leaves a call out keeps the others waiting.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import broadcast_object_list, gather_object, wait_for_everyone
+from torch import Tensor, distributed, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
+
+from ..files import ConfigError
+from .load import shards
+
+Item = TypeVar("Item")
+Found = TypeVar("Found")
+PATIENCE = timedelta(hours=2)  # a dev score may keep one process much longer than the others
+
+
+def rank() -> int:
+    """The number of this process; number 0 writes files."""
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+def world_size() -> int:
+    """How many processes there are."""
+    return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+def join(count: int) -> None:
+    """Meet the other processes that the environment tells of.
+
+    Raises:
+        ConfigError: they are not `count`, or this machine has no GPU for this one.
+    """
+    started = int(os.environ.get("WORLD_SIZE", 1))
+    if started != count:
+        raise ConfigError(f"train.processes: it is {count}, and the launcher started {started}; let it start as many")
+    gpus, number = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", 0))
+    if torch.cuda.is_available() and number >= gpus:
+        raise ConfigError(
+            f"train.processes: this machine has {gpus} GPUs, one for each process; lower it, or start the processes "
+            "on several machines (IRPO_LAUNCHER)"
+        )
+    if not torch.cuda.is_available():
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+    PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
+
+
+def leave() -> None:
+    """Part from the others, who have come as far."""
+    PartialState().destroy_process_group()
+
+
+def gathered(value: Found) -> list[Found]:
+    """What each process has, in their order."""
+    return gather_object([value]) if world_size() > 1 else [value]
+
+
+def from_first(find: Callable[[], Found]) -> Found:
+    """What process 0 finds, known to all when it has found it."""
+    if world_size() == 1:
+        return find()
+    return broadcast_object_list([find() if rank() == 0 else None])[0]
+
+
+def wait() -> None:
+    """Go on when every process has come here."""
+    if world_size() > 1:
+        wait_for_everyone()
+
+
+def divided(items: list[Item], work: Callable[[Item], Found]) -> list[Found]:
+    """`work` of every item, in their order: each item is done by one process, and its result known to all.
+
+    Each does as many, since those of a sharded model must run it equally often: what is left over is done twice.
+    """
+    size, own = world_size(), rank()
+    turns = range(-(-len(items) // size))
+    done = gathered([work(items[min(turn * size + own, len(items) - 1)]) for turn in turns])
+    return [found for turn in zip(*done, strict=True) for found in turn][: len(items)]
+
+
+def sharded(model: nn.Module) -> nn.Module:
+    """The model, whose weights are divided over the processes (FSDP2) where `shards()`; else as it is."""
+    if not shards():
+        return model
+    from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+
+    return fsdp2_prepare_model(Accelerator(), model)
+
+
+def through(model: nn.Module, function: Callable[..., Found], *arguments: Any) -> Found:
+    """`function(model, *arguments)`, run as the forward pass of what divides the work (DDP, FSDP2) where `model` is that.
+
+    `function` gets the model inside. Called past the wrapper's forward, DDP would not synchronise gradients, silently, and
+    FSDP2 would not gather weights. (As `_ForwardRedirection` of TRL and Lightning.)
+    """
+    if isinstance(model, DistributedDataParallel):
+        inside = model.module
+    elif isinstance(model, FSDPModule):
+        inside = model
+    else:
+        return function(model, *arguments)
+    before = vars(inside).get("forward")
+
+    def put_back() -> None:
+        vars(inside).pop("forward", None)
+        if before is not None:
+            inside.forward = before
+
+    def forward(*given: Any) -> Found:
+        put_back()  # the function may call the model's own
+        return function(inside, *given)
+
+    inside.forward = forward
+    try:
+        return model(*arguments)
+    finally:
+        put_back()
+
+
+def trained(model: nn.Module) -> dict[str, Tensor]:
+    """The weights that are trained, by name, and whole where the model is sharded."""
+    found = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    return {name: p.full_tensor() if hasattr(p, "full_tensor") else p for name, p in found.items()}
+
+
+def check_same(model: nn.Module) -> None:
+    """See that every process has the same trained weights.
+
+    Raises:
+        RuntimeError: it has not, so that each has trained a model of its own.
+    """
+    digest = hashlib.sha256()
+    for name, weight in sorted(trained(model).items()) if world_size() > 1 else ():
+        digest.update(name.encode() + weight.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    if len(set(gathered(digest.hexdigest()))) > 1:
+        raise RuntimeError("the processes have trained different weights: their gradients were not synchronised")
