@@ -6,10 +6,14 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
 import torch
+import yaml
+from accelerate import PartialState
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from small_models import SHAPE
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from irpo_utils.files import read_jsonl
+from irpo_utils.files import PACKAGE, read_jsonl
 from irpo_utils.methods.parts import LOSSES
 from irpo_utils.model import load, processes, training
 from irpo_utils.model.records import Pair
@@ -36,6 +40,21 @@ def as_rank(number, count, port, function, arguments):
     found = function(*arguments)
     processes.leave()
     return found
+
+
+def divide_weights():
+    """From now on this process is one of an FSDP2 training, as the package's file for accelerate has it.
+
+    accelerate divides nothing on a CPU, by the name of the device alone: it is told another one.
+    """
+    file = yaml.safe_load((PACKAGE / "assets" / "accelerate" / "fsdp2.yaml").read_text())
+    os.environ["ACCELERATE_USE_FSDP"], os.environ["ACCELERATE_TORCH_DEVICE"] = "true", "cpu"
+    os.environ.update({name.upper(): str(value).lower() for name, value in file["fsdp_config"].items()})
+    for name in ("fsdp_auto_wrap_policy", "fsdp_state_dict_type"):
+        os.environ[name.upper()] = file["fsdp_config"][name]
+    PartialState._prepare_backend = lambda *ignored: ("gloo", DistributedType.MULTI_GPU)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    PartialState(cpu=True)
 
 
 def together(count, function, *arguments):
@@ -66,8 +85,9 @@ def small_pairs(pairs=True):
     found = []
     for number, (prompt, chosen, rejected) in enumerate(LENGTHS):
         rejected_ids = ids(rejected, 11 + number) if pairs else ()
-        texts = (f"p{prompt}", "", "", "" if rejected_ids else "")
-        found.append(Pair(*texts, ids(prompt, prompt), ids(chosen, 5 + number), rejected_ids, None, None))
+        found.append(
+            Pair(f"p{prompt}", "", "", "", ids(prompt, prompt), ids(chosen, 5 + number), rejected_ids, None, None)
+        )
     return found
 
 
@@ -75,7 +95,8 @@ def train(folder, loss, settings=None, dtype=torch.float64, **more):
     """Train the small policy with a loss of the table; facts, steps and the weights that were trained."""
     row = LOSSES[loss]
     config = TrainConfig(
-        **{"batch": 8, "micro_batch": 2, "max_steps": STEPS, "eval_every": 2, "lr": 1e-2} | (settings or {})
+        **{"batch": 8, "micro_batch": 2, "max_steps": STEPS, "max_epochs": 9, "eval_every": STEPS, "lr": 1e-2}
+        | (settings or {})
     )
     model = more.pop("model", None) or small_policy(dtype)
     facts = training.train(

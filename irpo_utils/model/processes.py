@@ -15,14 +15,15 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object, wait_for_everyone
 from torch import Tensor, distributed, nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedModel
 
 from ..files import ConfigError
-from .load import shards
+from .load import causal_model, shards
 
 Item = TypeVar("Item")
 Found = TypeVar("Found")
@@ -93,13 +94,18 @@ def divided(items: list[Item], work: Callable[[Item], Found]) -> list[Found]:
     return [found for turn in zip(*done, strict=True) for found in turn][: len(items)]
 
 
-def sharded(model: nn.Module) -> nn.Module:
-    """The model, whose weights are divided over the processes (FSDP2) where `shards()`; else as it is."""
-    if not shards():
-        return model
-    from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+def sharded(model: PreTrainedModel) -> PreTrainedModel:
+    """The model, whose weights are divided over the processes (FSDP2) where `shards()`; else as it is.
 
-    return fsdp2_prepare_model(Accelerator(), model)
+    Here and not by the Trainer, since the pairs are scored before it begins. It takes a model that is sharded as it is.
+    """
+    if shards():
+        blocks = causal_model(model)._no_split_modules
+        for module in model.modules():
+            if type(module).__name__ in blocks:
+                fully_shard(module)
+        fully_shard(model)
+    return model
 
 
 def through(model: nn.Module, function: Callable[..., Found], *arguments: Any) -> Found:
