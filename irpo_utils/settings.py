@@ -174,7 +174,7 @@ class TrainConfig(Section):
     # Pairs per optimizer step; where nothing is rejected, twice as many responses: as many tokens for every method.
     batch: Count = 16
     micro_batch: Count = 16  # pairs per forward pass (or twice as many responses)
-    # Each takes its part of every batch: batch / processes pairs, micro_batch of them at a time or all if they are fewer.
+    # Each takes batch / processes of every batch's pairs, micro_batch of them at a time (all, if they are fewer).
     processes: Count = 1
     shard: bool = False  # whether the base is divided over the processes; else each holds all of it
     pairs_together: Count = 1  # pairs of one problem that come together: they share its prompt, for a noisier gradient
@@ -259,7 +259,8 @@ class Settings(Section):
             )
         if self.train.shard and (self.model.quantize == "nf4" or self.model.tuning == "full"):
             raise ValueError(
-                "train.shard: for an adapter on a base that is not quantized; set model.quantize=none and model.tuning=lora"
+                "train.shard: for an adapter on a base that is not quantized; "
+                "set model.quantize=none and model.tuning=lora"
             )
         if self.sampling.engine == "vllm" and self.model.quantize == "nf4":
             raise ValueError(

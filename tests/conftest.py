@@ -28,7 +28,16 @@ DATA = ROOT.parent / "shared" / "data"
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files that take minutes come first, so that two processes end at about the same time."""
-    long = ("test_run", "test_real", "test_faults", "test_house", "test_kept", "test_own_parts", "test_family")
+    long = (
+        "test_run",
+        "test_real",
+        "test_faults",
+        "test_house",
+        "test_kept",
+        "test_own_parts",
+        "test_family",
+        "test_processes",
+    )
     items.sort(key=lambda item: long.index(item.path.stem) if item.path.stem in long else len(long))
 
 

@@ -6,14 +6,13 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
 import torch
-import yaml
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from small_models import SHAPE
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from irpo_utils.files import PACKAGE, read_jsonl
+from irpo_utils.files import read_jsonl
 from irpo_utils.methods.parts import LOSSES
 from irpo_utils.model import load, processes, training
 from irpo_utils.model.records import Pair
@@ -43,15 +42,12 @@ def as_rank(number, count, port, function, arguments):
 
 
 def divide_weights():
-    """From now on this process is one of an FSDP2 training, as the package's file for accelerate has it.
+    """From now on this process is one of an FSDP2 training.
 
     accelerate divides nothing on a CPU, by the name of the device alone: it is told another one.
     """
-    file = yaml.safe_load((PACKAGE / "assets" / "accelerate" / "fsdp2.yaml").read_text())
-    os.environ["ACCELERATE_USE_FSDP"], os.environ["ACCELERATE_TORCH_DEVICE"] = "true", "cpu"
-    os.environ.update({name.upper(): str(value).lower() for name, value in file["fsdp_config"].items()})
-    for name in ("fsdp_auto_wrap_policy", "fsdp_state_dict_type"):
-        os.environ[name.upper()] = file["fsdp_config"][name]
+    processes.divide_weights()
+    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
     PartialState._prepare_backend = lambda *ignored: ("gloo", DistributedType.MULTI_GPU)
     AcceleratorState._reset_state(reset_partial_state=True)
     PartialState(cpu=True)

@@ -256,6 +256,12 @@ def test_the_stage_starts_its_processes_and_keeps_what_they_made(stage, tmp_path
     assert all(torch.allclose(again[name], weight, rtol=0, atol=1e-5) for name, weight in weights.items())
 
 
+def test_weights_are_divided_over_gpus_alone(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="train.shard: weights are divided over GPUs, and none is here"):
+        processes.join(2, shard=True)
+
+
 def test_another_launcher_starts_them_and_a_wrong_number_is_refused(stage, monkeypatch):
     own = f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node"
     monkeypatch.setenv("IRPO_LAUNCHER", f"{own} 1")

@@ -1,17 +1,18 @@
 """What a GPU is to show on the first day that one is there: ./run_all.sh --gpu-check, in under nine minutes.
 
 Each part is a process of its own and says first how long it takes. One that fails, is out of time or has no memory is
-named with its reason, and the others go on. The figures stand beside what they should be: the estimate of memory beside the
-peak, tokens and pairs per second beside the floor, which is what reading the weights and the cache once a step takes at the
-measured bandwidth, or the products at the measured rate, whichever is longer. -> outputs/gpu/gpu.json and table.txt
+named with its reason, and the others go on. Figures stand beside what they should be: the estimate of memory beside the
+peak; tokens and pairs per second beside the floor, which is the time to read the weights and the cache once a step at
+the measured bandwidth, or to multiply at the measured rate, whichever is longer. -> outputs/gpu/gpu.json, table.txt
 
-It needs torch, transformers, peft and bitsandbytes, and what this package itself stands on (pydantic, pyyaml, filelock):
-no notebook is run. Models have random weights and are not loaded from anywhere.
+It needs torch, transformers, peft and bitsandbytes, and what this package itself stands on (pydantic, pyyaml,
+filelock): no notebook is run. Models have random weights and are not loaded from anywhere.
 
-Without a GPU the same parts run with tiny shapes on the CPU, so that the first minutes on one are not spent on typing errors.
+Without a GPU the same parts run with tiny shapes on the CPU, so that the first minutes on one are not spent on typing
+errors.
 
-Left out: static shapes with CUDA graphs, which the sampler does not have; and estimates of time, which `run/estimate.py`
-does not make.
+Left out: static shapes with CUDA graphs, which the sampler does not have; and estimates of time, which
+`run/estimate.py` does not make.
 """
 
 from __future__ import annotations
@@ -248,7 +249,7 @@ def least_certain(model: PreTrainedModel, prompts: dict[str, list[int]]) -> list
 
 
 def chi_square_row(name: str, model: PreTrainedModel, ids: list[int], temperature: float, draws: int) -> Row:
-    """Chi-square of the first token in so many draws against softmax(logits / T), over its limit (one in 10,000 exceeds it).
+    """Chi-square of the first token in so many draws against softmax(logits / T). One in 10,000 exceeds its limit.
 
     Words are put together, by their probability, until each group is expected at least 20 times.
     """

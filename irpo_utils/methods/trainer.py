@@ -120,7 +120,7 @@ def dev_score(policy: PreTrainedModel, sampler: Sampler, problems: list[Problem]
 def solved_together(policy: PreTrainedModel, sampler: Sampler, problems: list[Problem]) -> int:
     """How many of `problems` a sharded policy solves greedily, within its forward pass.
 
-    Its processes are to run it equally often: each asks all problems, with the rows that fit into the least free memory.
+    Its processes are to run it equally often: each asks all problems, with the rows that the least free memory holds.
     """
     model, sampling = causal_model(policy), sampler.config.sampling
     longest = max(map(len, encode_prompts(sampler.task, sampler.tokenizer, problems).values()))

@@ -112,7 +112,7 @@ def load_shape(config: ModelConfig) -> Any:
 
 
 def device() -> torch.device:
-    """The GPU of this process (LOCAL_RANK says which, where a launcher started several), or the CPU where there is none."""
+    """The GPU of this process (LOCAL_RANK says which, where a launcher started several); the CPU if there is none."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if "LOCAL_RANK" in os.environ else torch.device("cuda")

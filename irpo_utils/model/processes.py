@@ -1,9 +1,9 @@
 """Several processes that train one model, each on a part of every batch: how they meet, and what they tell one another.
 
-A launcher starts them (accelerate launch, torchrun), and the usual environment says which one this is: RANK, WORLD_SIZE,
-LOCAL_RANK, MASTER_ADDR, MASTER_PORT. Where none has, there is one process, and all of this changes nothing.
+A launcher starts them (accelerate launch, torchrun), and the usual environment says which one this is: RANK,
+WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT. Where none has, there is one process, and all of this changes nothing.
 
-Every function but `rank` and `world_size` is for all processes together: one that leaves a call out keeps the others waiting.
+Every function but `rank` and `world_size` is for all processes together: the others wait for one that leaves it out.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
-from ..files import ConfigError
+from ..files import PACKAGE, ConfigError, read_yaml
 from .load import causal_model, shards
 
 Item = TypeVar("Item")
 Found = TypeVar("Found")
+FSDP_FILE = PACKAGE / "assets" / "accelerate" / "fsdp2.yaml"
 PATIENCE = timedelta(hours=2)  # a dev score may keep one process much longer than the others
 
 
@@ -40,8 +41,11 @@ def world_size() -> int:
     return distributed.get_world_size() if distributed.is_initialized() else 1
 
 
-def join(count: int) -> None:
+def join(count: int, shard: bool = False) -> None:
     """Meet the other processes that the environment tells of.
+
+    Args:
+        count: how many there are to be. shard: whether models are divided over them (FSDP2), or each has a whole one.
 
     Raises:
         ConfigError: they are not `count`, or this machine has no GPU for this one.
@@ -56,8 +60,19 @@ def join(count: int) -> None:
             "on several machines (IRPO_LAUNCHER)"
         )
     if not torch.cuda.is_available():
+        if shard:
+            raise ConfigError("train.shard: weights are divided over GPUs, and none is here; leave it out")
         os.environ["ACCELERATE_USE_CPU"] = "true"
+    if shard:
+        divide_weights()
     PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
+
+
+def divide_weights() -> None:
+    """Tell accelerate, as its launcher does from the file, that models are divided: other launchers do not."""
+    os.environ["ACCELERATE_USE_FSDP"] = "true"
+    for name, value in read_yaml(FSDP_FILE)["fsdp_config"].items():
+        os.environ[name.upper()] = value if isinstance(value, str) else str(value).lower()
 
 
 def leave() -> None:
@@ -109,10 +124,10 @@ def sharded(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def through(model: nn.Module, function: Callable[..., Found], *arguments: Any) -> Found:
-    """`function(model, *arguments)`, run as the forward pass of what divides the work (DDP, FSDP2) where `model` is that.
+    """`function(model, *arguments)`, as the forward pass of what divides the work (DDP, FSDP2) where `model` is that.
 
-    `function` gets the model inside. Called past the wrapper's forward, DDP would not synchronise gradients, silently, and
-    FSDP2 would not gather weights. (As `_ForwardRedirection` of TRL and Lightning.)
+    `function` gets the model inside. Called past the wrapper's forward, DDP would not synchronise gradients, silently,
+    and FSDP2 would not gather weights. (As `_ForwardRedirection` of TRL and Lightning.)
     """
     if isinstance(model, DistributedDataParallel):
         inside = model.module

@@ -88,7 +88,7 @@ def dev_score_bytes(shape: Shape, config: Settings, prompt: int) -> dict[str, fl
 
 
 def training_bytes(shape: Shape, config: Settings) -> dict[str, float]:
-    """Memory of training, by part, for the longest pairs that `pairs.max_tokens` lets through; of one of several processes."""
+    """Memory of training, by part, for the longest pairs that `pairs.max_tokens` lets through; of each process."""
     width, micro_batch = number_bytes(config.model), config.train.own_micro_batch(config.train.processes)
     tokens = 2 * micro_batch * config.pairs.max_tokens  # chosen and rejected rows
     # What a block keeps for its backward pass: its input, norms, queries to output, and the three of the gated MLP;

@@ -6,10 +6,10 @@
 IRPO_LAUNCHER names another launcher, of one machine or several, that takes `-m` as Python does:
 
     IRPO_LAUNCHER="torchrun --nproc-per-node 8"
-    IRPO_LAUNCHER="srun --nodes 4 --ntasks-per-node 1 torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint $HEAD:29500"
+    IRPO_LAUNCHER="srun --nodes 4 --ntasks-per-node 1 torchrun --nnodes 4 --nproc-per-node 8 \\
+        --rdzv-backend c10d --rdzv-endpoint $HEAD:29500"
 
-Several machines share the project's folder. Where the base is to be divided (`train.shard`), such a launcher says so as
-accelerate does: accelerate launch --config_file irpo_utils/assets/accelerate/fsdp2.yaml --num_machines ...
+Several machines share the project's folder.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ def launched(stage: Stage, show: Callable[[str], None] = print) -> dict[str, Any
     """Let several processes do the training of a stage that has begun; returns the facts that the first one gives.
 
     Raises:
-        RuntimeError: one of them failed; the message has the end of their log. An error that a user can mend comes as itself.
+        RuntimeError: one of them failed; the message has the end of their log.
+        ConfigError, MissingArtefact, Busy: one of them raised it.
     """
     facts, failure = stage.partial / "facts.json", stage.partial / "failure.json"
     for file in (facts, failure):
@@ -79,11 +80,14 @@ def launched(stage: Stage, show: Callable[[str], None] = print) -> dict[str, Any
         found = json.loads(failure.read_text())
         if found["kind"] in PLAIN:
             raise getattr(files, found["kind"])(found["message"])
-        raise RuntimeError(f"{found['kind']}: {found['message']}\n\nThe end of the processes' log:\n{tail}")
+        raise RuntimeError(
+            f"{found['kind']}: {found['message']}\n(in one of {stage.config.train.processes} processes; if another was "
+            f"ended from outside, the end of their log says which, and the same command goes on)\n{tail}"
+        )
     if code or not facts.exists():
         raise RuntimeError(
-            f"{stage.name}: its processes ended with exit code {code}, often for want of memory (train.micro_batch says "
-            f"how much they take); the same command goes on. The end of their log:\n{tail}"
+            f"{stage.name}: its processes ended with exit code {code}, often for want of memory (train.micro_batch "
+            f"says how much they take); the same command goes on. The end of their log:\n{tail}"
         )
     return json.loads(facts.read_text())
 
