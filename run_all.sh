@@ -28,6 +28,15 @@ for pin in project["dependencies"] + project["optional-dependencies"]["dev"]:
     if m.version(name).split("+")[0] != wanted: sys.exit(1)
 P
 }
+# A GPU is tried with the torch that is there, of whatever version: its machine may have no network.
+if [ "${1:-}" = --gpu-check ] && python3 - 2>/dev/null <<'P'
+import sys
+import torch, transformers, peft, bitsandbytes, pydantic, filelock
+sys.exit(sys.version_info < (3, 11))
+P
+then
+  exec python3 -m irpo_utils "$@"
+fi
 active=${VIRTUAL_ENV:-${CONDA_PREFIX:-}}
 if [ -n "$active" ] && ready "$active/bin/python"; then
   python="$active/bin/python"

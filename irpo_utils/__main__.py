@@ -25,6 +25,7 @@ HELP = """usage: ./run_all.sh [preset] [key=value ...]     run the loop, skip wh
        ./run_all.sh --estimate preset [key=value ...]   memory that a run would take; runs nothing
        ./run_all.sh --bench [quick|full]          sampling and training beside generate and TRL -> outputs/bench/bench.json
        ./run_all.sh --site                        build the book of the project -> outputs/site/index.html
+       ./run_all.sh --gpu-check                   what a GPU is to show, in nine minutes -> outputs/gpu/gpu.json
        ./run_all.sh --publish RUN                 copy a run's small artefacts to outputs/reference/RUN
        ./run_all.sh export RUN FOLDER [method=irpo seed=0 iteration=3]   write M_t as one whole model in bfloat16
        ./run_all.sh extrapolate TH1 TH0|base FOLDER [a=0.3]   ExPO: write TH1 + a (TH1 - TH0), both folders of policies
@@ -77,6 +78,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--estimate", action="store_true")
     made.add_argument("--yes", action="store_true")
     made.add_argument("--bench", nargs="?", const="quick", choices=("quick", "full"))
+    made.add_argument("--gpu-check", action="store_true")
     made.add_argument("--publish", metavar="RUN")
     made.add_argument("--method-seed", nargs=4, help=argparse.SUPPRESS)
     made.add_argument("words", nargs="*")
@@ -88,6 +90,7 @@ def command(arguments: list[str]) -> int:
         return load_object(COMMANDS[arguments[0]])(arguments[1:])
     options = parser().parse_intermixed_args(arguments)  # `--yes` may stand between parameters
     words, alone = options.words, options.help or options.list or options.bench or options.publish is not None
+    alone = alone or options.gpu_check
     if alone and (words or options.estimate):
         raise ConfigError(f"no option is used as {' '.join(arguments)!r}; see ./run_all.sh --help")
     if options.help:
@@ -97,6 +100,8 @@ def command(arguments: list[str]) -> int:
     elif options.bench:
         os.environ.update(TRANSFORMERS_VERBOSITY="error", TOKENIZERS_PARALLELISM="false", TQDM_DISABLE="1")
         return load_object("irpo_utils.extras.bench:main")(options.bench)
+    elif options.gpu_check:
+        return load_object("irpo_utils.extras.gpu_check:main")()
     elif options.publish is not None:
         load_object("irpo_utils.report.publish:publish")(run_folder(options.publish))
     elif options.method_seed:

@@ -203,6 +203,9 @@ class TrainConfig(Section):
     # Pairs per optimizer step; where nothing is rejected, twice as many responses: as many tokens for every method.
     batch: Count = 16
     micro_batch: Count = 16  # pairs per forward pass (or twice as many responses)
+    # Each takes batch / processes of every batch's pairs, micro_batch of them at a time (all, if they are fewer).
+    processes: Count = 1
+    shard: bool = False  # whether the base is divided over the processes; else each holds all of it
     pairs_together: Count = 1  # pairs of one problem that come together: they share its prompt, for a noisier gradient
     max_steps: Count = 250  # optimizer steps, at most
     max_epochs: Count = 4  # passes over the pairs, at most
@@ -220,7 +223,25 @@ class TrainConfig(Section):
     def _divides(self) -> Self:
         if self.batch % self.micro_batch:
             raise ValueError("train.batch: a multiple of train.micro_batch")
+        if self.processes > 1 and self.engine != "own":
+            raise ValueError(f"train.processes: {self.engine} trains in one process; set train.engine=own")
+        if self.processes > self.batch:
+            raise ValueError(f"train.batch: at least one pair for each of train.processes={self.processes}")
+        at_once = self.processes * self.own_micro_batch(self.processes)
+        if self.batch % at_once:
+            raise ValueError(
+                f"train.batch: a multiple of train.processes x train.micro_batch ({self.processes} x "
+                f"{at_once // self.processes} = {at_once}), got {self.batch}"
+            )
+        if self.shard and self.processes == 1:
+            raise ValueError("train.shard: there is one process; set train.processes")
+        if self.shard and self.optimizer == "paged_adamw_8bit":
+            raise ValueError("train.shard: its weights are not for 8-bit AdamW; set train.optimizer=adamw")
         return self
+
+    def own_micro_batch(self, processes: int) -> int:
+        """Pairs per forward pass of each of so many processes: at most its part of the batch."""
+        return min(self.micro_batch, self.batch // processes)
 
 
 class EvaluationConfig(Section):
@@ -264,6 +285,11 @@ class Settings(Section):
         if 0 < self.task.train_size <= self.warm_start.problems:
             raise ValueError(
                 f"warm_start.problems: the warm start takes all {self.task.train_size} problems of task.train_size; lower it"
+            )
+        if self.train.shard and (self.model.quantize == "nf4" or self.model.tuning == "full"):
+            raise ValueError(
+                "train.shard: for an adapter on a base that is not quantized; "
+                "set model.quantize=none and model.tuning=lora"
             )
         if self.sampling.engine != "transformers" and self.model.quantize == "nf4":
             name = "vLLM" if self.sampling.engine == "vllm" else "a server"

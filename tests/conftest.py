@@ -37,6 +37,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         "test_own_parts",
         "test_family",
         "test_workers",
+        "test_processes",
     )
     items.sort(key=lambda item: long.index(item.path.stem) if item.path.stem in long else len(long))
 

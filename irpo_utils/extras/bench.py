@@ -18,15 +18,13 @@ from __future__ import annotations
 
 import copy
 import logging
-import random
 import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -36,13 +34,9 @@ import datasets
 import pandas as pd
 import torch
 import transformers
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
-    PreTrainedTokenizerFast,
     PrinterCallback,
     TrainingArguments,
     set_seed,
@@ -53,34 +47,12 @@ from ..files import OUTPUTS, write_json
 from ..model import load as models
 from ..model import logprobs, losses, packaged, sampling
 from ..model.prompts import encode_prompts, stop_ids
-from ..model.records import Pair
 from ..model.training import PreferenceTrainer
 from ..settings import ModelConfig, SamplingConfig, Settings, TaskConfig
 from ..tasks import get_task
 from ..tasks.jsonl import Given
+from .synthetic import REPEATS, WORDS, Shape, make_pairs, random_prompts, word_tokenizer
 from .vllm import engine as vllm
-
-REPEATS = 5  # of every contender; the first round before them does not count
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A size of problem: tokens of prompts and responses, N samples and K pairs per problem, and the model."""
-
-    name: str
-    prompt: int
-    response: int
-    n: int
-    k: int
-    problems: int  # how many are sampled
-    hidden: int = 0
-    layers: int = 6
-    model: str = ""  # what model.path takes; "": a model of that width and depth with random weights
-    written: int = 0  # tokens of a response that is trained on; 0: as many as of one that is sampled
-    trained: int = 2  # problems that are trained on
-    lora: bool = False  # whether an adapter is trained, or all weights
-    repeats: int = REPEATS
-
 
 EMBEDDED = [
     Shape("embedded", 0, 64, 16, 8, 64, model="seed", written=45, trained=32),
@@ -102,16 +74,7 @@ SHAPES = {
         Shape("gsm8k, 7 B", 120, 130, 30, 10, 16, 4096, 32),
     ],
 }
-WORDS = 4000  # of a model with random weights
 MAX_ROWS = 256  # responses that this project runs at once
-
-
-def word_tokenizer(words: int = WORDS) -> PreTrainedTokenizerFast:
-    """A tokenizer whose text is its ids: a contender that tokenizes gets the very tokens that the others get."""
-    vocabulary = {"<pad>": 0, "<eos>": 1, "<unk>": 2, **{f"w{i}": i for i in range(3, words)}}
-    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
 
 
 def dtype_of(shape: Shape) -> str:
@@ -143,11 +106,7 @@ def load(shape: Shape) -> tuple[LlamaForCausalLM, Any, dict[str, list[int]], int
         eos_token_id=1,
         pad_token_id=0,
     )
-    rng = random.Random(0)
-    prompts = {
-        f"p{i}": [rng.randrange(3, WORDS) for _ in range(shape.prompt + rng.randint(-5, 5))]
-        for i in range(shape.problems)
-    }
+    prompts = random_prompts(shape)
     dtype = models.DTYPES[dtype_of(shape)]
     return LlamaForCausalLM(config).to(models.device(), dtype).eval(), word_tokenizer(), prompts, -1
 
@@ -225,27 +184,6 @@ def start_vllm(
         threads=torch.get_num_threads(),
     )
     return vllm.Engine(config, None, max(map(len, prompts.values())))
-
-
-def make_pairs(shape: Shape, prompts: dict[str, list[int]], words: int = WORDS) -> list[Pair]:
-    """K pairs per problem, as the cyclic walk makes them of four winners and six losers, of random tokens."""
-    rng, pairs = random.Random(1), []
-    for name, prompt in prompts.items():
-        length = shape.written or shape.response
-        drawn = [
-            (*(rng.randrange(3, words) for _ in range(length + rng.randint(-length // 5, length // 5))), 1)
-            for _ in range(10)
-        ]
-        for i in range(shape.k):
-            chosen, rejected = drawn[i % 4], drawn[4 + i % 6]
-            texts = map(as_text, (prompt, chosen, rejected))
-            pairs.append(Pair(name, *texts, tuple(prompt), chosen, rejected, None, None))
-    return pairs
-
-
-def as_text(ids: Sequence[int]) -> str:
-    """What `word_tokenizer` reads as these ids, without the EOS: TRL adds that itself."""
-    return "".join(f" w{i}" for i in ids if i > 2)
 
 
 class TimedTrainer(DPOTrainer):

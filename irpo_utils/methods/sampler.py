@@ -179,8 +179,12 @@ class Sampler:
 
     def greedy_accuracy(self, problems: list[Problem], label: str = "dev") -> float:
         """Share of `problems` that are solved greedily."""
+        return self.solved(problems, label) / len(problems)
+
+    def solved(self, problems: list[Problem], label: str = "dev") -> int:
+        """How many of `problems` are solved greedily."""
         batches = self.samples(problems, n=1, temperature=0, seed=0, label=label)
-        return sum(s.reward == 1 for batch in batches for s in batch) / len(problems)
+        return sum(s.reward == 1 for batch in batches for s in batch)
 
 
 def samples_of(sampler: Sampler, chunk: tuple[list[Problem], str], **options: Any) -> list[Sample]:

@@ -5,22 +5,25 @@ from __future__ import annotations
 import gc
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from ..model.load import load_policy
+from ..model.load import causal_model, load_policy, shards
 from ..model.logprobs import with_reference
+from ..model.processes import divided, gathered, rank, sharded, through, world_size
+from ..model.prompts import encode_prompts
 from ..model.records import Pair
+from ..model.sampling import fitting_rows
 from ..model.training import kept_reference_logps
 from ..settings import Settings
-from ..tasks.base import Task
+from ..tasks.base import Problem, Task
 from . import parts
 from .recipes import Round
-from .sampler import opened
+from .sampler import Sampler, opened
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ class Training:
                 model,
                 [pair for pair in pairs if pair.problem not in held_out],
                 self.folder,
-                score=lambda policy: sampler.on(policy).greedy_accuracy(dev),
+                score=lambda policy: dev_score(policy, sampler, dev),
                 keep_reference=self.kept_scores,
                 **options,
             )
@@ -66,8 +69,9 @@ class Training:
             model, kept = self.start_model(), self.folder / "retrained"
             again = train(model, pairs, kept, stop_after=best, **options)
             facts["trained_tokens"] += again["trained_tokens"]
-        shutil.rmtree(self.folder / "kept", ignore_errors=True)
-        shutil.copytree(kept / "best", self.folder / "kept")
+        if rank() == 0:
+            shutil.rmtree(self.folder / "kept", ignore_errors=True)
+            shutil.copytree(kept / "best", self.folder / "kept")
         facts["retrained_with_dev"] = config.train.retrain_with_dev
         facts["trainable_parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
         return facts
@@ -90,18 +94,39 @@ class Training:
         }
 
     def start_model(self) -> PreTrainedModel:
-        return load_policy(self.config.model, self.start, trainable=True, seed=self.seed, threads=self.config.threads)
+        options = {"trainable": True, "seed": self.seed, "threads": self.config.threads}
+        return sharded(load_policy(self.config.model, self.start, **options))
 
     def scored_pairs(self) -> list[Pair]:
         """The pairs, with the log-probabilities of a reference that is not the model that training starts from."""
         if not self.loss.reference or self.choices.reference_is_start:
             return self.pairs
-        reference = load_policy(self.config.model, self.reference, threads=self.config.threads)
+        reference = sharded(load_policy(self.config.model, self.reference, threads=self.config.threads))
         kept = (self.folder / "reference.json", "reference")  # a training that was killed does not score them again
         logps = kept_reference_logps(reference, self.pairs, 2 * self.config.train.micro_batch, kept)
         del reference
         release_memory()
         return with_reference(self.pairs, logps)
+
+
+def dev_score(policy: PreTrainedModel, sampler: Sampler, problems: list[Problem]) -> float:
+    """Share of `problems` that are solved greedily; each process asks a part of them, unless the policy is sharded."""
+    if shards():
+        return through(policy, solved_together, sampler, problems) / len(problems)
+    count, sampler = world_size(), sampler.on(policy)
+    return sum(divided([problems[i::count] for i in range(count)], sampler.solved)) / len(problems)
+
+
+def solved_together(policy: PreTrainedModel, sampler: Sampler, problems: list[Problem]) -> int:
+    """How many of `problems` a sharded policy solves greedily, within its forward pass.
+
+    Its processes are to run it equally often: each asks all problems, with the rows that the least free memory holds.
+    """
+    model, sampling = causal_model(policy), sampler.config.sampling
+    longest = max(map(len, encode_prompts(sampler.task, sampler.tokenizer, problems).values()))
+    rows = min(gathered(fitting_rows(model, longest, sampling.max_new_tokens, 1)))
+    config = sampler.config.but(sampling=sampling.but(max_rows=min(rows, sampling.max_rows)))
+    return replace(sampler.on(model), config=config).solved(problems)
 
 
 def release_memory() -> None:

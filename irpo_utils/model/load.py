@@ -112,7 +112,20 @@ def load_shape(config: ModelConfig) -> Any:
 
 
 def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The GPU of this process (LOCAL_RANK says which, where a launcher started several); the CPU if there is none."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if "LOCAL_RANK" in os.environ else torch.device("cuda")
+
+
+def shards() -> bool:
+    """Whether a launcher's configuration says that the weights are divided over its processes (FSDP2)."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
+def placement() -> dict[str, torch.device]:
+    """Where a model's weights are put when it is loaded: on the device, unless they are yet to be divided."""
+    return {"": torch.device("cpu") if shards() else device()}
 
 
 def cpu_multiplies_bfloat16() -> bool:
@@ -143,7 +156,7 @@ def load_base(
         config,
         dtype=dtype,
         quantization_config=quantization,
-        device_map={"": device()},
+        device_map=placement(),
         use_safetensors=True,
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # which check_loaded refuses by name
@@ -255,7 +268,7 @@ def load_whole(
     model, loading = kind.from_pretrained(
         folder,
         dtype=DTYPES[config.dtype],
-        device_map={"": device()},
+        device_map=placement(),
         use_safetensors=True,
         trust_remote_code=config.trust_remote_code,
         output_loading_info=True,
@@ -319,9 +332,13 @@ def new_adapter(model: PreTrainedModel, config: ModelConfig, seed: int = 0) -> P
     return get_peft_model(model, lora)
 
 
-def save(model: PreTrainedModel, folder: Path) -> None:
-    """Write a policy or a reward model; the same model gives the same bytes."""
-    model.save_pretrained(folder)
+def save(model: PreTrainedModel, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
+    """Write a policy or a reward model; the same model gives the same bytes.
+
+    Args:
+        weights: those that are saved, for a model that holds a part of each.
+    """
+    model.save_pretrained(folder, state_dict=weights)
     path = folder / "adapter_config.json"
     if path.exists():
         facts = json.loads(path.read_text())

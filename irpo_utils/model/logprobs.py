@@ -17,14 +17,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from .load import causal_model, passes
+from .processes import divided, through
 from .records import Ids, Pair
 from .shape import sees_all
 from .shared_prompt import repeated, run_prefix
@@ -71,7 +74,8 @@ def response_states(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
 
     State number i of a row has read the prompt and the response's tokens before number i, which it predicts.
     """
-    if model.training and getattr(model, "is_gradient_checkpointing", False):  # no cache outlives a layer then
+    # No cache outlives a layer then. Nor where a model is sharded, which is also to run as often in every process.
+    if (model.training and getattr(model, "is_gradient_checkpointing", False)) or isinstance(model, FSDPModule):
         one_row_a_prompt = tree_is_cheaper(model, batch) and takes_trees(model)
         return tree_states(model, batch) if one_row_a_prompt else padded_states(model, batch)
     owner, fed = batch["owner"], batch["fed"]
@@ -271,17 +275,18 @@ def distinct_logps(
 ) -> dict[tuple[str, Ids], float]:
     """log p of every response, in nats: (problem, response) -> its prompt, as (problem, response) -> log p.
 
-    `max_rows` responses are run at a time.
+    `max_rows` responses are run at a time. Where several processes train, each runs a part of them.
     """
     # A problem's responses come together, so that they share its prompt; problems by length, so that padding is small.
     todo = sorted(prompts, key=lambda k: (len(prompts[k]), k[0], len(k[1]), k))
-    scores: dict[tuple[str, Ids], float] = {}
     model.eval()
-    for i in range(0, len(todo), max_rows):
-        part = todo[i : i + max_rows]
+
+    def score(part: list[tuple[str, Ids]]) -> list[float]:
         batch = to_device(collate([(prompts[key], key[1]) for key in part]), model)
-        scores.update(zip(part, response_logps(model, batch).tolist(), strict=True))
-    return scores
+        return through(model, response_logps, batch).tolist()
+
+    parts = [todo[i : i + max_rows] for i in range(0, len(todo), max_rows)]
+    return dict(zip(todo, chain.from_iterable(divided(parts, score)), strict=True))
 
 
 def with_reference(pairs: list[Pair], logps: list[tuple[float, float]]) -> list[Pair]:

@@ -12,6 +12,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainingArguments
 
 from ..settings import TrainConfig
+from . import processes
 
 OPTIMIZERS = {"adamw": "adamw_torch", "paged_adamw_8bit": "paged_adamw_8bit"}  # what transformers calls them
 
@@ -49,14 +50,19 @@ def sorted_in_batches(order: list[int], batch: int, key: Callable[[int], Any]) -
 def trainer_arguments(folder: Path, config: TrainConfig, steps: int, seed: int, **saving: Any) -> TrainingArguments:
     """How every model here is trained: `steps` batches in the order given, at a rate that warms up and falls to 0.
 
+    Several processes take a batch's micro-batches in turn.
+
     Args:
         folder: gets `checkpoints/`. saving: when checkpoints are written, as `TrainingArguments` takes it.
     """
+    count = processes.world_size()
+    micro_batch = config.own_micro_batch(count)
     arguments = TrainingArguments(
         output_dir=str(folder / "checkpoints"),
         max_steps=steps,
-        per_device_train_batch_size=config.micro_batch,
-        gradient_accumulation_steps=config.batch // config.micro_batch,
+        per_device_train_batch_size=micro_batch,
+        gradient_accumulation_steps=config.batch // (count * micro_batch),
+        ddp_find_unused_parameters=False,  # every adapter is used at every step
         learning_rate=config.lr,
         lr_scheduler_type="linear",
         warmup_steps=math.ceil(config.warmup * steps),
@@ -83,11 +89,13 @@ class Mark(TrainerCallback):
     """Marks a checkpoint as complete: a run killed while saving leaves one without the mark, which does not count."""
 
     def on_save(self, args, state, control, **kwargs):
-        (Path(args.output_dir) / f"checkpoint-{state.global_step}" / "complete").touch()
+        processes.wait()  # each writes a file into it
+        if processes.rank() == 0:
+            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / "complete").touch()
 
 
 def last_checkpoint(folder: Path) -> str | None:
-    """The newest whole checkpoint; half-written ones are removed."""
+    """The newest whole checkpoint; half-written ones are removed. For process 0 alone."""
     found = []
     for path in folder.glob("checkpoint-*"):
         if (path / "complete").exists():

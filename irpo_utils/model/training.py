@@ -18,13 +18,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, PrinterCallback, Trainer
 
 from ..files import write_json, write_jsonl
 from ..settings import TrainConfig
 from .load import save
-from .logprobs import check_head, pair_batch, reference_logps, response_logps, to_device, with_reference
+from .logprobs import check_head, pair_batch, reference_logps, response_logps, takes_trees, to_device, with_reference
 from .losses import PairLosses, Scores
+from .processes import check_same, from_first, gathered, rank, through, trained, world_size
 from .records import Pair
 from .schedule import Mark, last_checkpoint, sorted_in_batches, trainer_arguments, training_order
 
@@ -47,7 +49,7 @@ def batch_losses(
     Args:
         loss: a function of `losses.py`, or of that form. weights: its parameters by name.
     """
-    logps = response_logps(model, batch)
+    logps = through(model, response_logps, batch)
     chosen = logps[batch["chosen"]]
     rejected = torch.where(batch["rejected"] < 0, torch.zeros_like(chosen), logps[batch["rejected"]])
     reference = batch["reference"].to(logps.dtype).unbind(-1) if "reference" in batch else (None, None)
@@ -91,6 +93,11 @@ class PreferenceTrainer(Trainer):
         return batch_losses(self.model, to_device(pair_batch(pairs), self.model), self.loss, self.weights)[0].dpo
 
 
+def step_terms(own: list[dict[str, float]]) -> list[dict[str, float]]:
+    """The terms of all micro-batches of a step, in their order: processes take them in turn."""
+    return [terms for turn in zip(*gathered(own), strict=True) for terms in turn]
+
+
 class Recorder(Mark):
     """Writes every step's terms to disk, scores dev and the watched pairs, and keeps the policy that is best on dev."""
 
@@ -108,14 +115,15 @@ class Recorder(Mark):
         self.trainer: PreferenceTrainer | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
-        rewind(self.folder, state.global_step)
+        if rank() == 0:
+            rewind(self.folder, state.global_step)
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        step, terms = state.global_step, self.trainer.terms
+        step, terms = state.global_step, step_terms(self.trainer.terms)
         last = step in (self.stop_after, state.max_steps)
         control.should_training_stop |= last
         row = {"step": step, **{name: sum(t[name] for t in terms) / len(terms) for name in terms[0]}}
-        terms.clear()
+        self.trainer.terms.clear()
         if step % self.every == 0 or last:
             control.should_save = True
             torch.cuda.empty_cache()  # does nothing without CUDA; sampling needs what training's last step left
@@ -124,22 +132,26 @@ class Recorder(Mark):
                 row["dev_greedy"] = self.score(model)
             torch.cuda.empty_cache()
             model.train()
-            self._keep_best(model, step, row.get("dev_greedy", float(step)))
+            weights = trained(model)
+            if rank() == 0:
+                self._keep_best(model, weights, step, row.get("dev_greedy", float(step)))
+        if rank() > 0:
+            return
         with open(self.folder / "steps.jsonl", "a") as f:
             f.write(json.dumps(row) + "\n")
         if "dev_greedy" in row:
             self.show(f"step {step}/{state.max_steps}  loss {row['loss']:.3f}  dev {row['dev_greedy']:.1%}")
 
-    def _keep_best(self, model: PreTrainedModel, step: int, score: float) -> None:
+    def _keep_best(self, model: PreTrainedModel, weights: dict[str, Tensor], step: int, score: float) -> None:
         best = self.folder / "best"
         if best.exists() and json.loads((best / "best.json").read_text())["score"] >= score:
             return
-        if not all(torch.isfinite(p).all() for p in model.parameters() if p.requires_grad):
+        if not all(torch.isfinite(weight).all() for weight in weights.values()):
             lr = self.trainer.args.learning_rate
             raise FloatingPointError(f"the weights are not finite after step {step}; lower train.lr (it is {lr:g})")
         fresh = self.folder / "best.tmp"
         shutil.rmtree(fresh, ignore_errors=True)
-        save(model, fresh)
+        save(model, fresh, weights if isinstance(model, FSDPModule) else None)
         (fresh / "best.json").write_text(json.dumps({"step": step, "score": score}))
         shutil.rmtree(best, ignore_errors=True)
         fresh.rename(best)
@@ -223,12 +235,19 @@ def kept_reference_logps(
     file, named = keep
     about = [named, max_rows, [[p.problem, p.prompt_ids, p.chosen_ids, p.rejected_ids] for p in pairs]]
     key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # none, or damaged: scored anew
-        found = json.loads(file.read_text())
-        if found["key"] == key:
-            return [tuple(pair) for pair in found["logps"]]
+
+    def read() -> Logps | None:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # none, or damaged: scored anew
+            found = json.loads(file.read_text())
+            if found["key"] == key:
+                return [tuple(pair) for pair in found["logps"]]
+        return None
+
+    if (found := from_first(read)) is not None:
+        return found
     logps = reference_logps(model, pairs, max_rows)
-    write_json(file, {"key": key, "logps": logps})
+    if rank() == 0:
+        write_json(file, {"key": key, "logps": logps})
     return logps
 
 
@@ -272,6 +291,9 @@ def train(
 ) -> dict[str, Any]:
     """Train `model` on `pairs` in place and leave the best policy in `folder`/best; a killed run goes on where it was.
 
+    Several processes may do it together (`processes.join`): each calls this with the same arguments, takes its part of
+    every batch and of the pairs to score, and gets the same facts.
+
     Args:
         model: M_t (or M_0), trainable.
         folder: gets `steps.jsonl` (a line per step), `best/` and, while it runs, checkpoints.
@@ -294,7 +316,8 @@ def train(
 
     Raises:
         ValueError: the pairs should bring the reference's log-probabilities, and do not.
-        RuntimeError: `model` is not its reference, or did not sample the pairs (`check_start`, `check_sampled`).
+        RuntimeError: `model` is not its reference, or did not sample the pairs (`check_start`, `check_sampled`); or
+            processes have trained different weights (`check_same`).
         FloatingPointError: the loss or the weights are no longer finite.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -303,7 +326,9 @@ def train(
     if not any(p.rejected_ids for p in pairs):  # a response without a rejected one is half a pair
         config = config.but(batch=2 * config.batch, micro_batch=2 * config.micro_batch)
     batch, micro_batch = config.batch, config.micro_batch
-    check_head(model.eval())
+    through(model.eval(), check_head)
+    if isinstance(model, FSDPModule):
+        through(model, takes_trees)  # tried by all processes together, and not when one of them first needs it
     own_reference = has_reference and reference_is_start
     if has_reference and not reference_is_start and any(p.reference_chosen is None for p in pairs):
         raise ValueError(
@@ -324,7 +349,7 @@ def train(
     order = training_order([p.problem for p in pairs], config, seed)
     steps = len(order) // batch
     trained = sum(pair_tokens(pairs[i]) for i in order[: batch * (stop_after or steps)])
-    if micro_batch < batch:  # less padding, and more prompts that are shared
+    if config.own_micro_batch(world_size()) < batch:  # less padding, and more prompts that are shared
         order = sorted_in_batches(
             order, batch, lambda i: (len(pairs[i].prompt_ids), pairs[i].problem, len(pairs[i].chosen_ids))
         )
@@ -341,11 +366,12 @@ def train(
     start = None if terms is None else check_start(terms, tolerance)
     gap = check_sampled(pairs, start_logps, tolerance, exact) if sampled_by_start else None
     recorder.trainer = trainer
-    checkpoint = last_checkpoint(folder / "checkpoints")
+    checkpoint = from_first(lambda: last_checkpoint(folder / "checkpoints"))
     if checkpoint is None or int(checkpoint.rpartition("-")[2]) < min(steps, stop_after or steps):
         trainer.train(resume_from_checkpoint=checkpoint)
     recorder.trainer = None  # trainer and recorder hold each other, and with them the model and its optimizer
-    best = json.loads((folder / "best" / "best.json").read_text())
+    check_same(model)
+    best = from_first(lambda: json.loads((folder / "best" / "best.json").read_text()))
     return {
         "best_step": best["step"],
         "best_score": best["score"],

@@ -46,6 +46,11 @@ def weight_bytes(shape: Shape, config: ModelConfig) -> float:
     return shape.parameters * number_bytes(config)
 
 
+def base_bytes(shape: Shape, config: Settings) -> float:
+    """The base in each of the processes that train: all of it, or its part."""
+    return weight_bytes(shape, config.model) / (config.train.processes if config.train.shard else 1)
+
+
 def trained_bytes(shape: Shape, config: Settings) -> float:
     """What training keeps beside the base: the adapter (if there is one), gradients, the optimizer's moments."""
     full = config.model.tuning == "full"
@@ -79,14 +84,14 @@ def sampling_bytes(shape: Shape, config: Settings, prompt: int, free_bytes: floa
 def dev_score_bytes(shape: Shape, config: Settings, prompt: int) -> dict[str, float]:
     """Memory of a dev score, by part: greedy decoding beside all that training keeps."""
     rows = min(DEV_SCORE_ROWS, config.sampling.max_rows)
-    parts = {"weights": weight_bytes(shape, config.model), "trained": trained_bytes(shape, config)}
+    parts = {"weights": base_bytes(shape, config), "trained": trained_bytes(shape, config)}
     return parts | drawing_bytes(shape, config, prompt, rows, 1)
 
 
 def training_bytes(shape: Shape, config: Settings) -> dict[str, float]:
-    """Memory of training, by part, for the longest pairs that `pairs.max_tokens` lets through."""
-    width = number_bytes(config.model)
-    tokens = 2 * config.train.micro_batch * config.pairs.max_tokens  # chosen and rejected rows
+    """Memory of training, by part, for the longest pairs that `pairs.max_tokens` lets through; of each process."""
+    width, micro_batch = number_bytes(config.model), config.train.own_micro_batch(config.train.processes)
+    tokens = 2 * micro_batch * config.pairs.max_tokens  # chosen and rejected rows
     # What a block keeps for its backward pass: its input, norms, queries to output, and the three of the gated MLP;
     # with LoRA in float32 its inputs a second time.
     inside = (8 * shape.hidden + 4 * shape.intermediate) * width
@@ -96,7 +101,7 @@ def training_bytes(shape: Shape, config: Settings) -> dict[str, float]:
         blocks = shape.layers * shape.hidden * width + inside
     logits = min(tokens * shape.vocabulary, CHUNK)
     return {
-        "weights": weight_bytes(shape, config.model),
+        "weights": base_bytes(shape, config),
         "trained": trained_bytes(shape, config),
         "activations": tokens * blocks,
         "logits": logits * (width + 4 + 4 + 4),  # and a float32 copy, softmax and gradient
@@ -111,7 +116,8 @@ def hint(config: Settings, stage: str, parts: dict[str, float]) -> str:
         return f"set sampling.max_rows={max(1, rows // 2)} (it is {rows}), or lower sampling.max_new_tokens"
     if largest == "weights":
         if config.model.quantize == "none" and config.model.tuning == "lora":
-            return "set model.quantize=nf4, or take a smaller model"
+            divide = "" if stage == "sampling" else "or divide it over GPUs (train.processes=8 train.shard=true), "
+            return f"set model.quantize=nf4, {divide}or take a smaller model"
         return "take a smaller model" if config.model.tuning == "lora" else "set model.tuning=lora"
     if largest == "trained":
         if config.model.tuning == "lora":
@@ -119,7 +125,7 @@ def hint(config: Settings, stage: str, parts: dict[str, float]) -> str:
         return "set model.tuning=lora"
     if largest == "activations" and not config.train.gradient_checkpointing:
         return "set train.gradient_checkpointing=true"
-    pairs = config.train.micro_batch
+    pairs = config.train.own_micro_batch(config.train.processes)
     if pairs > 1:
         return f"set train.micro_batch={pairs // 2} (it is {pairs}; train.batch stays)"
     return f"lower pairs.max_tokens (it is {config.pairs.max_tokens})"

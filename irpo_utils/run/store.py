@@ -401,6 +401,11 @@ class Stage:
         self.path("").mkdir(exist_ok=True)
         return self
 
+    def joined(self) -> Self:
+        """The stage as a process sees it that works for the one that has begun it."""
+        self._key = json.loads((self.partial_folder() / "key.json").read_text())
+        return self
+
     def _is_shown(self, found: list[str]) -> bool:
         """Whether the stage is done, nothing being `found` that keeps it from that; says so."""
         if found:

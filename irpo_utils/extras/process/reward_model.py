@@ -202,6 +202,8 @@ def training_settings(config: Settings, count: int) -> TrainConfig:
     batch = min(config.process.batch, count)
     largest = min(batch, 2 * config.train.micro_batch)
     return config.train.but(
+        processes=1,
+        shard=False,
         lr=config.process.lr,
         batch=batch,
         micro_batch=next(size for size in range(largest, 0, -1) if batch % size == 0),

@@ -8,12 +8,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ...files import read_jsonl, write_json
+from ...files import load_object, read_jsonl, write_json
 from ...methods import parts
 from ...model.records import Pair
 from ...tasks import get_task
 from ...tasks.base import Task
 from ..store import Stage
+
+# Where `train.processes` says so; by name, so that it has no part in the key where there is one.
+SEVERAL = ("irpo_utils.run.launch:launched", "irpo_utils.run.rank:work")
 
 
 class TrainStage(Stage):
@@ -31,12 +34,13 @@ class TrainStage(Stage):
         return ("adapter", "steps.jsonl", "training.json")
 
     def parameters(self) -> dict[str, Any]:
-        weights = {"beta", "alpha", "odds_weight", "extrapolation"} - set(self.loss.parameters)
+        unused = {"beta", "alpha", "odds_weight", "extrapolation"} - set(self.loss.parameters)
+        unused |= set() if self.config.train.processes > 1 else {"processes", "shard"}
         chosen = {"loss": self.choices.loss, "start": self.choices.start, "reference": self.choices.reference}
         return (
             self.task_parameters(unused="train test")
             | self.section("model")
-            | self.section("train", without=weights)
+            | self.section("train", without=unused)
             | self.section("sampling", only=["max_new_tokens", "max_rows"])  # of dev scores
             | self.common_parameters()
             | chosen
@@ -51,16 +55,25 @@ class TrainStage(Stage):
         return parts.TRAINERS[self.config.train.engine]
 
     def uses(self) -> list[str]:
-        return [parts.TRAINING.where, self.engine.where, self.loss.where]
+        several = SEVERAL if self.config.train.processes > 1 else ()
+        return [parts.TRAINING.where, self.engine.where, self.loss.where, *several]
 
     def versions(self) -> dict[str, str | None]:
         return super().versions() | {name: version(name) for name in self.engine.packages}
 
     def make(self, show: Callable[[str], None] = print) -> None:
+        several = self.config.train.processes > 1
+        facts = load_object(SEVERAL[0])(self, show) if several else self.training().run(show)
+        write_json(self.path("training.json"), facts)
+        self.keep("steps.jsonl", self.partial / "steps.jsonl")
+        self.keep("adapter", self.partial / "kept")
+
+    def training(self) -> Any:
+        """The training to run, a `methods.trainer.Training`."""
         task = get_task(self.config.task)
         # What names the model that scores the pairs before the first step; the rate and the like have no part in it.
         named = self._key | {"parameters": self.section("model") | {"threads": self.config.threads}}
-        training = parts.TRAINING.load()(
+        return parts.TRAINING.load()(
             config=self.config,
             choices=self.choices,
             start=self.input("policy"),
@@ -73,10 +86,6 @@ class TrainStage(Stage):
             folder=self.partial,
             kept_scores=(self.folder / "reference.json", named),
         )
-        facts = training.run(show)
-        write_json(self.path("training.json"), facts)
-        self.keep("steps.jsonl", self.partial / "steps.jsonl")
-        self.keep("adapter", self.partial / "kept")
 
     def pairs(self, task: Task) -> list[Pair]:
         """What it trains on."""
