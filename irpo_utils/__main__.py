@@ -48,6 +48,7 @@ COMMANDS = {
     "export": "irpo_utils.report.publish:export",
     "extrapolate": "irpo_utils.report.publish:extrapolate",
     "--site": "irpo_utils.site.build:main",
+    "--gpu-check": "irpo_utils.extras.gpu_check:main",
 }
 
 
@@ -78,7 +79,6 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--estimate", action="store_true")
     made.add_argument("--yes", action="store_true")
     made.add_argument("--bench", nargs="?", const="quick", choices=("quick", "full"))
-    made.add_argument("--gpu-check", action="store_true")
     made.add_argument("--publish", metavar="RUN")
     made.add_argument("--method-seed", nargs=4, help=argparse.SUPPRESS)
     made.add_argument("words", nargs="*")
@@ -90,7 +90,6 @@ def command(arguments: list[str]) -> int:
         return load_object(COMMANDS[arguments[0]])(arguments[1:])
     options = parser().parse_intermixed_args(arguments)  # `--yes` may stand between parameters
     words, alone = options.words, options.help or options.list or options.bench or options.publish is not None
-    alone = alone or options.gpu_check
     if alone and (words or options.estimate):
         raise ConfigError(f"no option is used as {' '.join(arguments)!r}; see ./run_all.sh --help")
     if options.help:
@@ -100,8 +99,6 @@ def command(arguments: list[str]) -> int:
     elif options.bench:
         os.environ.update(TRANSFORMERS_VERBOSITY="error", TOKENIZERS_PARALLELISM="false", TQDM_DISABLE="1")
         return load_object("irpo_utils.extras.bench:main")(options.bench)
-    elif options.gpu_check:
-        return load_object("irpo_utils.extras.gpu_check:main")()
     elif options.publish is not None:
         load_object("irpo_utils.report.publish:publish")(run_folder(options.publish))
     elif options.method_seed:

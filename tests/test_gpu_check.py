@@ -97,7 +97,7 @@ def test_one_part_that_fails_does_not_stop_the_others(tmp_path, monkeypatch, cap
         return json.loads((tmp_path / "found.json").read_text())
 
     monkeypatch.setattr(gpu_check, "apart", here)
-    assert gpu_check.main() == 1
+    assert gpu_check.main([]) == 1
     said = capsys.readouterr().out
     assert said.index("[1/3] the first: about 25 s") < said.index("first: 3 s") < said.index("no kernel image")
     assert "  one: 1 x (floor 2)\n  none: not measured here (estimate 0.5)\n" in said

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from ..files import OUTPUTS, ROOT, load_object, relative, write_json, write_text
+from ..files import OUTPUTS, ROOT, ConfigError, load_object, relative, write_json, write_text
 from ..model.load import device, free_bytes, load_policy, load_tokenizer
 from ..model.losses import dpo_nll
 from ..model.prompts import encode_prompts, stop_ids
@@ -478,11 +478,13 @@ def versions() -> dict[str, str | None]:
     return found
 
 
-def main() -> int:
+def main(arguments: list[str]) -> int:
     """Run all parts, each apart; write what was found after each.
 
-    Returns 1 if one did not come to its end, or something is not as it must be.
+    Returns 1 if one did not come to its end, or something is not as it must be. Raises ConfigError.
     """
+    if arguments:
+        raise ConfigError(f"--gpu-check: takes nothing else, got {' '.join(arguments)}")
     cuda, started = torch.cuda.is_available(), time.monotonic()
     about = sum(part.seconds for part in PARTS.values())
     print("on a GPU" if cuda else "no GPU is here: tiny shapes on the CPU, which only tries the script", flush=True)

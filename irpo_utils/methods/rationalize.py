@@ -24,9 +24,7 @@ def rationalized(job: Job) -> tuple[list[Sample], dict[str, Any]]:
         n = job.config.sampling.n
         with job.sampler(problems=hinted) as sampler:
             options = {"n": n, "temperature": job.temperature, "seed": job.seed + 3}
-            drawn = sampler.in_chunks({"rationalizing": hinted}, job.folder / "rationalized", **options)[
-                "rationalizing"
-            ]
+            (drawn,) = sampler.in_chunks({"rationalizing": hinted}, job.folder / "rationalized", **options).values()
     right = [replace(s, logp=None, extra=True) for s in drawn if s.reward == 1]
     facts = {
         "failed_problems": len(failed),

@@ -11,7 +11,7 @@ import nbformat
 
 from ..files import OUTPUTS, ROOT, ConfigError, MissingArtefact, relative, replace, write_text
 from . import parameters
-from .chapters import BOOK, PAGES, Notebook, notebooks, toctrees
+from .chapters import PAGES, Notebook, notebooks, toctrees
 from .links import figures, in_prose, relinked
 from .prepare import prepared, unbroken
 
@@ -92,8 +92,3 @@ def note(notebook: Notebook, executed: Path) -> str:
         f"([the file](checkout:notebooks/{notebook.name}.ipynb)). "
         f"This page is its [executed copy](checkout:{relative(executed)}).\n:::\n"
     )
-
-
-def page_names() -> set[str]:
-    """Every page that the book may have."""
-    return {"index", *(p.name if isinstance(p, Notebook) else p for pages in BOOK.values() for p in pages)}
