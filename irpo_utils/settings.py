@@ -52,6 +52,10 @@ class Section(BaseModel):
         return {name: getattr(self, name) for name in type(self).model_fields}
 
 
+# Tasks that draw their problems, and the further test sets that each of them has.
+GENERATED: dict[str, tuple[str, ...]] = {"word_problems": (), "stories": ("long",)}
+
+
 class TaskConfig(Section):
     name: str = "word_problems"  # one of tasks.TASKS, or a class of your own: my_task.py:MyTask
     train: Names = ()  # files or hub data sets; none: the task's own
@@ -66,18 +70,22 @@ class TaskConfig(Section):
     execution: Literal["isolated", "i-accept-the-risk"] = Field(
         "isolated", description="the latter runs programs without isolation"
     )
-    guessable_share: Share = 0.8  # word_problems: share of problems that ask "odd or even?"
+    guessable_share: Share = 0.8  # word_problems, stories: share of problems that ask "odd or even?"
+
+    @property
+    def generated(self) -> bool:
+        return self.name in GENERATED
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
         if self.name == "jsonl" and not self.train:
             raise ValueError("task.train: the jsonl task needs a file, as in task.train=problems.jsonl")
-        if self.name == "word_problems" and (self.train or self.dev or self.test):
+        if self.generated and (self.train or self.dev or self.test):
             raise ValueError(
-                "task.train, task.dev, task.test: word problems are generated; set task.name=jsonl for a file"
+                f"task.train, task.dev, task.test: {self.name} are generated; set task.name=jsonl for a file"
             )
-        if self.name == "word_problems" and min(self.train_size, self.dev_size, self.test_size) < 1:
-            raise ValueError("task: train_size, dev_size and test_size at least 1, since word problems are drawn")
+        if self.generated and min(self.train_size, self.dev_size, self.test_size) < 1:
+            raise ValueError(f"task: train_size, dev_size and test_size at least 1, since {self.name} are drawn")
         return self
 
 
@@ -280,8 +288,12 @@ class Settings(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        if self.evaluation.test and self.task.name == "word_problems":
-            raise ValueError("evaluation.test: word problems are generated, not read; take a task that reads records")
+        if self.task.generated and (unknown := set(self.evaluation.test) - {*GENERATED[self.task.name]}):
+            own = ", ".join(GENERATED[self.task.name]) or "none"
+            raise ValueError(
+                f"evaluation.test: {min(unknown)} is no further test set of {self.task.name}, which are generated "
+                f"(there is: {own}); take a task that reads records"
+            )
         if 0 < self.task.train_size <= self.warm_start.problems:
             raise ValueError(
                 f"warm_start.problems: the warm start takes all {self.task.train_size} problems of task.train_size; lower it"

@@ -1,13 +1,15 @@
-"""Make the seed model M_0: a small Llama trained from scratch on the careless solver's solutions.
+"""Make the seed model M_0: a small Llama trained from scratch on the careless solver's solutions, and try it.
 
-`00_seed_model.ipynb` calls these functions; the result is shipped in `irpo_utils/assets/seed_model`.
+`00_seed_model.ipynb` calls these functions; the result is shipped in `irpo_utils/assets/stories`.
 """
 
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
@@ -15,7 +17,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 
 from ..model.logprobs import padded, token_logps
 from ..model.losses import nll_term
-from ..tasks.word_problems import MAX_VALUE, Story, careless_choice, draw_problems, prompt
+from ..model.sampling import sample
+from ..settings import TaskConfig
+from ..tasks.base import Problem
+from ..tasks.stories import MAX_VALUE, Stories, Story, careless_choice, draw_problems, make_problem, prompt
 
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>"]
 BATCH = 64  # solutions of an optimizer step
@@ -68,8 +73,7 @@ def train_seed_model(
     Plain next-token prediction on the response (length-normalised NLL per solution), prompts conditioned on.
     """
     rng = random.Random(seed)
-    readings = [(s, (careless,) * len(s.events)) for s in stories for careless in (False, True)]
-    texts = [prompt(story.question()) + story.solution(careless)[0] for story, careless in readings]
+    texts = [prompt(story.question()) + story.gold() for story in stories]  # both hands use the same words
     tokenizer = build_tokenizer([*texts, "Final answer: odd", "Final answer: even"])
     model = build_model(len(tokenizer), seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.01, betas=(0.9, 0.98))
@@ -102,3 +106,67 @@ def seed_stories(count: int, seed: int, guessable_share: float) -> list[Story]:
 def save_seed_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+class Solved(NamedTuple):
+    """A problem that the model was tried on."""
+
+    steps: list[tuple[str, str]]  # (kind, verdict) of every event in the greedy response
+    right: bool  # whether the greedy response's answer is
+    right_samples: int  # of the samples
+
+
+def solve(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    drawn: list[tuple[str, Story]],
+    samples: int,
+    temperature: float = 0.8,
+) -> list[Solved]:
+    """Try the model on problems, once greedily and with `samples` samples."""
+    task, problems = Stories(TaskConfig(name="stories")), [make_problem(name, story) for name, story in drawn]
+    prompts = {p.id: tokenizer(task.prompt(p)).input_ids for p in problems}
+    options = {"seed": 0, "eos_id": tokenizer.eos_token_id, "max_new_tokens": 96}
+
+    def responses(n: int, temperature: float) -> dict[str, list[str]]:
+        batches = sample(model, prompts, n=n, temperature=temperature, **options)
+        return {
+            name: [tokenizer.decode(c.token_ids[:-1]) for c in own] for batch in batches for name, own in batch.items()
+        }
+
+    def right(p: Problem, response: str) -> bool:
+        return task.extract(response, p) == p.answer
+
+    greedy, drawn_samples = responses(1, 0.0), responses(samples, temperature)
+    return [
+        Solved(
+            task.check_steps(p, greedy[p.id][0]),
+            right(p, greedy[p.id][0]),
+            sum(right(p, response) for response in drawn_samples[p.id]),
+        )
+        for p in problems
+    ]
+
+
+def summary(solved: list[Solved], samples: int) -> dict[str, float]:
+    """Shares of the problems; luck is a right answer behind a wrong step, as a share of the right answers."""
+    sound = [all(verdict == "right" for _, verdict in s.steps) for s in solved]
+    right = sum(s.right for s in solved)
+    return {
+        "every step right": sum(sound) / len(solved),
+        "answer right": right / len(solved),
+        "luck among the right": sum(s.right and not ok for s, ok in zip(solved, sound, strict=True)) / max(1, right),
+        "one sample right": sum(s.right_samples for s in solved) / samples / len(solved),
+        "one of the samples right": sum(s.right_samples > 0 for s in solved) / len(solved),
+    }
+
+
+def by_kind(solved: list[Solved]) -> dict[str, dict[str, float]]:
+    """Of every kind of event, the shares of the greedy responses' verdicts."""
+    counts: dict[str, Counter[str]] = {}
+    for kind, verdict in (step for s in solved for step in s.steps):
+        counts.setdefault(kind, Counter())[verdict] += 1
+    return {
+        kind: {verdict: own[verdict] / own.total() for verdict in ("right", "careless", "other", "missing")}
+        for kind, own in sorted(counts.items())
+    }

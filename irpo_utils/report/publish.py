@@ -100,7 +100,7 @@ def publish(run: Path) -> None:
     kept = [p for pattern in TABLES for p in sorted(run.glob(pattern))]
     kept += sorted({p for pattern in notebooks for p in run.glob(f"{pattern}.ipynb")})
     kept += [p for name in FACTS for p in sorted(run.rglob(f"{name}.json"))]
-    if config and config.task.name != "word_problems":
+    if config and not config.task.generated:
         kept = [p for p in kept if p.suffix != ".ipynb" or p.stem in WITHOUT_PROBLEMS]
     if not any(p.suffix == ".csv" for p in kept):
         raise MissingArtefact(f"{relative(run)} holds nothing to publish; run it first")

@@ -37,7 +37,7 @@ AUDITED = ("none_right", "all_right", "unparsed", "duplicates", "over_long", "pa
 def columns(config: Config) -> list[str]:
     """The columns of metrics.csv; maj and pass are at the largest k that the samples allow, 32 at most."""
     k = max(k for k in KS if k <= config.evaluation.samples)
-    loose = [] if config.task.name == "word_problems" else ["greedy_flexible"]
+    loose = [] if config.task.generated else ["greedy_flexible"]
     return [*KEYS, *MEASURES, *loose, f"maj{k}", f"pass{k}"]
 
 

@@ -15,7 +15,6 @@ from pathlib import Path
 
 from ..files import (
     NOTEBOOKS,
-    PACKAGE,
     ConfigError,
     MissingArtefact,
     load_object,
@@ -26,6 +25,7 @@ from ..files import (
     write_text,
 )
 from ..methods.parts import COMMANDS, SAMPLERS, WORKERS
+from ..model.packaged import EMBEDDED
 from ..tasks import check_task, get_task
 from ..tasks.base import Problem, Task
 from ..tasks.records import further_tests
@@ -101,7 +101,7 @@ def check_inputs(config: Config, jobs: int = 1) -> list[str]:
     if check := SAMPLERS[config.sampling.engine].check:
         load_object(check)(config, jobs)
     check_simulator(config)
-    if config.task.name == "word_problems" and config.model.path == "seed":
+    if (config.task.name, config.model.path) in (("word_problems", "seed"), ("stories", "stories")):
         return []
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
@@ -112,8 +112,8 @@ def check_inputs(config: Config, jobs: int = 1) -> list[str]:
         further = further_tests(task, config.evaluation)
         lines += [f"{len(p)} further test problems from {source}" for source, p in further.items()]
         lines = [f"{config.task.name}: {', '.join(lines)}", *task.notes, *check_gold(config, problems)]
-        if config.model.path == "seed":
-            check_words(task, problems["train"])
+        if config.model.path in EMBEDDED:
+            check_words(task, problems["train"], EMBEDDED[config.model.path])
             return lines
         # torch takes seconds to import, and the embedded model fits anywhere.
         return lines + load_object("irpo_utils.run.estimate:check_model")(config, task, problems | further, jobs)
@@ -121,11 +121,11 @@ def check_inputs(config: Config, jobs: int = 1) -> list[str]:
         raise ConfigError(str(error)) from None
 
 
-def check_words(task: Task, problems: list[Problem]) -> None:
+def check_words(task: Task, problems: list[Problem], model: Path) -> None:
     """Raise a ValueError for problems in words that the embedded model, whose vocabulary is small, has never seen."""
     from tokenizers import Tokenizer  # with what it draws in, longer to import than all of the above
 
-    tokenizer = Tokenizer.from_file(str(PACKAGE / "assets" / "seed_model" / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
     unknown, ids = tokenizer.token_to_id("<unk>"), []
     words: dict[str, None] = {}
     for problem in problems[:200]:
@@ -139,7 +139,8 @@ def check_words(task: Task, problems: list[Problem]) -> None:
     if share > 0.2:
         raise ValueError(
             f"model.path: the embedded model does not know {share:.0%} of the words of these prompts "
-            f"({', '.join(list(words)[:5])}, ...); it reads word_problems alone. Name a model, as in model.path=/models/my-llm"
+            f"({', '.join(list(words)[:5])}, ...); "
+            "`seed` reads word_problems alone, `stories` stories. Name a model, as in model.path=/models/my-llm"
         )
 
 

@@ -231,7 +231,7 @@ class Stage:
         Where dev or test is held out of training, its size decides which problems are trained on.
         """
         task = self.config.task
-        own_splits = task.name == "word_problems" and not self.config.train.retrain_with_dev
+        own_splits = task.generated and not self.config.train.retrain_with_dev
         held_out = [] if own_splits else ["dev"]
         if not task.test and (task.name == "jsonl" or source_of(task.name)):
             held_out.append("test")
@@ -517,7 +517,8 @@ def load_line(config: ModelConfig, folder: Path) -> str:
     if config.tuning == "full":
         return f'AutoModelForCausalLM.from_pretrained("{policy}")'
     here = packaged.folder(config.path)
-    base = f'"{relative(here) if here else config.path}"' + f', dtype="{config.dtype}"' * (config.path != "seed")
+    base = f'"{relative(here) if here else config.path}"'
+    base += f', dtype="{config.dtype}"' * (config.path not in packaged.EMBEDDED)
     if config.trust_remote_code:
         base += ", trust_remote_code=True"
     if config.quantize == "nf4":  # the adapter was trained on these weights, not on the ones that they are made from

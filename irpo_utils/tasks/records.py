@@ -95,9 +95,8 @@ def further_tests(task: Task, config: EvaluationConfig) -> dict[str, list[Proble
     seen = {alike(p.question) for split in ("train", "dev") for p in task.problems(split)} if config.test else set()
     found = {}
     for source in config.test:
-        other = type(task)(task.config.but(test=(source,), test_size=0))
         try:
-            problems = other._read("test") if isinstance(other, RecordTask) else other.problems("test")
+            problems = _further_problems(task, source)
         except BadRecord as error:
             raise BadRecord(str(error).replace("task.test", "evaluation.test")) from None
         fresh = [replace(p, id=f"{Path(source).stem}/{p.id}") for p in problems if alike(p.question) not in seen]
@@ -110,6 +109,13 @@ def further_tests(task: Task, config: EvaluationConfig) -> dict[str, list[Proble
             )
         found[source] = fresh[: config.test_size or None]
     return found
+
+
+def _further_problems(task: Task, source: str) -> list[Problem]:
+    if task.config.generated:
+        return task.problems(source)
+    other = type(task)(task.config.but(test=(source,), test_size=0))
+    return other._read("test") if isinstance(other, RecordTask) else other.problems("test")
 
 
 class RecordTask(Task):

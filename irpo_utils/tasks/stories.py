@@ -206,46 +206,65 @@ def last_number(line: str) -> int | None:
 
 
 class Check(NamedTuple):
-    """What is right in a solution."""
+    """What is right in a solution, or in the rest of one."""
 
-    lines: list[bool]  # of each line that is not empty: whether it is right given those before it
-    events: list[str]  # of each event: "right", "careless" (its twin), "other" (anything else), "missing"
-    extra: bool  # lines that no event is left for
+    lines: tuple[bool, ...]  # of each line that is not empty: whether it is right given those before it
+    events: tuple[str, ...]  # of each event: "right", "careless" (its twin), "other" (anything else), "missing"
+    extra: bool = False  # lines that no event is left for
+
+    def errors(self) -> int:
+        return self.lines.count(False) + len(self.events) - self.events.count("right") + 4 * self.extra
 
 
 def check(story: Story, response: str) -> Check:
-    """Hold a solution, in either hand, against the story, line by line, each on the number that came into it."""
-    events, x, at, bought, over, extra = story.events, story.start, 0, None, False, False
-    right, verdicts = [], ["missing"] * len(story.events)
-    for line in filter(str.strip, response.split("\n")):
-        left = events[at:]
-        if line.startswith("Final answer:") and not over:
-            over = True  # an event that changes nothing needs no line
-            verdicts[at:] = [{"apart": "right", "joins": "careless"}.get(e.kind, "missing") for e in left]
-            right.append(
-                set(verdicts[at:]) <= {"right"} and x is not None and line == f"Final answer: {story.answer(x)}"
-            )
-        elif over or x is None or not left:
-            extra |= over or not left
-            right.append(False)
-        elif bought is not None:
-            right.append(line == f"{x} + {bought} = {x + bought}")
-            verdicts[at] = verdicts[at] if right[-1] else "other"
-            x, at, bought = last_number(line), at + 1, None
-        else:
-            fitting = (m for m in (*single_lines(left, x), *joined_lines(left, x)) if m.text == line)
-            move = min(fitting, key=lambda m: sum(m.careless), default=None)
-            right.append(move is not None and not any(move.careless))
-            if move is None:
-                verdicts[at] = "other"
-                two = "box" in left[0].kind and not line.startswith(f"{x} ")
-                x, bought, at = (x, last_number(line), at) if two else (last_number(line), None, at + 1)
-                continue
-            for i, careless in enumerate(move.careless):
-                verdicts[at + i] = "careless" if careless else "right"
-            x, bought = move.x, move.bought
-            at += len(move.careless) if bought is None else 0
-    return Check(right, verdicts, extra)
+    """Hold a solution, in either hand, against the story, line by line, each on the number that came into it.
+
+    Where a line can be read in two ways (Ben's 5 counted in, or left out and somebody's 5 added), that reading is taken
+    which leaves the fewest errors in the whole.
+    """
+    lines = [line for line in response.split("\n") if line.strip()]
+
+    def rest(line: int, at: int, x: int | None, bought: int | None = None) -> Check:
+        """From this line and event on, where there are `x`, and `bought` come to them in the event's second line."""
+        left, todo = story.events[at:], lines[line:]
+        if not todo:
+            return Check((), ("missing",) * len(left))
+        if todo[0].startswith("Final answer:"):  # an event that changes nothing needs no line
+            verdicts = tuple({"apart": "right", "joins": "careless"}.get(e.kind, "missing") for e in left)
+            right = set(verdicts) <= {"right"} and x is not None and todo[0] == f"Final answer: {story.answer(x)}"
+            return Check((right, *[False] * (len(todo) - 1)), verdicts, len(todo) > 1)
+        if x is None:
+            return Check((False,) * len(todo), ("missing",) * len(left))
+        if not left:
+            return after((False,), (), rest(line + 1, at, x))._replace(extra=True)
+        return min(goings_on(line, at, x, bought), key=Check.errors)
+
+    def goings_on(line: int, at: int, x: int, bought: int | None) -> Iterator[Check]:
+        text, left = lines[line], story.events[at:]
+        result, found = last_number(text), False
+        if bought is not None:
+            right = text == f"{x} + {bought} = {x + bought}"
+            yield after((right,), ("right" if right else "other",), rest(line + 1, at + 1, result))
+            return
+        for move in (*single_lines(left, x), *joined_lines(left, x)):
+            if move.text == text:
+                found, verdicts = True, tuple("careless" if c else "right" for c in move.careless)
+                if move.bought is None:
+                    yield after((not any(move.careless),), verdicts, rest(line + 1, at + len(verdicts), move.x))
+                else:  # the event's verdict is that of both lines
+                    below = rest(line + 1, at, x, move.bought)
+                    own = verdicts[0] if below.events[0] == "right" else below.events[0]
+                    yield after((not move.careless[0],), (own,), below._replace(events=below.events[1:]))
+        if not found:
+            second = "box" in left[0].kind and not text.startswith(f"{x} ") and result is not None
+            below = rest(line + 1, at, x, result) if second else rest(line + 1, at + 1, result)
+            yield after((False,), ("other",), below._replace(events=below.events[second:]))
+
+    return rest(0, 0, story.start)
+
+
+def after(lines: tuple[bool, ...], events: tuple[str, ...], rest: Check) -> Check:
+    return rest._replace(lines=lines + rest.lines, events=events + rest.events)
 
 
 @cache
@@ -360,7 +379,7 @@ class Stories(Task):
 
     def check_lines(self, problem: Problem, response: str) -> list[bool]:
         """Whether each line that is not empty is right *given the lines before it*, [lines]; the final answer is one."""
-        return check(story_of(problem), response).lines
+        return list(check(story_of(problem), response).lines)
 
 
 def prompt(question: str) -> str:
