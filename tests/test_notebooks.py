@@ -157,6 +157,15 @@ def cells_of(path: Path) -> list[tuple[str, set[str], str]]:
     return [(c["cell_type"], {*c["metadata"].get("tags", [])}, "".join(c["source"])) for c in cells]
 
 
+def test_every_exercise_has_a_solution():
+    for path in NOTEBOOKS.glob("*.ipynb"):
+        for kind, _, text in cells_of(path):
+            if kind == "markdown" and "## Exercises" in text:
+                asked, _, solved = text.partition("## Exercises")[2].partition("<details><summary>Solutions</summary>")
+                numbers = [re.findall(r"^(\d)\. ", part, re.MULTILINE) for part in (asked, solved)]
+                assert numbers[0] and numbers[0] == numbers[1] and "\n</details>" in solved, path.name
+
+
 def test_the_cell_of_a_solution_makes_nothing_and_is_in_no_key(tmp_path):
     """It stands behind stage.finish(), and an edit of it makes no stage run again."""
     for name in STAGES:
