@@ -14,7 +14,9 @@ from conftest import ROOT
 from small_models import build
 
 from irpo_utils.files import NOTEBOOKS
+from irpo_utils.run.code import notebook_hash
 from irpo_utils.run.notebooks import run_notebook
+from irpo_utils.run.stages import STAGES
 
 UPSTREAM = ROOT / "tests" / "upstream"
 
@@ -147,6 +149,36 @@ def test_notebooks_name_others_that_there_are():
     for path in NOTEBOOKS.glob("*.ipynb"):
         text = "".join("".join(cell["source"]) for cell in json.loads(path.read_text())["cells"])
         assert set(re.findall(r"\b\d\db?_[a-z_]+", text)) <= names, path.name
+
+
+def cells_of(path: Path) -> list[tuple[str, set[str], str]]:
+    """Kind, tags and text of a notebook's cells."""
+    cells = json.loads(path.read_text())["cells"]
+    return [(c["cell_type"], {*c["metadata"].get("tags", [])}, "".join(c["source"])) for c in cells]
+
+
+def test_every_exercise_has_a_solution():
+    for path in NOTEBOOKS.glob("*.ipynb"):
+        for kind, _, text in cells_of(path):
+            if kind == "markdown" and "## Exercises" in text:
+                asked, _, solved = text.partition("## Exercises")[2].partition("<details><summary>Solutions</summary>")
+                numbers = [re.findall(r"^(\d)\. ", part, re.MULTILINE) for part in (asked, solved)]
+                assert numbers[0] and numbers[0] == numbers[1] and "\n</details>" in solved, path.name
+
+
+def test_the_cell_of_a_solution_makes_nothing_and_is_in_no_key(tmp_path):
+    """It stands behind stage.finish(), and an edit of it makes no stage run again."""
+    for name in STAGES:
+        path = NOTEBOOKS / f"{name}.ipynb"
+        code = [(tags, text) for kind, tags, text in cells_of(path) if kind == "code"]
+        (finished,) = [i for i, (_, text) in enumerate(code) if "stage.finish(" in text]
+        hidden = [i for i, (tags, _) in enumerate(code) if "hide-cell" in tags]
+        assert hidden == [*range(finished + 1, len(code))], name
+        notebook = json.loads(path.read_text())
+        notebook["cells"] = [c for c in notebook["cells"] if "hide-cell" not in c["metadata"].get("tags", [])]
+        without = tmp_path / path.name
+        without.write_text(json.dumps(notebook))
+        assert notebook_hash(without) == notebook_hash(path), name
 
 
 def test_quickstart(executed):

@@ -43,6 +43,22 @@ def test_the_book_has_every_page_and_every_notebook_once():
     assert {path.stem for path in chapters.PAGES.glob("*.md")} == texts | {"index"}
 
 
+def headings(notebook):
+    """The anchors of a notebook's headings, as MyST makes them of three levels."""
+    cells = json.loads(notebook.read_text())["cells"]
+    text = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
+    found = re.findall(r"^#{1,3} (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-") for heading in found}
+
+
+def test_a_link_to_a_heading_of_a_notebook_finds_it_there_and_in_its_executed_copy():
+    executed = {notebook.name: notebook.executed() for notebook in chapters.notebooks()}
+    for path in chapters.PAGES.glob("*.md"):
+        for name, section in re.findall(r"\]\(notebooks/(\w+)\.ipynb#([\w-]+)\)", path.read_text()):
+            for notebook in filter(None, (ROOT / f"notebooks/{name}.ipynb", executed[name])):
+                assert section in headings(notebook), (path.name, name, section)
+
+
 def test_the_contents_hold_what_is_present_and_no_empty_part():
     contents = chapters.toctrees({"results", "01_sample", "02_pairs"})
     assert re.findall(r":caption: (.*)", contents) == ["Begin", "The stages, as executed"]

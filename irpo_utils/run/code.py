@@ -106,7 +106,11 @@ def module_hash(name: str) -> str:
 
 @cache
 def notebook_hash(path: Path) -> str:
-    """Hash of a notebook's code cells. The parameters cell is replaced by the run's own, which are in the key already."""
+    """Hash of a notebook's code cells, but for two kinds.
+
+    The parameters cell is replaced by the run's own, which are in the key already. A cell tagged "hide-cell" is the
+    solution of an exercise: it stands behind `stage.finish()` and makes nothing.
+    """
     cells = [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
-    source = "\n".join("".join(c["source"]) for c in cells if "parameters" not in c.get("metadata", {}).get("tags", []))
-    return hashlib.sha256(meaning(source).encode()).hexdigest()
+    made = [c for c in cells if not {"parameters", "hide-cell"} & {*c.get("metadata", {}).get("tags", [])}]
+    return hashlib.sha256(meaning("\n".join("".join(c["source"]) for c in made)).encode()).hexdigest()

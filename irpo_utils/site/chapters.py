@@ -37,7 +37,7 @@ BOOK: dict[str, tuple[str | Notebook, ...]] = {
         Notebook("04_evaluate", "methods/irpo/seed_0/iteration_1"),
         Notebook("05_report", "methods"),
     ),
-    "The loss": (Notebook("10_loss_from_scratch"), Notebook("11_why_the_nll"), Notebook("30_tune")),
+    "The loss": (Notebook("10_loss_from_scratch"), Notebook("11_why_the_nll"), Notebook("30_tune"), "questions"),
     "What the numbers say": (Notebook("13_ablations"), Notebook("21_claims"), Notebook("22_read_a_run")),
     "The family of methods": ("family", Notebook("06_methods", "methods")),
     "Feedback on steps": ("process", Notebook("07_process_feedback")),
