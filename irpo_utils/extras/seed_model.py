@@ -1,6 +1,7 @@
 """Make the seed model M_0: a small Llama trained from scratch on the careless solver's solutions, and try it.
 
-`00_seed_model.ipynb` calls these functions; the result is shipped in `irpo_utils/assets/stories`.
+`00_seed_model.ipynb` and `00_stories_model.ipynb` call these functions; the results are shipped in `irpo_utils/assets`.
+A *world* is the module of a task that draws its problems and has a careless solver: `word_problems` or `stories`.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ import random
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
@@ -18,9 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 from ..model.logprobs import padded, token_logps
 from ..model.losses import nll_term
 from ..model.sampling import sample
-from ..settings import TaskConfig
-from ..tasks.base import Problem
-from ..tasks.stories import MAX_VALUE, Stories, Story, careless_choice, draw_problems, make_problem, prompt
+from ..tasks.base import Problem, Task
 
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>"]
 BATCH = 64  # solutions of an optimizer step
@@ -29,11 +29,11 @@ LR = 3e-3
 TOKEN = r" ?[^\s]+|\n"
 
 
-def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+def build_tokenizer(texts: list[str], max_value: int) -> PreTrainedTokenizerFast:
     """A word-level tokenizer with whole numbers as tokens; its words are those of `texts` and every value."""
     split = pre_tokenizers.Split(Regex(TOKEN), behavior="isolated")
     words = {piece for text in texts for piece, _ in split.pre_tokenize_str(text)}
-    words |= {f" {value}" for value in range(MAX_VALUE + 1)}
+    words |= {f" {value}" for value in range(max_value + 1)}
     vocabulary = {word: i for i, word in enumerate([*SPECIAL, *sorted(words)])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = split
@@ -63,26 +63,28 @@ def build_model(vocabulary: int, seed: int = 0) -> LlamaForCausalLM:
 
 
 def train_seed_model(
-    stories: list[Story],
+    world: ModuleType,
+    stories: list[Any],
     steps: int,
     seed: int = 0,
     log: Callable[[int, float], None] = lambda step, loss: None,
 ) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
-    """Teach a fresh model the careless solver's solutions, a new reading of the story each time it comes up.
+    """Teach a fresh model the solutions of a world's careless solver, a new reading of the story each time it comes up.
 
     Plain next-token prediction on the response (length-normalised NLL per solution), prompts conditioned on.
     """
     rng = random.Random(seed)
-    texts = [prompt(story.question()) + story.gold() for story in stories]  # both hands use the same words
-    tokenizer = build_tokenizer([*texts, "Final answer: odd", "Final answer: even"])
+    # A careless solution has no other words than a right one.
+    texts = [world.prompt(story.question()) + world.make_problem("", story).solution for story in stories]
+    tokenizer = build_tokenizer([*texts, "Final answer: odd", "Final answer: even"], world.MAX_VALUE)
     model = build_model(len(tokenizer), seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.01, betas=(0.9, 0.98))
     schedule = get_cosine_schedule_with_warmup(optimizer, steps // 20, steps)
-    prompts = [tokenizer(prompt(s.question())).input_ids for s in stories]
+    prompts = [tokenizer(world.prompt(s.question())).input_ids for s in stories]
     for step in range(steps):
         rows = []
         for i in rng.sample(range(len(stories)), BATCH):
-            response, _ = stories[i].solution(careless_choice(stories[i], rng))
+            response, _ = stories[i].solution(world.careless_choice(stories[i], rng))
             ids = [*tokenizer(response, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
             rows.append((prompts[i], ids))
         ids, _ = padded([p + r for p, r in rows])
@@ -98,9 +100,9 @@ def train_seed_model(
     return model.eval(), tokenizer
 
 
-def seed_stories(count: int, seed: int, guessable_share: float) -> list[Story]:
+def seed_stories(world: ModuleType, count: int, seed: int, guessable_share: float) -> list[Any]:
     """Stories of the "seed" part of the hash space, which shares none with train, dev or test."""
-    return [story for _, story in draw_problems("seed", count, seed, guessable_share)]
+    return [story for _, story in world.draw_problems("seed", count, seed, guessable_share)]
 
 
 def save_seed_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
@@ -119,31 +121,27 @@ class Solved(NamedTuple):
 def solve(
     model: LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
-    drawn: list[tuple[str, Story]],
+    task: Task,
+    problems: list[Problem],
     samples: int,
     temperature: float = 0.8,
 ) -> list[Solved]:
-    """Try the model on problems, once greedily and with `samples` samples."""
-    task, problems = Stories(TaskConfig(name="stories")), [make_problem(name, story) for name, story in drawn]
+    """Try the model on problems of a task that knows the truth of steps: greedily, and with samples of each."""
     prompts = {p.id: tokenizer(task.prompt(p)).input_ids for p in problems}
     options = {"seed": 0, "eos_id": tokenizer.eos_token_id, "max_new_tokens": 96}
 
     def responses(n: int, temperature: float) -> dict[str, list[str]]:
         batches = sample(model, prompts, n=n, temperature=temperature, **options)
         return {
-            name: [tokenizer.decode(c.token_ids[:-1]) for c in own] for batch in batches for name, own in batch.items()
+            name: [tokenizer.decode(c.token_ids[:-1]) for c in own] for found in batches for name, own in found.items()
         }
 
     def right(p: Problem, response: str) -> bool:
         return task.extract(response, p) == p.answer
 
-    greedy, drawn_samples = responses(1, 0.0), responses(samples, temperature)
+    greedy, drawn = responses(1, 0.0), responses(samples, temperature)
     return [
-        Solved(
-            task.check_steps(p, greedy[p.id][0]),
-            right(p, greedy[p.id][0]),
-            sum(right(p, response) for response in drawn_samples[p.id]),
-        )
+        Solved(task.check_steps(p, greedy[p.id][0]), right(p, greedy[p.id][0]), sum(right(p, r) for r in drawn[p.id]))
         for p in problems
     ]
 

@@ -50,10 +50,10 @@ LAST = ("fewer", "above")  # these end a story, whose question is about the othe
 TWIN = {kind: twin for pair in (*PAIRS, LAST) for kind, twin in (pair, pair[::-1])}
 # Tenths of the hash space that each split's problems come from. "seed" is what M_0 is pre-trained on.
 BUCKETS = {"train": range(0, 4), "seed": range(4, 8), "dev": range(8, 9), "test": range(9, 10), "long": range(9, 10)}
-LENGTHS = {"long": (5, 6)}  # events of a story; of the other splits:
+LENGTHS = {"seed": (2, 3, 4, 5, 6), "long": (5, 6)}  # events of a story; of the splits that a method sees:
 USUAL_LENGTHS = (2, 3, 4)
 # The log-odds of a misreading: their mean, and the standard deviation of what each part of the context adds.
-MEAN_LOGIT = -1.4
+MEAN_LOGIT = -1.7
 LOGIT_SPREAD = {"kind": 0.3, "wording": 1.0, "numbers": 0.8, "place": 0.8}
 RATES = (0.02, 0.9)  # no context is read without error, and none always wrongly
 MARK = re.compile(r"Final answer:[ \t]*(.*)", re.IGNORECASE)
@@ -338,7 +338,7 @@ def draw_story(rng: random.Random, lengths: tuple[int, ...], guessable_share: fl
 def draw_problems(split: str, count: int, seed: int, guessable_share: float) -> list[tuple[str, Story]]:
     """`count` different stories of a split. The splits are disjoint because each owns a part of the hash space.
 
-    Those of "long" have more events than all others.
+    Those of "long" have more events than those of train, dev and test.
     """
     rng, found = random.Random(f"{seed}/{split}"), {}
     while len(found) < count:
