@@ -38,6 +38,10 @@ def why_the_nll(folder: Path) -> dict:
     return {"run": str(folder), "lr": 5e-3, "watched": 16}
 
 
+def broken_runs(folder: Path) -> dict:
+    return {"problems": 40, "held_out": 8, "samples": 16, "steps": 4, "lr": 2e-3}
+
+
 def memorising(folder: Path) -> dict:
     lines = (UPSTREAM / "arc.jsonl").read_text().splitlines()
     (folder / "train.jsonl").write_text("\n".join(lines[:16]))
@@ -70,6 +74,7 @@ SMALL = {
     "test_the_process_notebook_writes_its_tables": ("07_process_feedback", process_feedback),
     "test_the_loss_by_hand_is_that_of_the_code": ("10_loss_from_scratch", lambda folder: {"alpha": 0.7, "beta": 0.3}),
     "test_the_nll_notebook_watches_three_losses": ("11_why_the_nll", why_the_nll),
+    "test_the_broken_runs_are_refused_or_seen": ("22_read_a_run", broken_runs),
     "test_the_memorising_notebook_makes_a_model": ("23_memorising", memorising),
     "test_the_real_model_notebook_reads_solutions": ("20_real_model", real_model),
     "test_the_tuning_notebook_ranks_its_points": ("30_tune", tune),
@@ -216,6 +221,14 @@ def test_the_nll_notebook_watches_three_losses(executed):
     assert [(r["loss"], r["step"]) for r in rows] == [
         (x, s) for x in ("dpo", "dpo+nll", "nll") for s in ("0", "3", "6")
     ]
+
+
+def test_the_broken_runs_are_refused_or_seen(executed):
+    _, printed = executed  # the notebook asserts what holds of so small runs
+    assert "RuntimeError: the DPO term before the first step is " in printed
+    assert "RuntimeError: the sampler saw other log-probabilities" in printed
+    assert "ValueError: no pair can be made of 40 samples" in printed
+    assert "ConfigError: task.name: leaky: two problems have the id" in printed
 
 
 def test_the_memorising_notebook_makes_a_model(executed):
