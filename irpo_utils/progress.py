@@ -145,15 +145,24 @@ def share(counts: list[dict[str, Any]]) -> float:
 
 def described(counts: list[dict[str, Any]]) -> str:
     """Counts as one line: "45 %  training: 27/60 steps, 1.2 steps/s, about 28 s left"."""
-    now, whole, count = time.time(), counts[0], [count for count in counts if count["label"]][-1]
-    if not count["note"] and count["done"] > count["first"]:
-        pace = (now - count["started"]) / (count["done"] - count["first"])
-        count["note"] = f"{1 / pace:.1f} {count['unit']}/s" if 0 < pace <= 1 else f"{pace:.0f} s each"
-    words = [f"{count['label']}: {count['done']:,.0f}/{count['total']:,.0f} {count['unit']}", count["note"]]
+    now, whole, (*outer, count) = time.time(), counts[0], [count for count in counts if count["label"]]
+    outer = [around for around in outer if around["unit"] != "parts"]  # a part says itself which one it is
+    words = [f"{c['label']}: {c['done']:,.0f}/{c['total']:,.0f} {c['unit']}" for c in (*outer, count)]
+    words.append(count["note"] or pace(count, now))
     done, first = share(counts), whole["first"] / (whole["total"] or 1)
     if done - first > 0.001:
         words.append(f"about {duration((now - whole['started']) * (1 - done) / (done - first))} left")
     return f"{100 * done:3.0f} %  {', '.join(word for word in words if word)}"
+
+
+def pace(count: dict[str, Any], now: float) -> str:
+    """How fast it goes, in its own units; "" before the first."""
+    if count["done"] <= count["first"]:
+        return ""
+    each = (now - count["started"]) / (count["done"] - count["first"])
+    if 0 < each <= 1:
+        return f"{1 / each:.1f} {count['unit']}/s"
+    return f"{each:.1f} s each" if each < 10 else f"{each:.0f} s each"
 
 
 def duration(seconds: float) -> str:

@@ -54,7 +54,19 @@ def test_what_was_done_before_says_nothing_of_the_pace():
     count = {"label": "training", "total": 60, "unit": "steps", "worth": 1, "note": "", "started": now - 40}
     assert described([count | {"done": 40, "first": 40}]) == " 67 %  training: 40/60 steps"
     slow = described([count | {"done": 50, "first": 40}])
-    assert slow == " 83 %  training: 50/60 steps, 4 s each, about 40 s left"
+    assert slow == " 83 %  training: 50/60 steps, 4.0 s each, about 40 s left"
+    dev = {
+        "label": "dev",
+        "total": 9,
+        "unit": "problems",
+        "worth": 1,
+        "note": "",
+        "started": now,
+        "done": 0,
+        "first": 0,
+    }
+    inside = described([count | {"done": 40, "first": 40}, dev])
+    assert inside == " 67 %  training: 40/60 steps, dev: 0/9 problems"
     assert [duration(s) for s in (8, 99, 600, 30_000)] == ["8 s", "99 s", "10 min", "8.3 h"]
 
 
@@ -93,6 +105,7 @@ def test_a_log_has_plain_lines_and_the_executed_copy_none(monkeypatch):
     """Started from an open notebook, too, whose name the kernels of the driver must not inherit."""
     monkeypatch.setattr(watch, "FIRST", 0.2)
     monkeypatch.setattr(watch, "AGAIN", 0.2)
+    monkeypatch.setattr(watch, "DRAWN", 0.1)
     monkeypatch.setenv("JPY_SESSION_NAME", "/somebody/open.ipynb")
     remove_run(RUN)
     try:

@@ -15,7 +15,7 @@ from .. import progress
 from ..progress import bar, described, duration
 from .store import COUNTS, Stage
 
-FIRST, AGAIN = 5.0, 30.0  # seconds to the first line in a log, and between two
+FIRST, AGAIN = 5.0, 30.0  # seconds to the first line in a log, and between two; one more when the time left is known
 DRAWN = 0.5  # seconds between two lines that are drawn over one another
 Text = Callable[[float, bool], str]  # (when the wait began, as time.time has it; whether with a bar) -> a line
 
@@ -52,17 +52,17 @@ def watched(text: Text) -> Iterator[None]:
 
 
 def show(text: Text, end: threading.Event, stream: TextIO) -> None:
-    since, terminal = time.time(), is_terminal(stream)
-    wait = DRAWN if terminal else FIRST
+    since, terminal, started = time.time(), is_terminal(stream), time.monotonic()
+    due, known = started + FIRST, False
     with suppress(OSError, ValueError):  # a terminal or a pipe that is gone
-        while not end.wait(wait):
-            line = text(since, terminal)
+        while not end.wait(DRAWN):
+            line, now = text(since, terminal), time.monotonic()
             if terminal:
                 width = os.get_terminal_size(stream.fileno()).columns or 80
                 stream.write(f"\r{line[: width - 1]}\x1b[K")
-            else:
+            elif now >= due or (now >= started + FIRST and not known and line.endswith(" left")):
                 stream.write(f"{line}\n")
-                wait = AGAIN
+                due, known = now + AGAIN, known or line.endswith(" left")
             stream.flush()
 
 
