@@ -103,16 +103,16 @@ def test_one_line_for_several_stages_that_live(tmp_path):
 
 def test_a_log_has_plain_lines_and_the_executed_copy_none(monkeypatch):
     """Started from an open notebook, too, whose name the kernels of the driver must not inherit."""
-    monkeypatch.setattr(watch, "FIRST", 0.2)
-    monkeypatch.setattr(watch, "AGAIN", 0.2)
-    monkeypatch.setattr(watch, "DRAWN", 0.1)
+    for name in ("FIRST", "AGAIN", "DRAWN"):
+        monkeypatch.setattr(watch, name, 0.05)
     monkeypatch.setenv("JPY_SESSION_NAME", "/somebody/open.ipynb")
     remove_run(RUN)
     try:
-        done = drive("micro", f"run={RUN}", "iterations=1")
+        done = drive("micro", f"run={RUN}", "iterations=1", "task.train_size=300")
         assert done.returncode == 0, done.stderr
         lines = [line for line in done.stderr.splitlines() if line.startswith("irpo, seed 0, ")]
-        assert any(re.search(r"iteration 1, 01_sample: +\d+ %  sampling M_0, .*: \d+/\d+ problems", x) for x in lines)
+        counted = r"iteration 1, \d\d_\w+: +\d+ %  [^:]+: \d+/\d+ (parts|problems|batches|steps)"
+        assert any(re.search(counted, line) for line in lines), done.stderr
         assert any("iteration 0, 04_evaluate: at work for" in x for x in lines)
         assert not CONTROL.search(done.stderr)
         copies = list((OUTPUTS / RUN).rglob("*.ipynb"))
@@ -138,11 +138,17 @@ def terminal_of(*arguments: str):
 @pytest.mark.parametrize("jobs", ["jobs=1", "jobs=2"])
 def test_a_terminal_shows_progress_within_ten_seconds(jobs):
     remove_run(RUN)
-    process, screen = terminal_of("micro", f"run={RUN}", "iterations=1", "methods=irpo,sft_gold", jobs)
+    process, screen = terminal_of(
+        "micro", f"run={RUN}", "iterations=1", "methods=irpo,sft_gold", "task.train_size=300", jobs
+    )
     stop = threading.Timer(240, process.kill)
     stop.start()
     shown, begun, first = b"", None, None
-    wanted = r"\r█*░* +\d+ %  [^\n]*\d+/\d+ (problems|steps)" if jobs == "jobs=1" else r"\r[^\n]*, \d\d_\w+ \d+ %"
+    wanted = (
+        r"\r█*░* +\d+ %  [^\n]*\d+/\d+ (parts|problems|batches|steps)"
+        if jobs == "jobs=1"
+        else r"\r[^\n]*, \d\d_\w+ \d+ %"
+    )
     try:
         with closing(screen):
             while not re.search(wanted, shown.decode(errors="ignore")):
