@@ -66,6 +66,10 @@ def speed(folder: Path) -> dict:
     return {"bench_file": str(folder / "bench.json"), "together": [1], "profiled": profiled}
 
 
+def scale(folder: Path) -> dict:
+    return {"problems": 300, "counts": [1, 8], "measured": 2, "unseen": 1, "sizes": [1, 8], "repeats": 2}
+
+
 # Test -> the notebook that it looks at, and its parameters.
 SMALL = {
     "test_quickstart": ("quickstart", quickstart),
@@ -79,6 +83,7 @@ SMALL = {
     "test_the_real_model_notebook_reads_solutions": ("20_real_model", real_model),
     "test_the_tuning_notebook_ranks_its_points": ("30_tune", tune),
     "test_the_speed_notebook_counts_what_was_measured": ("31_speed", speed),
+    "test_the_scale_notebook_simulates_from_what_it_measured": ("32_scale", scale),
 }
 ON_THE_MICRO_RUN = ("11_why_the_nll", "20_real_model", "30_tune")
 
@@ -255,6 +260,12 @@ def test_the_real_model_notebook_reads_solutions(executed):
 def test_the_speed_notebook_counts_what_was_measured(executed):
     _, printed = executed
     assert "1 threads" in printed and "s of operations in all" in printed
+
+
+def test_the_scale_notebook_simulates_from_what_it_measured(executed):
+    _, printed = executed
+    assert "3 chunks of 136 problems, the last of 28: 8 batches of 17" in printed
+    assert re.search(r"1 chunks: simulated [\d.]+ s; drawn in [\d.]+ CPU seconds", printed)
 
 
 def test_every_notebook_is_executed_by_a_test(micro_run):
