@@ -2,6 +2,7 @@
 
 files      the project's root, files that are whole or not there, hashes, locks, errors
 metrics    accuracy with intervals, pass@k, maj@k, AUC, best of N
+progress   what is done, of how much, for the person who waits
 settings   every parameter, with its range and default
 answers    text -> answer -> the same?
 tasks      problems, prompts, what a right answer is; grading
@@ -21,5 +22,5 @@ import warnings
 
 # Libraries' notices that a reader of a notebook can do nothing about.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # optional CPU kernels that are not installed
-warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm asks for widgets; we show no bars
+warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm asks for widgets; our bars are plain text
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # peft calls transformers so

@@ -38,6 +38,10 @@ def why_the_nll(folder: Path) -> dict:
     return {"run": str(folder), "lr": 5e-3, "watched": 16}
 
 
+def broken_runs(folder: Path) -> dict:
+    return {"problems": 40, "held_out": 8, "samples": 16, "steps": 4, "lr": 2e-3}
+
+
 def memorising(folder: Path) -> dict:
     lines = (UPSTREAM / "arc.jsonl").read_text().splitlines()
     (folder / "train.jsonl").write_text("\n".join(lines[:16]))
@@ -62,6 +66,10 @@ def speed(folder: Path) -> dict:
     return {"bench_file": str(folder / "bench.json"), "together": [1], "profiled": profiled}
 
 
+def scale(folder: Path) -> dict:
+    return {"problems": 300, "counts": [1, 8], "measured": 2, "unseen": 1, "sizes": [1, 8], "repeats": 2}
+
+
 # Test -> the notebook that it looks at, and its parameters.
 SMALL = {
     "test_quickstart": ("quickstart", quickstart),
@@ -70,10 +78,12 @@ SMALL = {
     "test_the_process_notebook_writes_its_tables": ("07_process_feedback", process_feedback),
     "test_the_loss_by_hand_is_that_of_the_code": ("10_loss_from_scratch", lambda folder: {"alpha": 0.7, "beta": 0.3}),
     "test_the_nll_notebook_watches_three_losses": ("11_why_the_nll", why_the_nll),
+    "test_the_broken_runs_are_refused_or_seen": ("22_read_a_run", broken_runs),
     "test_the_memorising_notebook_makes_a_model": ("23_memorising", memorising),
     "test_the_real_model_notebook_reads_solutions": ("20_real_model", real_model),
     "test_the_tuning_notebook_ranks_its_points": ("30_tune", tune),
     "test_the_speed_notebook_counts_what_was_measured": ("31_speed", speed),
+    "test_the_scale_notebook_simulates_from_what_it_measured": ("32_scale", scale),
 }
 ON_THE_MICRO_RUN = ("11_why_the_nll", "20_real_model", "30_tune")
 
@@ -218,6 +228,14 @@ def test_the_nll_notebook_watches_three_losses(executed):
     ]
 
 
+def test_the_broken_runs_are_refused_or_seen(executed):
+    _, printed = executed  # the notebook asserts what holds of so small runs
+    assert "RuntimeError: the DPO term before the first step is " in printed
+    assert "RuntimeError: the sampler saw other log-probabilities" in printed
+    assert "ValueError: no pair can be made of 40 samples" in printed
+    assert "ConfigError: task.name: leaky: two problems have the id" in printed
+
+
 def test_the_memorising_notebook_makes_a_model(executed):
     folder, printed = executed
     assert {"model.safetensors", "tokenizer.json", "config.json"} <= {p.name for p in (folder / "model").iterdir()}
@@ -242,6 +260,12 @@ def test_the_real_model_notebook_reads_solutions(executed):
 def test_the_speed_notebook_counts_what_was_measured(executed):
     _, printed = executed
     assert "1 threads" in printed and "s of operations in all" in printed
+
+
+def test_the_scale_notebook_simulates_from_what_it_measured(executed):
+    _, printed = executed
+    assert "3 chunks of 136 problems, the last of 28: 8 batches of 17" in printed
+    assert re.search(r"1 chunks: simulated [\d.]+ s; drawn in [\d.]+ CPU seconds", printed)
 
 
 def test_every_notebook_is_executed_by_a_test(micro_run):

@@ -3,14 +3,21 @@
 import json
 import subprocess
 import sys
+from itertools import combinations
 
+import matplotlib.pyplot as plt
 import nbformat
+import numpy as np
 import pandas as pd
 import pytest
 from bs4 import BeautifulSoup
+from matplotlib.colors import to_rgb
+from matplotlib.text import Text
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from irpo_utils import files
+from irpo_utils.extras.process import figures as process_figures
+from irpo_utils.methods.recipes import catalogue
 from irpo_utils.report import comparison, displays, figures, tables
 from irpo_utils.run.card import outcome
 from irpo_utils.run.config import dump, read_config
@@ -69,10 +76,10 @@ def metrics(run, config):
     return tables.metrics_table("x", rows, config)
 
 
-def test_a_method_of_the_users_has_its_label_and_a_colour_of_its_own(config, metrics):
-    assert figures.color_of("irpo", config.catalogue) == figures.BLUE
-    colors = [figures.color_of(name, config.catalogue) for name in config.catalogue]
-    assert len(set(colors)) == len(colors) and list(config.catalogue)[-1] == "mine"
+def test_a_method_of_the_users_has_its_label_and_a_look_of_its_own(config, metrics):
+    looks = [figures.look_of(name, config.catalogue) for name in config.catalogue]
+    assert looks[0]["color"] == figures.BLUE and list(config.catalogue)[-1] == "mine"
+    assert len({(look["color"], look["marker"]) for look in looks}) == len(looks)
     rows = tables.summary_table(metrics, config).to_dict("records")
     assert [(r["method"], r["iteration"], r["greedy"]) for r in rows] == [
         ("M_0", 0, "25.0"),
@@ -84,6 +91,59 @@ def test_a_method_of_the_users_has_its_label_and_a_colour_of_its_own(config, met
         "IRPO (DPO + NLL)",
         "From M_0, held against M_t",
     ]
+
+
+# Linear RGB as seen without red cones and without green ones: Machado et al. 2009, severity 1.
+EYES = {
+    "all": np.eye(3),
+    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+}
+XYZ = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])  # of linear sRGB
+
+
+def cielab(color, eye):
+    rgb = np.array(to_rgb(color))
+    seen = np.array(eye) @ np.where(rgb > 0.04045, ((rgb + 0.055) / 1.055) ** 2.4, rgb / 12.92)
+    x, y, z = np.cbrt(XYZ @ seen.clip(0, 1) / XYZ.sum(1))  # the straight part near black is left out
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+def difference(one, other):
+    """Delta E of 1976 between two colours, for the eye that tells them apart worst. A just visible one is about 2."""
+    return min(np.linalg.norm(cielab(one, eye) - cielab(other, eye)) for eye in EYES.values())
+
+
+def test_methods_are_told_apart_by_every_eye():
+    looks = {name: figures.look_of(name, catalogue()) for name in catalogue()}
+    for (one, a), (other, b) in combinations(looks.items(), 2):
+        alike = a["marker"] == b["marker"] or a["linestyle"] == b["linestyle"]
+        assert not alike or difference(a["color"], b["color"]) >= 15, (one, other)
+    for one, other in combinations(("irpo", "dpo", "sft_chosen", "sft_gold"), 2):
+        assert difference(looks[one]["color"], looks[other]["color"]) >= 30, (one, other)
+    ours = (process_figures.RIGHT, process_figures.WRONG, process_figures.GREEN, process_figures.PURPLE)
+    assert set(ours) <= set(figures.COLORS)
+
+
+def test_figures_can_be_read_on_a_phone(config, metrics):
+    every = pd.concat([metrics[metrics.method == "irpo"].assign(method=name) for name in catalogue()])
+    steps = [{"step": 1, "loss": 1.0, "nll": 0.3, "margin": 0.1, "dev_greedy": 0.5}]
+    steps[0] |= {"watched_chosen_logp": -1.0, "watched_rejected_logp": -2.0}
+    row = {"method": "irpo", "seed": 0, "iteration": 0, "test": {"errors": {"half": {"wrong": 0.5}}}}
+    costs = comparison.by_seed(every, every.assign(samples=1, drawn=1, trained=1))
+    for fig in (
+        figures.accuracy_curves(every, catalogue()),
+        figures.accuracy_against_compute(costs, lambda results: results.iteration, catalogue()),
+        figures.logp_curves(dict.fromkeys(catalogue(), steps), catalogue()),
+        figures.loss_curves(steps, 1),
+        figures.pass_curves({"M_0": [1, 2], "M_1": [2, 4]}, 4),
+        figures.error_heatmap([row], ["irpo"]),
+    ):
+        fig.canvas.draw()
+        texts = [text for text in fig.findobj(Text) if text.get_visible() and text.get_text()]
+        width = fig.get_tightbbox().width
+        assert min(text.get_fontsize() for text in texts) / 72 * 390 / width >= 8  # pixels high, 390 wide
+        plt.close(fig)
 
 
 def test_a_further_test_set_has_a_column_behind_the_others(metrics, config):

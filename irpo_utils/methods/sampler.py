@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,6 +15,7 @@ from ..model.load import load_policy, load_tokenizer
 from ..model.prompts import encode_prompts, encode_response, ending_tokens, stop_ids
 from ..model.records import Prompt, Record, Sample
 from ..model.sampling import Completion, sample
+from ..progress import counting
 from ..settings import Settings
 from ..tasks.base import Problem, Task
 from ..tasks.grading import grade
@@ -26,23 +25,6 @@ Work = Callable[["Sampler", Any], list[Record]]  # what is done with one chunk
 # (work, path -> chunk) -> the path and the records of every chunk, as they are done
 Spread = Callable[[Work, dict[Path, Any]], Iterator[tuple[Path, list[Record]]]]
 CHUNK = 8  # batches of samples that a killed stage loses at most, for each process that draws
-
-
-class Progress:
-    """One line every ten seconds on standard error: done, tokens per second, time left. No bars, which garble logs."""
-
-    def __init__(self, label: str):
-        self.label, self.started = label, time.monotonic()
-        self.printed = self.started
-
-    def __call__(self, done: int, total: int, rate: float) -> None:
-        now = time.monotonic()
-        if now - self.printed > 10:
-            self.printed, left = now, (now - self.started) * (total - done) / max(1, done)
-            print(
-                f"{self.label}: {done}/{total} problems, {rate:,.0f} tokens/s, {left:.0f} s left",
-                file=sys.stderr,
-            )
 
 
 @dataclass(frozen=True)
@@ -89,21 +71,22 @@ class Sampler:
         With `greedy_too` a problem's samples come after one that is greedy, whose number is -1.
         """
         by_id, sampling = {p.id: p for p in problems}, self.config.sampling
-        drawn = self.draw(
-            encode_prompts(self.task, self.tokenizer, problems),
-            n=n,
-            temperature=temperature,
-            seed=seed,
-            eos_id=self.stops,
-            max_new_tokens=sampling.max_new_tokens,
-            max_rows=sampling.max_rows if n > 1 else min(256, sampling.max_rows),
-            greedy_too=greedy_too,
-            progress=Progress(label),
-        )
-        for batch in drawn:
-            yield self.graded(
-                [(by_id[name], i - greedy_too, c) for name, own in batch.items() for i, c in enumerate(own)]
+        with counting(label, len(problems), "problems") as count:
+            drawn = self.draw(
+                encode_prompts(self.task, self.tokenizer, problems),
+                n=n,
+                temperature=temperature,
+                seed=seed,
+                eos_id=self.stops,
+                max_new_tokens=sampling.max_new_tokens,
+                max_rows=sampling.max_rows if n > 1 else min(256, sampling.max_rows),
+                greedy_too=greedy_too,
+                progress=count.problems,
             )
+            for batch in drawn:
+                yield self.graded(
+                    [(by_id[name], i - greedy_too, c) for name, own in batch.items() for i, c in enumerate(own)]
+                )
 
     def in_chunks(self, groups: dict[str, list[Problem]], folder: Path, **options: Any) -> dict[str, list[Sample]]:
         """`samples` of groups of problems, with its `options`, a chunk of problems at a time as `fill` does them.
@@ -138,16 +121,12 @@ class Sampler:
         processes `work` and its chunk go there, so both must pickle.
         """
         missing = {path: chunk for path, chunk in chunks.items() if not path.exists()}
-        spread, together = self.spread or partial(in_turn, self), self.config.sampling.workers if self.spread else 1
-        made, started = {}, 0.0
-        for number, (path, records) in enumerate(spread(work, missing), 1):
-            Record.write(path, records)
-            made[path] = records
-            if number == 1:  # in which the model was loaded
-                started = time.monotonic()
-            elif number == 1 + together and number < len(missing):  # what a chunk takes says what the rest will take
-                left = (time.monotonic() - started) / together * (len(missing) - number)
-                print(f"{label}: {len(missing) - number} more parts, about {left:.0f} s left", file=sys.stderr)
+        spread, made = self.spread or partial(in_turn, self), {}
+        with counting(label, len(chunks), "parts", done=len(chunks) - len(missing)) as count:
+            for path, records in spread(work, missing):
+                Record.write(path, records)
+                made[path] = records
+                count()
         return made
 
     def graded(self, drawn: list[tuple[Problem, int, Completion]]) -> list[Sample]:

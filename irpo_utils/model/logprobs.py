@@ -26,8 +26,9 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from ..progress import counting
 from .load import causal_model, passes
-from .processes import divided, through
+from .processes import divided, through, world_size
 from .records import Ids, Pair
 from .shape import sees_all
 from .shared_prompt import repeated, run_prefix
@@ -281,12 +282,16 @@ def distinct_logps(
     todo = sorted(prompts, key=lambda k: (len(prompts[k]), k[0], len(k[1]), k))
     model.eval()
 
-    def score(part: list[tuple[str, Ids]]) -> list[float]:
-        batch = to_device(collate([(prompts[key], key[1]) for key in part]), model)
-        return through(model, response_logps, batch).tolist()
-
     parts = [todo[i : i + max_rows] for i in range(0, len(todo), max_rows)]
-    return dict(zip(todo, chain.from_iterable(divided(parts, score)), strict=True))
+    with counting("log-probabilities", -(-len(parts) // world_size()), "batches") as count:
+
+        def score(part: list[tuple[str, Ids]]) -> list[float]:
+            batch = to_device(collate([(prompts[key], key[1]) for key in part]), model)
+            logps = through(model, response_logps, batch).tolist()
+            count()
+            return logps
+
+        return dict(zip(todo, chain.from_iterable(divided(parts, score)), strict=True))
 
 
 def with_reference(pairs: list[Pair], logps: list[tuple[float, float]]) -> list[Pair]:

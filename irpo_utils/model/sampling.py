@@ -30,6 +30,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from ..progress import counting
 from .load import causal_model, free_bytes
 from .shape import cache_numbers
 from .shared_prompt import SampleCache, numbered, pad_after, repeated, run_prefix, shared_attention, shares_prompts
@@ -165,8 +166,12 @@ def sample_batch(
     row_of_sample = np.repeat(prompt_of_row, sample_counts)  # of those
     noise, forced = np.concatenate(noise), None if forced is None else np.concatenate(forced)
     tokens_out, logps_out = np.full(noise.shape, -1), np.zeros(len(noise))
-    with shared_attention(model) if shared else nullcontext():
+    with (
+        shared_attention(model) if shared else nullcontext(),
+        counting("", max_new_tokens, worth=len(prompts)) as count,
+    ):
         for step in range(max_new_tokens):
+            count(step)
             tokens, logps = pick(logits, temperature, row_of_sample, noise[sample_index, step])
             if forced is not None:
                 fixed = forced[sample_index, step] >= 0

@@ -22,6 +22,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, PrinterCallback, Trainer
 
 from ..files import write_json, write_jsonl
+from ..progress import counting
 from ..settings import TrainConfig
 from .load import save
 from .logprobs import check_head, pair_batch, reference_logps, response_logps, takes_trees, to_device, with_reference
@@ -113,6 +114,7 @@ class Recorder(Mark):
         self.folder, self.every, self.score, self.watch = folder, every, score, watch
         self.show, self.stop_after = show, stop_after
         self.trainer: PreferenceTrainer | None = None
+        self.count: Callable[[int], None] = lambda step: None  # says how far it is
 
     def on_train_begin(self, args, state, control, **kwargs):
         if rank() == 0:
@@ -120,6 +122,7 @@ class Recorder(Mark):
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         step, terms = state.global_step, step_terms(self.trainer.terms)
+        self.count(step)
         last = step in (self.stop_after, state.max_steps)
         control.should_training_stop |= last
         row = {"step": step, **{name: sum(t[name] for t in terms) / len(terms) for name in terms[0]}}
@@ -368,7 +371,9 @@ def train(
     recorder.trainer = trainer
     checkpoint = from_first(lambda: last_checkpoint(folder / "checkpoints"))
     if checkpoint is None or int(checkpoint.rpartition("-")[2]) < min(steps, stop_after or steps):
-        trainer.train(resume_from_checkpoint=checkpoint)
+        done = int(checkpoint.rpartition("-")[2]) if checkpoint else 0
+        with counting("training", stop_after or steps, "steps", done) as recorder.count:
+            trainer.train(resume_from_checkpoint=checkpoint)
     recorder.trainer = None  # trainer and recorder hold each other, and with them the model and its optimizer
     check_same(model)
     best = from_first(lambda: json.loads((folder / "best" / "best.json").read_text()))

@@ -1,13 +1,14 @@
 """The figures. Each takes plain records, so that they render wherever the small artefacts are.
 
-A figure of several methods takes the run's catalogue, `config.catalogue`: a method has the colour of its place there.
+A figure of several methods takes the run's catalogue, `config.catalogue`: a method has the look of its place there, the
+same in every figure. The colours are those of Okabe and Ito (2008), which differ for people who see no red or no green,
+but for their yellow, which is too faint on white. No figure is wider than `WIDE`, so that a phone shows it legibly.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from importlib.metadata import version
-from itertools import cycle
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
@@ -28,19 +29,25 @@ Steps = list[dict[str, float]]
 Record = dict[str, Any]
 Catalogue = dict[str, "Method"]
 
-BLUE, RED, GREEN, PURPLE = "#1b6ca8", "#c44e52", "#55a868", "#8172b3"
-# A colour for each method of recipes.yaml, in its order, and some more for methods of your own.
-PALETTE = (
-    BLUE, RED, GREEN, PURPLE, "#2ca02c", "#17becf", "#bcbd22", "#e377c2", "#7f7f7f", "#8c564b", "#ff9f40", "#d62728",
-    "#4c9be8", "#000000", "#006d2c", "#54278f", "#b15928", "#fb9a99",
+COLORS = BLUE, RED, GREEN, BLACK, ORANGE, SKY, PURPLE = (
+    "#0072B2", "#D55E00", "#009E73", "#000000", "#E69F00", "#56B4E9", "#CC79A7",
 )  # fmt: skip
+LINES = (("o", "-"), ("s", "--"), ("^", ":"), ("D", "-."))  # marker and style: the next where the colours are used up
+plt.rcParams["axes.prop_cycle"] = plt.cycler(color=COLORS)  # of what a notebook draws itself
 
-BESIDE = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}  # a legend at the right of its axes
+WIDE = 5.6  # inches
+BELOW = {"loc": "outside lower center", "frameon": False, "fontsize": 9}  # a legend under the axes of a figure
 
 
-def color_of(method: str, catalogue: Catalogue) -> str:
-    """The colour of a method, by its place in the catalogue."""
-    return PALETTE[list(catalogue).index(method) % len(PALETTE)]
+def look(number: int) -> dict[str, str]:
+    """Colour, marker and line style of the n-th line of a figure, from 0; no two are the same."""
+    marker, style = LINES[number // len(COLORS) % len(LINES)]
+    return {"color": COLORS[number % len(COLORS)], "marker": marker, "linestyle": style}
+
+
+def look_of(method: str, catalogue: Catalogue) -> dict[str, str]:
+    """The look of a method, by its place in the catalogue, and its label."""
+    return look(list(catalogue).index(method)) | {"label": catalogue[method].label}
 
 
 def versions(torch: bool = True) -> str:
@@ -68,7 +75,7 @@ def described(fig: Figure) -> str:
 
 def correct_counts(counts: list[int], n: int, title: str) -> Figure:
     """Histogram of how many of a problem's n samples are right."""
-    fig, ax = plt.subplots(figsize=(7, 3), layout="constrained")
+    fig, ax = plt.subplots(figsize=(WIDE, 3), layout="constrained")
     heights = [counts.count(i) for i in range(n + 1)]
     ax.bar(range(n + 1), heights, color=[RED, *[BLUE] * (n - 1), "#999999"])
     ax.set(xlabel=f"right samples of {n}", ylabel="problems", title=f"{title}: red and grey give no pair")
@@ -77,19 +84,19 @@ def correct_counts(counts: list[int], n: int, title: str) -> Figure:
 
 def loss_curves(steps: Steps, best_step: int) -> Figure:
     """Loss terms, margin and dev accuracy against steps; the kept step is marked."""
-    fig, axes = plt.subplots(1, 3, figsize=(11, 3), layout="constrained")
+    fig, axes = plt.subplots(3, 1, figsize=(WIDE, 6.5), layout="constrained", sharex=True)
     x = [s["step"] for s in steps]
-    for name, color in (("loss", "black"), ("dpo", BLUE), ("odds", PURPLE), ("nll", GREEN)):
+    for name, color in (("loss", BLACK), ("dpo", BLUE), ("odds", PURPLE), ("nll", GREEN)):
         if name in steps[0]:  # a loss has not every term
             axes[0].plot(x, [s[name] for s in steps], label=name, color=color)
-    axes[0].set(xlabel="step", ylabel="nats", title="loss and its terms")
+    axes[0].set(ylabel="nats", title="loss and its terms")
     axes[0].legend(frameon=False)
     if "margin" in steps[0]:
         axes[1].plot(x, [s["margin"] for s in steps], color=BLUE)
-        axes[1].set(xlabel="step", title="margin (chosen minus rejected reward)")
+        axes[1].set(title="margin (chosen minus rejected reward)")
     else:  # the NLL compares nothing
         axes[1].plot(x, [s["chosen_logp"] for s in steps], color=BLUE)
-        axes[1].set(xlabel="step", title="log-probability of the chosen (nats)")
+        axes[1].set(title="log-probability of the chosen (nats)")
     scored = [s for s in steps if "dev_greedy" in s]
     axes[2].plot([s["step"] for s in scored], [s["dev_greedy"] * 100 for s in scored], "o-", color=GREEN)
     axes[2].axvline(best_step, color="grey", linestyle=":")
@@ -102,28 +109,29 @@ def logp_curves(curves: dict[str, Steps], catalogue: Catalogue) -> Figure:
 
     The responses are those of the watched pairs, the same at every step.
     """
-    fig, ax = plt.subplots(figsize=(7, 3.6), layout="constrained")
+    fig, ax = plt.subplots(figsize=(WIDE, 3.6 + 0.1 * len(curves)), layout="constrained")
     for method, steps in curves.items():
+        own = look_of(method, catalogue) | {"markersize": 4}
         watched = [s for s in steps if "watched_chosen_logp" in s]
         for side, style in (("chosen", "-"), ("rejected", "--")):
             values = [s[f"watched_{side}_logp"] for s in watched]
             if side == "rejected" and not any(values):  # nothing is rejected
                 continue
             x = [s["step"] for s in watched]
-            ax.plot(x, values, style, marker=".", color=color_of(method, catalogue), label=f"{method}, {side}")
+            ax.plot(x, values, **own | {"linestyle": style, "label": own["label"] if side == "chosen" else None})
     ax.set(
         xlabel="step",
         ylabel="log-probability of a response (nats)",
         title="Of the same pairs: chosen (solid), rejected (dashed)",
     )
-    ax.legend(frameon=False, fontsize=8, **BESIDE)
+    fig.legend(ncols=2, **BELOW)
     return fig
 
 
 def at_k(summary: dict[str, float], title: str) -> Figure:
     """maj@k and pass@k against k with their 95 % intervals, and the greedy accuracy as a line."""
     ks = [k for k in (1, 2, 4, 8, 16, 32) if f"maj{k}" in summary]
-    fig, ax = plt.subplots(figsize=(6, 3), layout="constrained")
+    fig, ax = plt.subplots(figsize=(WIDE, 3), layout="constrained")
     for name, style, color in (("pass", "o-", BLUE), ("maj", "s-", GREEN)):
         ax.plot(ks, [summary[f"{name}{k}"] * 100 for k in ks], style, label=f"{name}@k", color=color)
         low, high = ([summary[f"{name}{k}_{end}"] * 100 for k in ks] for end in ("low", "high"))
@@ -142,29 +150,30 @@ def pass_curves(right: dict[str, list[int]], n: int) -> Figure:
         right: model -> how many of a problem's n samples are right, [problems].
     """
     ks = [k for k in (2**i for i in range(20)) if k <= n]
-    fig, ax = plt.subplots(figsize=(7, 3.8), layout="constrained")
-    for (name, counts), color, marker in zip(right.items(), cycle(PALETTE), cycle("os^Dv*"), strict=False):
+    fig, ax = plt.subplots(figsize=(WIDE, 4), layout="constrained")
+    for number, (name, counts) in enumerate(right.items()):
+        own = look(number)
         values = [[pass_at_k(count, n, k) for count in counts] for k in ks]
-        ax.plot(ks, [mean(found) * 100 for found in values], marker=marker, fillstyle="none", label=name, color=color)
+        ax.plot(ks, [mean(found) * 100 for found in values], fillstyle="none", label=name, **own)
         low, high = zip(*map(bootstrap, values), strict=True)
-        ax.fill_between(ks, [x * 100 for x in low], [x * 100 for x in high], color=color, alpha=0.1)
-    title = f"pass@k: one of k samples is right ({len(counts)} problems, {n} samples each; 95 % bands)"
+        ax.fill_between(ks, [x * 100 for x in low], [x * 100 for x in high], color=own["color"], alpha=0.1)
+    title = f"pass@k: one of k samples is right\n({len(counts)} problems, {n} samples each; 95 % bands)"
     ax.set(xscale="log", xticks=ks, xticklabels=ks, xlabel="samples k", ylabel="%", ylim=(0, None))
     ax.set_title(title, fontsize=10)
     ax.minorticks_off()
-    ax.legend(frameon=False, **BESIDE)
+    fig.legend(ncols=3, **BELOW)
     return fig
 
 
 def error_bars(table: pd.DataFrame) -> Figure:
     """Wrong answers by kind of error, a bar for each model (`equations.error_table` without its first row)."""
-    fig, ax = plt.subplots(figsize=(8, 1.2 + 0.4 * len(table)), layout="constrained")
-    table.plot.barh(ax=ax, color=PALETTE[: table.shape[1]], width=0.8)
+    fig, ax = plt.subplots(figsize=(WIDE, 1.6 + 0.4 * len(table)), layout="constrained")
+    table.plot.barh(ax=ax, color=COLORS, width=0.8, legend=False)
     for bars in ax.containers:
-        ax.bar_label(bars, [f"{count:g}" if count else "" for count in bars.datavalues], padding=2, fontsize=8)
+        ax.bar_label(bars, [f"{count:g}" if count else "" for count in bars.datavalues], padding=2, fontsize=9)
     ax.set(xlabel="problems", title="What is wrong in the wrong answers")
     ax.invert_yaxis()
-    ax.legend(frameon=False, **BESIDE)
+    fig.legend(ncols=3, **BELOW)
     return fig
 
 
@@ -181,8 +190,7 @@ def flips(before: list[Record], after: list[Record]) -> str:
 def accuracy_curves(metrics: pd.DataFrame, catalogue: Catalogue) -> Figure:
     """Greedy test accuracy against iteration, a line per method of a `tables.metrics_table`."""
     count = metrics.method.nunique()
-    many = count > 4
-    fig, ax = plt.subplots(figsize=(9, 5) if many else (7, 3.8), layout="constrained")
+    fig, ax = plt.subplots(figsize=(WIDE, 3.8 + 0.1 * count), layout="constrained")
     test = metrics[metrics.split == "test"]
     for i, (method, frame) in enumerate(test.groupby("method", sort=False)):
         by = frame.groupby("iteration")
@@ -191,13 +199,11 @@ def accuracy_curves(metrics: pd.DataFrame, catalogue: Catalogue) -> Figure:
         high = (by.greedy.max() if several else by.greedy_high.mean()) * 100
         bars = [(middle - low).clip(lower=0), (high - middle).clip(lower=0)]
         x = middle.index + (i - (count - 1) / 2) * min(0.04, 0.3 / count)
-        look = {"color": color_of(method, catalogue), "label": catalogue[method].label}
-        ax.errorbar(x, middle, bars, fmt="o-", capsize=3, **look)
+        ax.errorbar(x, middle, bars, capsize=3, markersize=5, **look_of(method, catalogue))
     ax.set(xlabel="iteration (0 is M_0)", ylabel="greedy accuracy on test (%)", xticks=sorted(test.iteration.unique()))
     ax.grid(axis="y", alpha=0.3)
     longest = max(len(catalogue[method].label) for method in test.method.unique())
-    above = {"loc": "lower center", "bbox_to_anchor": (0.5, 1), "ncols": 1 if longest > 36 else 2}
-    ax.legend(frameon=False, **(BESIDE if many else above))
+    fig.legend(ncols=1 if longest > 32 else 2, **BELOW)
     return fig
 
 
@@ -207,8 +213,8 @@ def error_heatmap(rows: list[Record], names: list[str]) -> Figure:
     Args:
         rows: as `run.stages.evaluations` gives them.
     """
-    wide, high = min(4, len(names)), -(-len(names) // 4)
-    fig, axes = plt.subplots(high, wide, figsize=(2 + 2.6 * wide, 3.2 * high), squeeze=False, layout="constrained")
+    high = -(-len(names) // 2)
+    fig, axes = plt.subplots(high, 2, figsize=(WIDE, 2.6 * high), squeeze=False, layout="constrained")
     for ax in axes.flat[len(names) :]:
         ax.set_axis_off()
     for ax, method in zip(axes.flat, names, strict=False):
@@ -225,29 +231,31 @@ def error_heatmap(rows: list[Record], names: list[str]) -> Figure:
             for x, value in enumerate(line):
                 ax.text(x, y, f"{value:.0f}", ha="center", va="center", color="white" if value > 60 else "black")
         ax.set(xticks=range(len(own)), xticklabels=[r["iteration"] for r in own], yticks=range(len(kinds)))
-        ax.set(yticklabels=kinds, xlabel="iteration", title=f"{method}: steps wrong (%)")
+        ax.set(yticklabels=kinds, xlabel="iteration")
+        ax.set_title(f"{method}: steps wrong (%)", fontsize=9)
     return fig
 
 
 def watched_logps(table: pd.DataFrame) -> Figure:
-    """Mean log-probability of fixed chosen (solid) and rejected (dashed) responses against steps, a colour per loss."""
-    colors = {"dpo": RED, "dpo+nll": BLUE, "nll": GREEN}  # those of Iterative DPO, IRPO and SFT on chosen
-    fig, ax = plt.subplots(figsize=(7, 3.6), layout="constrained")
+    """Mean log-probability of fixed chosen (solid) and rejected (dashed) responses against steps, a look per loss."""
+    looks = {"dpo+nll": look(0), "dpo": look(1), "nll": look(2)}  # those of IRPO, Iterative DPO and SFT on chosen
+    fig, ax = plt.subplots(figsize=(WIDE, 3.8), layout="constrained")
     for loss, rows in table.groupby("loss", sort=False):
         for side, style in (("chosen", "-"), ("rejected", "--")):
-            ax.plot(rows.step, rows[side], style, marker=".", color=colors[loss], label=f"{loss}, {side}")
+            own = looks[loss] | {"linestyle": style, "label": f"{loss}, {side}"}
+            ax.plot(rows.step, rows[side], markersize=4, **own)
     ax.set(xlabel="step", ylabel="log-probability of a response (nats)", title="The same pairs under three losses")
-    ax.legend(frameon=False, fontsize=8, **BESIDE)
+    fig.legend(ncols=3, **BELOW)
     return fig
 
 
 def bench_ratios(times: dict[str, pd.Series]) -> Figure:
     """How many times faster than the best other: a bar for each shape (index), a panel for each kind of work (key)."""
-    fig, axes = plt.subplots(1, len(times), figsize=(9, 2.6), layout="constrained")
-    for ax, (kind, series) in zip(axes, times.items(), strict=True):
+    fig, axes = plt.subplots(len(times), 1, figsize=(WIDE, 2.4 * len(times)), layout="constrained", squeeze=False)
+    for ax, (kind, series) in zip(axes.flat, times.items(), strict=True):
         bars = ax.barh(series.index, series, color=BLUE)
         ax.bar_label(bars, fmt="%.1f", padding=3)
-        ax.axvline(1, color="black", linewidth=1)
+        ax.axvline(1, color=BLACK, linewidth=1)
         ax.set(title=f"{kind}: times the speed of the best other", xlim=(0, 1.15 * series.max()))
         ax.invert_yaxis()
     return fig
@@ -261,13 +269,13 @@ def accuracy_against_compute(
     Args:
         results: as `comparison.by_seed` gives them. passes: their compute in forward passes of one token.
     """
-    fig, ax = plt.subplots(figsize=(9, 5), layout="constrained")
+    fig, ax = plt.subplots(figsize=(WIDE, 5 + 0.1 * results.method.nunique()), layout="constrained")
     for method, own in results.assign(passes=passes(results) / 1e6).groupby("method", sort=False):
         means = own.groupby("iteration")[["passes", "greedy"]].mean()
-        look = {"color": color_of(method, catalogue), "label": catalogue[method].label}
-        ax.plot(means.passes, means.greedy, "o-", markersize=4, **look)
+        line = look_of(method, catalogue)
+        ax.plot(means.passes, means.greedy, markersize=4, **line)
         last = (means.passes.iloc[-1], means.greedy.iloc[-1])
-        ax.annotate(method, last, xytext=(5, -3), textcoords="offset points", fontsize=8, color=look["color"])
+        ax.annotate(method, last, xytext=(5, -3), textcoords="offset points", fontsize=9, color=line["color"])
     ticks = [0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995]
     ax.set_yscale("logit")  # what is left to solve counts: from 98 to 99 % is half of it
     ax.set_yticks(ticks, [f"{tick * 100:g}" for tick in ticks])
@@ -277,13 +285,14 @@ def accuracy_against_compute(
         ylabel="greedy accuracy on test (%, logit scale)",
     )
     ax.grid(alpha=0.3)
-    ax.legend(frameon=False, fontsize=8, **BESIDE)
+    ax.margins(x=0.1)  # room for the last name
+    fig.legend(ncols=2, **BELOW)
     return fig
 
 
 def reward_histogram(samples: list[Sample], title: str) -> Figure:
     """How the rewards of samples with a right and with a wrong answer are distributed."""
-    fig, ax = plt.subplots(figsize=(7, 3), layout="constrained")
+    fig, ax = plt.subplots(figsize=(WIDE, 3), layout="constrained")
     scored = [s for s in samples if s.reward is not None]
     sides = [[s.reward for s in scored if (s.answer_reward == 1) == ok] for ok in (True, False)]
     ax.hist(sides, bins=24, color=[BLUE, RED], label=["right answer", "wrong answer"], density=True)

@@ -12,12 +12,14 @@ from pathlib import Path
 
 from ..files import PACKAGE
 
-# Modules that keep results, or name what makes them: what they choose stands in the key as parameters.
+# Modules that keep results, or name what makes them: what they choose stands in the key as parameters. And what a person
+# sees while they are made.
 BOOKKEEPING = (
     "files",
     "settings",
     "methods.parts",
     "methods.recipes",
+    "progress",
     "run.code",
     "run.config",
     "run.presets",

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
 
@@ -36,6 +37,7 @@ from .page import page
 from .presets import key_values, load_preset
 from .stages import finished, method_seeds, plan
 from .store import Stage, is_run, run_folder
+from .watch import is_terminal, of_run, of_stage, say, watched, wipe
 
 
 def executed(stage: Stage) -> Path:
@@ -59,8 +61,12 @@ def reasons(stage: Stage, found: list[str]) -> str:
     return f" ({'; '.join(found[:3])}{more})" if found else " (its notebook is missing)"
 
 
-def run_stages(stages: list[Stage], after: int = 0) -> None:
-    """Run stages in order. `after` stages of others follow (for the time left). Raises StageFailed."""
+def run_stages(stages: list[Stage], after: int = 0, watch: bool = True) -> None:
+    """Run stages in order. Raises StageFailed.
+
+    Args:
+        after: how many stages of others follow (for the time left). watch: show how far each is.
+    """
     spent: list[float] = []
     for i, stage in enumerate(stages):
         # M_0's stages are shared: whoever comes first does them, the others wait and then find them done.
@@ -68,12 +74,13 @@ def run_stages(stages: list[Stage], after: int = 0) -> None:
             # A run killed between the manifest and the page has the artefacts but not their notebook.
             found = stage.why_not_done()
             if not found and executed(stage).exists():
-                print(f"[{i + 1}/{len(stages)}] {stage.label()}: done already", flush=True)
+                say(f"[{i + 1}/{len(stages)}] {stage.label()}: done already")
                 continue
             left = f", about {sum(spent) / len(spent) * (len(stages) - i + after):.0f} s left" if spent else ""
-            print(f"[{i + 1}/{len(stages)}] {stage.label()}{reasons(stage, found)} ...{left}", flush=True)
+            say(f"[{i + 1}/{len(stages)}] {stage.label()}{reasons(stage, found)} ...{left}")
             started = time.monotonic()
-            execute(stage)
+            with watched(of_stage(stage)) if watch else nullcontext():
+                execute(stage)
             spent.append(time.monotonic() - started)
 
 
@@ -351,16 +358,18 @@ def run_side_by_side(run: Path, work: list[tuple[str, int]], jobs: int, lock: in
     """
     waiting, going, failures = list(work), {}, []
     try:
-        while waiting or going:
-            while waiting and len(going) < jobs:
-                method, seed = waiting.pop(0)
-                command = [*method_seed_command(run, method, seed), str(os.getpid())]
-                going[subprocess.Popen(command, pass_fds=[lock])] = f"{method}, seed {seed}"
-            time.sleep(0.2)
-            for process in [p for p in going if p.poll() is not None]:
-                name = going.pop(process)
-                if process.returncode:
-                    failures.append(f"{name}: its message is above")
+        # In a log each says itself how far it is; on a terminal there is one line for all.
+        with watched(of_run(run)) if is_terminal(sys.stderr) else nullcontext():
+            while waiting or going:
+                while waiting and len(going) < jobs:
+                    method, seed = waiting.pop(0)
+                    command = [*method_seed_command(run, method, seed), str(os.getpid())]
+                    going[subprocess.Popen(command, pass_fds=[lock])] = f"{method}, seed {seed}"
+                time.sleep(0.2)
+                for process in [p for p in going if p.poll() is not None]:
+                    name = going.pop(process)
+                    if process.returncode:
+                        failures.append(f"{name}: its message is above")
     finally:
         for process in going:
             process.terminate()
@@ -379,6 +388,7 @@ def run_alone(run: Path, method: str, seed: int, parent: int) -> None:
 
     threading.Thread(target=watch, daemon=True).start()
     try:
-        run_stages(plan(read_config(run / "config.yaml"), run, method, seed))
+        run_stages(plan(read_config(run / "config.yaml"), run, method, seed), watch=not is_terminal(sys.stderr))
     except StageFailed as error:  # whose it is, between the lines of others
+        wipe()
         raise StageFailed(f"{method}, seed {seed}: {error}") from error

@@ -161,6 +161,10 @@ class Manager(AsyncKernelManager):
             self.provisioner = ForkedProvisioner(kernel_id=self.kernel_id, kernel_spec=self.kernel_spec, parent=self)
         return await super()._async_pre_start_kernel(**kwargs)
 
+    async def _async_launch_kernel(self, kernel_cmd: list[str], **kw: Any) -> None:
+        kw["env"].pop("JPY_SESSION_NAME", None)  # the open notebook that started the driver, and not this kernel's
+        await super()._async_launch_kernel(kernel_cmd, **kw)
+
     async def _async_interrupt_kernel(self) -> None:
         pass
 

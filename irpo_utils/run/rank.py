@@ -18,6 +18,8 @@ import time
 
 from ..files import load_object, lock_at, take, write_json
 from ..model import processes
+from ..progress import kept
+from .store import COUNTS
 
 
 def watch(starter: str) -> None:
@@ -49,7 +51,8 @@ def work(where: str, run: str, method: str, seed: str, iteration: str) -> None:
             take(lock_at(stage.folder / f".{stage.name}.processes.lock"), patience=20.0)
         else:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - it lives as long as the process
-        facts = stage.training().run()
+        with kept(stage.partial / COUNTS, stage.label()) if first else contextlib.nullcontext():
+            facts = stage.training().run()
         if first:
             write_json(stage.partial / "facts.json", facts)
         processes.leave()

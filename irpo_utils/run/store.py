@@ -43,6 +43,7 @@ from ..files import (
 from ..methods.parts import SAMPLERS, Engine
 from ..model import packaged
 from ..model.records import Prompt, Record, Sample
+from ..progress import kept
 from ..settings import PLACES, ModelConfig, Section
 from ..tasks import TASKS
 from ..tasks.base import Problem, Task
@@ -57,6 +58,7 @@ MATH_VERSIONS = ("math-verify", "latex2sympy2_extended", "sympy")  # of what che
 # What of a model's folder makes the model.
 MODEL_FILES = (".safetensors", ".json", ".model", ".txt", ".jinja", ".py")
 PUBLISHED = OUTPUTS / "reference"
+COUNTS = "progress.json"  # in a stage's partial folder: how far it is
 
 
 def run_folder(name: str) -> Path:
@@ -420,7 +422,8 @@ class Stage:
         if self.at_work:
             self._check_unchanged()
             started = time.monotonic()
-            self.make(**options)
+            with kept(self.partial_folder() / COUNTS, self.label()):
+                self.make(**options)
             self._seconds += time.monotonic() - started  # a cell may be run twice
         return self.result()
 

@@ -42,7 +42,7 @@ BOOK: dict[str, tuple[str | Notebook, ...]] = {
     "What the numbers say": (Notebook("13_ablations"), Notebook("21_claims"), Notebook("22_read_a_run")),
     "The family of methods": ("family", Notebook("06_methods", "methods")),
     "Feedback on steps": ("process", Notebook("07_process_feedback")),
-    "How fast": ("speed", Notebook("31_speed")),
+    "How fast": ("speed", Notebook("31_speed"), Notebook("32_scale")),
     "Real models": ("real_models", Notebook("20_real_model"), "grading", "programs"),
     "Your own": ("running", "own_data", "extending", "clusters"),
     "Reference": ("configuration", "artefacts", "design"),

@@ -10,7 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 Row = dict[str, Any]
-RIGHT, WRONG = "#1b6ca8", "#c44e52"
+RIGHT, WRONG, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"  # of `report.figures.COLORS`
+WIDE = 5.6  # inches, as there
 QUALITIES = (
     ("recall", RIGHT, "recall: of right steps, labelled right"),
     ("precision", WRONG, "precision: of those labelled right, right"),
@@ -22,9 +23,9 @@ DELTAS: dict[str, tuple[Callable[[int], int], str, str]] = {  # how delta follow
 }
 WAYS = {
     "pass": ("one of N is right (the limit)", ":", "grey"),
-    "weighted": ("weighted vote", "^-", "#8172b3"),
+    "weighted": ("weighted vote", "^-", PURPLE),
     "best_of_n": ("best of N", "o-", RIGHT),
-    "majority": ("majority of N", "s-", "#55a868"),
+    "majority": ("majority of N", "s-", GREEN),
 }
 
 
@@ -33,8 +34,8 @@ def outcome_counts(steps: dict[str, list[Row]]) -> Figure:
 
     `steps` has a panel for each kind of answer: kind -> `truth.simulated_steps`.
     """
-    fig, axes = plt.subplots(1, len(steps), figsize=(5.2 * len(steps), 3.2), layout="constrained", sharey=True)
-    for ax, (kind, own) in zip(axes, steps.items(), strict=True):
+    fig, axes = plt.subplots(len(steps), 1, figsize=(WIDE, 3.2 * len(steps)), layout="constrained", squeeze=False)
+    for ax, (kind, own) in zip(axes.flat, steps.items(), strict=True):
         k = len(own[0]["outcomes"])
         for truth, color, shift, name in ((True, RIGHT, -0.2, "right"), (False, WRONG, 0.2, "wrong")):
             counts = [s["outcomes"].count("1") for s in own if s["truth"] == truth]
@@ -43,8 +44,8 @@ def outcome_counts(steps: dict[str, list[Row]]) -> Figure:
             ax.bar([i + shift for i in range(k + 1)], share, 0.4, color=color, label=label)
         ax.set(xticks=range(0, k + 1, max(1, k // 8)))
         ax.set(xlabel=f"continuations of {k} that reach the right answer", title=f"The answer is {kind}")
+        ax.set(ylabel="% of such prefixes")
         ax.legend(frameon=False, loc="upper center")
-    axes[0].set(ylabel="% of such prefixes")
     return fig
 
 
@@ -58,17 +59,16 @@ def label_quality(
         outcome: kind -> `truth.quality` of the answer's label.
         reasons: (policy, kind, share of its right answers that have a wrong step), for the last panel.
     """
-    fig, axes = plt.subplots(1, len(tables) + 1, figsize=(14, 4.6), layout="constrained", width_ratios=[1, 1, 0.62])
+    fig, axes = plt.subplots(len(tables) + 1, 1, figsize=(WIDE, 3.6 * len(tables) + 3.6), layout="constrained")
     for ax, (kind, table) in zip(axes, tables.items(), strict=False):
         _quality_panel(ax, table, outcome[kind])
-        ax.set(title=f"The answer is {kind}")
-    axes[0].set(ylabel="%")
+        ax.set(ylabel="%", title=f"The answer is {kind}")
     lines = [plt.Line2D([], [], color=color, linewidth=3, label=label) for _, color, label in QUALITIES]
     lines += [
         plt.Line2D([], [], color="black", linestyle=style, marker=marker, markersize=5, label=label)
         for label, (_, style, marker) in DELTAS.items()
     ]
-    fig.legend(handles=lines, frameon=False, fontsize=9, loc="outside lower left", ncols=5)
+    fig.legend(handles=lines, frameon=False, fontsize=9, loc="outside lower left")
     names = [f"{policy},\n{kind}" for policy, kind, _ in reasons]
     bars = axes[-1].barh(names, [100 * share for *_, share in reasons], color=WRONG)
     axes[-1].bar_label(bars, fmt="%.0f %%", padding=3)
@@ -94,7 +94,7 @@ def _quality_panel(ax: Axes, table: list[Row], outcome: Row) -> None:
             ax.plot(-0.1, 100 * outcome[name], "*", color=color, markersize=15)
     right = 100 * table[0]["right"]
     ax.axhline(right, color="grey", linewidth=1)
-    ax.text(len(ks) + 0.3, right - 1, "steps that are right", color="grey", fontsize=8, ha="right", va="top")
+    ax.text(len(ks) + 0.3, right - 1, "steps that are right", color="grey", fontsize=9, ha="right", va="top")
     ax.axvline(0.45, color="lightgrey", linewidth=1)
     ax.set(xlim=(-0.6, len(ks) + 0.35), ylim=(0, 104), xticks=[-0.1, *range(1, len(ks) + 1)])
     ax.set(xticklabels=["answer's\nverdict", *ks], xlabel="continuations K")
@@ -104,9 +104,9 @@ def _quality_panel(ax: Axes, table: list[Row], outcome: Row) -> None:
 
 def reliability(curves: dict[str, dict[str, tuple[list[Row], Row]]]) -> Figure:
     """Reliability curves: what a score says against how often it is so. Panel -> curve -> `truth.calibration`."""
-    fig, axes = plt.subplots(1, len(curves), figsize=(5.2 * len(curves), 4.2), layout="constrained", sharey=True)
-    colors = ("#55a868", RIGHT, WRONG)
-    for ax, (kind, own) in zip(axes, curves.items(), strict=True):
+    fig, axes = plt.subplots(len(curves), 1, figsize=(WIDE, 4 * len(curves)), layout="constrained", squeeze=False)
+    colors = (GREEN, RIGHT, WRONG)
+    for ax, (kind, own) in zip(axes.flat, curves.items(), strict=True):
         ax.plot([0, 1], [0, 1], color="grey", linestyle=":", linewidth=1)
         for color, (name, (curve, facts)) in zip(colors, own.items(), strict=False):
             label = f"{name}: AUC {facts['auc']:.2f}, ECE {facts['ece']:.2f}"
@@ -117,8 +117,8 @@ def reliability(curves: dict[str, dict[str, tuple[list[Row], Row]]]) -> Figure:
             ax.scatter(scores, right, sizes, color=color, alpha=0.7)
         ax.set(xlabel="score of a step", xlim=(-0.03, 1.03), ylim=(-0.03, 1.2), title=f"The answer is {kind}")
         ax.legend(frameon=False, fontsize=9, loc="upper left")
+        ax.set(ylabel="share of steps, all right so far")
         ax.grid(alpha=0.25)
-    axes[0].set(ylabel="share of steps with every line so far right")
     return fig
 
 
@@ -130,8 +130,8 @@ def against_n(tables: dict[str, list[Row]], greedy: dict[str, float], control: d
         greedy: kind -> greedy accuracy.
         control: as `tables`, by another reward model; best of N alone is drawn.
     """
-    fig, axes = plt.subplots(1, len(tables), figsize=(5.2 * len(tables), 4), layout="constrained")
-    for ax, (kind, rows) in zip(axes, tables.items(), strict=True):
+    fig, axes = plt.subplots(len(tables), 1, figsize=(WIDE, 3.8 * len(tables)), layout="constrained", squeeze=False)
+    for ax, (kind, rows) in zip(axes.flat, tables.items(), strict=True):
         ns = [row["n"] for row in rows]
         for name, (label, style, color) in WAYS.items():
             ax.plot(ns, [100 * row[name] for row in rows], style, color=color, label=label, markersize=5)
@@ -142,8 +142,8 @@ def against_n(tables: dict[str, list[Row]], greedy: dict[str, float], control: d
         ax.plot(ns, best, "o--", color=WRONG, label="best of N, outcome labels", markersize=4)
         ax.axhline(100 * greedy[kind], color="black", linestyle="--", linewidth=1, label="greedy")
         ax.set(xscale="log", xticks=ns, xticklabels=ns, xlabel="samples N", title=f"The answer is {kind}")
+        ax.set(ylabel="right answers on test (%)")
         ax.minorticks_off()
         ax.grid(alpha=0.25)
-    axes[0].set(ylabel="right answers on test (%)")
-    axes[0].legend(frameon=False, fontsize=9)
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), frameon=False, fontsize=9, loc="outside lower left", ncols=2)
     return fig

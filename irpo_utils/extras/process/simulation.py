@@ -15,10 +15,11 @@ from transformers import PreTrainedTokenizerBase
 
 from ...files import resolve
 from ...methods.rewards import Job
-from ...methods.sampler import Progress, Sampler
+from ...methods.sampler import Sampler
 from ...model.load import is_adapter, load_tokenizer
 from ...model.prompts import encode_prompts
 from ...model.records import Ids, Record
+from ...progress import counting
 from ...tasks.base import Problem
 from ...tasks.grading import grade
 
@@ -129,26 +130,27 @@ def continuations(sampler: Sampler, chunk: Chunk, seed: int) -> list[Continued]:
     config, tokenizer, found = sampler.config, sampler.tokenizer, []
     k, limit = config.process.continuations, config.sampling.max_new_tokens
     going_on = {name: [ids for ids in own if len(ids) < limit] for name, own in chunk.starts.items()}
-    drawn = sampler.draw(
-        encode_prompts(sampler.task, tokenizer, [p for p in chunk.problems if going_on[p.id]]),
-        n=k,
-        temperature=config.process.temperature,
-        seed=seed,
-        eos_id=sampler.stops,
-        max_new_tokens=limit,
-        max_rows=config.sampling.max_rows,
-        progress=Progress(chunk.label),
-        starts={name: [list(ids) for ids in own] for name, own in going_on.items()},
-    )
-    by_id = {p.id: p for p in chunk.problems}
-    for name, completions in ((name, batch[name]) for batch in drawn for name in batch):
-        texts = tokenizer.batch_decode([c.token_ids[:-1] if c.finished else c.token_ids for c in completions])
-        verdicts = grade(sampler.task, texts, [by_id[name]] * len(texts), flexible=config.task.flexible)
-        outcomes = "".join("1" if verdict.reward == 1 else "0" for verdict in verdicts)
-        for i, prefix in enumerate(going_on[name]):
-            own = slice(k * i, k * i + k)
-            tokens = sum(len(c.token_ids) - len(prefix) for c in completions[own])
-            found.append(Continued(name, prefix, outcomes[own], tokens))
+    with counting(chunk.label, len(chunk.problems), "problems") as count:
+        drawn = sampler.draw(
+            encode_prompts(sampler.task, tokenizer, [p for p in chunk.problems if going_on[p.id]]),
+            n=k,
+            temperature=config.process.temperature,
+            seed=seed,
+            eos_id=sampler.stops,
+            max_new_tokens=limit,
+            max_rows=config.sampling.max_rows,
+            progress=count.problems,
+            starts={name: [list(ids) for ids in own] for name, own in going_on.items()},
+        )
+        by_id = {p.id: p for p in chunk.problems}
+        for name, completions in ((name, batch[name]) for batch in drawn for name in batch):
+            texts = tokenizer.batch_decode([c.token_ids[:-1] if c.finished else c.token_ids for c in completions])
+            verdicts = grade(sampler.task, texts, [by_id[name]] * len(texts), flexible=config.task.flexible)
+            outcomes = "".join("1" if verdict.reward == 1 else "0" for verdict in verdicts)
+            for i, prefix in enumerate(going_on[name]):
+                own = slice(k * i, k * i + k)
+                tokens = sum(len(c.token_ids) - len(prefix) for c in completions[own])
+                found.append(Continued(name, prefix, outcomes[own], tokens))
     for name, own in chunk.starts.items():
         found += [Continued(name, prefix, "0" * k, 0) for prefix in own if len(prefix) >= limit]
     return found
