@@ -251,7 +251,7 @@ def test_the_ablations_compare_each_value_with_the_default(executed):
         ("M_0", "1"),
     ]
     assert re.search(r"alpha 0: [+-][\d.]+ points \([+-][\d.]+ to [+-][\d.]+\) against the default, 1\n", printed)
-    assert "n 1: no model to compare" in printed
+    assert "n 1: no model to hold against the default, 8\n" in printed
     alpha_0 = folder / "base+train.alpha=0" / "m0" / "seed_0" / "samples.jsonl"
     assert alpha_0.read_bytes() == (folder / "base" / "m0" / "seed_0" / "samples.jsonl").read_bytes()
     assert not list(folder.rglob("04_evaluate*")) and not list(folder.rglob("responses.jsonl"))  # test is left alone

@@ -263,7 +263,7 @@ def ablations(table: pd.DataFrame, changes: pd.DataFrame) -> Figure:
     for ax in axes.flat[len(knobs) :]:
         ax.set_axis_off()
     for ax, knob in zip(axes.flat, knobs, strict=False):
-        own = table[table.knob == knob]
+        own = table[table.knob == knob].astype({"dev_greedy": float})  # nan, where pandas has NA
         values = list(dict.fromkeys(own.value))
         places, middle = own.value.map(values.index), own.groupby("value", sort=False).dev_greedy.mean() * 100
         (default,) = own[own.default].value.unique()
