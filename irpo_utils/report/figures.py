@@ -274,7 +274,7 @@ def ablations(table: pd.DataFrame, changes: pd.DataFrame) -> Figure:
         for change in changes[(changes.knob == knob) & (changes.seeds > 0)].itertuples():
             ends = [middle[default] + end for end in (change.low, change.high)]
             ax.plot([values.index(change.value) + 0.12] * 2, ends, "_-", color=RED, linewidth=1, markersize=5)
-        ax.set_xticks(range(len(values)), values, fontsize=8)
+        ax.set_xticks(range(len(values)), values, fontsize=9)
         ax.set_title(f"{knob} (dotted: {default})", fontsize=9)
         ax.set_xlim(-0.5, len(values) - 0.5)
     fig.supylabel("greedy accuracy on dev (%)", fontsize=9)
