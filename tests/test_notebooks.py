@@ -38,6 +38,12 @@ def why_the_nll(folder: Path) -> dict:
     return {"run": str(folder), "lr": 5e-3, "watched": 16}
 
 
+def ablations(folder: Path) -> dict:
+    small = ["task.train_size=12", "task.dev_size=6", "train.max_steps=2", "train.eval_every=1"]
+    varied = {"knobs": {"train.alpha": [0], "sampling.n": [1]}, "others": ["reference", "twice"]}
+    return {"folder": str(folder), "preset": "micro", "settings": small, "seeds": 1, **varied}
+
+
 def broken_runs(folder: Path) -> dict:
     return {"problems": 40, "held_out": 8, "samples": 16, "steps": 4, "lr": 2e-3}
 
@@ -78,6 +84,7 @@ SMALL = {
     "test_the_process_notebook_writes_its_tables": ("07_process_feedback", process_feedback),
     "test_the_loss_by_hand_is_that_of_the_code": ("10_loss_from_scratch", lambda folder: {"alpha": 0.7, "beta": 0.3}),
     "test_the_nll_notebook_watches_three_losses": ("11_why_the_nll", why_the_nll),
+    "test_the_ablations_compare_each_value_with_the_default": ("13_ablations", ablations),
     "test_the_broken_runs_are_refused_or_seen": ("22_read_a_run", broken_runs),
     "test_the_memorising_notebook_makes_a_model": ("23_memorising", memorising),
     "test_the_real_model_notebook_reads_solutions": ("20_real_model", real_model),
@@ -226,6 +233,28 @@ def test_the_nll_notebook_watches_three_losses(executed):
     assert [(r["loss"], r["step"]) for r in rows] == [
         (x, s) for x in ("dpo", "dpo+nll", "nll") for s in ("0", "3", "6")
     ]
+
+
+def test_the_ablations_compare_each_value_with_the_default(executed):
+    folder, printed = executed
+    rows = {(r["knob"], r["value"]): r for r in read_rows(folder / "ablations.csv")}
+    assert [f"{r['knob']} {r['value']}" for r in rows.values() if r["default"] == "True"] == [
+        "alpha 1", "n 8", "reference moving", "twice nothing"
+    ]  # fmt: skip
+    assert rows["alpha", "1"]["dev_greedy"] == rows["n", "8"]["dev_greedy"] == rows["twice", "nothing"]["dev_greedy"]
+    assert int(rows["alpha", "0"]["pairs"]) == int(rows["alpha", "1"]["pairs"]) > 0
+    assert rows["n", "1"]["failed"].startswith("ValueError: no pair can be made of 12 samples")
+    compared = read_rows(folder / "differences.csv")
+    assert [(c["value"], c["seeds"]) for c in compared if c["knob"] != "twice"] == [
+        ("0", "1"),
+        ("1", "0"),
+        ("M_0", "1"),
+    ]
+    assert re.search(r"alpha 0: [+-][\d.]+ points \([+-][\d.]+ to [+-][\d.]+\) against the default, 1\n", printed)
+    assert "n 1: no model to hold against the default, 8\n" in printed
+    alpha_0 = folder / "base+train.alpha=0" / "m0" / "seed_0" / "samples.jsonl"
+    assert alpha_0.read_bytes() == (folder / "base" / "m0" / "seed_0" / "samples.jsonl").read_bytes()
+    assert not list(folder.rglob("04_evaluate*")) and not list(folder.rglob("responses.jsonl"))  # test is left alone
 
 
 def test_the_broken_runs_are_refused_or_seen(executed):

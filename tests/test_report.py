@@ -131,7 +131,10 @@ def test_figures_can_be_read_on_a_phone(config, metrics):
     steps[0] |= {"watched_chosen_logp": -1.0, "watched_rejected_logp": -2.0}
     row = {"method": "irpo", "seed": 0, "iteration": 0, "test": {"errors": {"half": {"wrong": 0.5}}}}
     costs = comparison.by_seed(every, every.assign(samples=1, drawn=1, trained=1))
+    knob = pd.DataFrame({"knob": "twice", "value": ["no", "steps, pairs"], "default": [True, False], "dev_greedy": 0.5})
+    change = pd.DataFrame({"knob": ["twice"], "value": "steps, pairs", "seeds": 1, "low": -1.0, "high": 1.0})
     for fig in (
+        figures.ablations(knob, change),
         figures.accuracy_curves(every, catalogue()),
         figures.accuracy_against_compute(costs, lambda results: results.iteration, catalogue()),
         figures.logp_curves(dict.fromkeys(catalogue(), steps), catalogue()),

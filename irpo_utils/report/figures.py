@@ -249,6 +249,38 @@ def watched_logps(table: pd.DataFrame) -> Figure:
     return fig
 
 
+def ablations(table: pd.DataFrame, changes: pd.DataFrame) -> Figure:
+    """Greedy dev accuracy against a knob's values, a panel for each knob: points are seeds, the line is their mean.
+
+    Args:
+        table: a row for each knob, value and seed: `dev_greedy` (nan where there is no model), `default`.
+        changes: for each knob and value the `low` and `high` of its difference to the default, in percentage points.
+    """
+    knobs = list(dict.fromkeys(table.knob))
+    high = -(-len(knobs) // 2)
+    size = (WIDE, 0.3 + 2.1 * high)
+    fig, axes = plt.subplots(high, 2, figsize=size, squeeze=False, sharey=True, layout="constrained")
+    for ax in axes.flat[len(knobs) :]:
+        ax.set_axis_off()
+    for ax, knob in zip(axes.flat, knobs, strict=False):
+        own = table[table.knob == knob].astype({"dev_greedy": float})  # nan, where pandas has NA
+        values = list(dict.fromkeys(own.value))
+        places, middle = own.value.map(values.index), own.groupby("value", sort=False).dev_greedy.mean() * 100
+        (default,) = own[own.default].value.unique()
+        ax.plot(places, own.dev_greedy * 100, "o", color=BLUE, markersize=4, alpha=0.5)
+        ax.plot(range(len(values)), middle, color=BLUE)
+        ax.axhline(middle[default], color="grey", linestyle=":", linewidth=1)
+        ax.axvline(values.index(default), color="grey", linestyle=":", linewidth=1)
+        for change in changes[(changes.knob == knob) & (changes.seeds > 0)].itertuples():
+            ends = [middle[default] + end for end in (change.low, change.high)]
+            ax.plot([values.index(change.value) + 0.12] * 2, ends, "_-", color=RED, linewidth=1, markersize=5)
+        ax.set_xticks(range(len(values)), values, fontsize=9)
+        ax.set_title(f"{knob} (dotted: {default})", fontsize=9)
+        ax.set_xlim(-0.5, len(values) - 0.5)
+    fig.supylabel("greedy accuracy on dev (%)", fontsize=9)
+    return fig
+
+
 def bench_ratios(times: dict[str, pd.Series]) -> Figure:
     """How many times faster than the best other: a bar for each shape (index), a panel for each kind of work (key)."""
     fig, axes = plt.subplots(len(times), 1, figsize=(WIDE, 2.4 * len(times)), layout="constrained", squeeze=False)
