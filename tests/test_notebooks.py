@@ -29,6 +29,10 @@ def seed_model(folder: Path) -> dict:
     return {"target": str(folder / "model"), "steps": 3, "stories": 80, "tried": 20, "threads": 1}
 
 
+def stories_model(folder: Path) -> dict:
+    return seed_model(folder) | {"samples": 2}
+
+
 def process_feedback(folder: Path) -> dict:
     labelled = {"problems": 10, "samples": 4, "continuations": 2, "gold_steps": 2}
     return {"run": str(folder / "run"), **labelled, "reward_steps": 3, "test_problems": 4, "candidates": 4}
@@ -81,6 +85,7 @@ SMALL = {
     "test_quickstart": ("quickstart", quickstart),
     "test_quickstart_takes_a_model_and_problems_of_ones_own": ("quickstart", quickstart),
     "test_the_seed_notebook_makes_a_model": ("00_seed_model", seed_model),
+    "test_the_stories_notebook_makes_a_model": ("00_stories_model", stories_model),
     "test_the_process_notebook_writes_its_tables": ("07_process_feedback", process_feedback),
     "test_the_loss_by_hand_is_that_of_the_code": ("10_loss_from_scratch", lambda folder: {"alpha": 0.7, "beta": 0.3}),
     "test_the_nll_notebook_watches_three_losses": ("11_why_the_nll", why_the_nll),
@@ -212,6 +217,12 @@ def test_quickstart_takes_a_model_and_problems_of_ones_own(executed):
 def test_the_seed_notebook_makes_a_model(executed):
     folder, _ = executed
     assert {"model.safetensors", "tokenizer.json", "facts.json"} <= {p.name for p in (folder / "model").iterdir()}
+
+
+def test_the_stories_notebook_makes_a_model(executed):
+    folder, _ = executed
+    facts = json.loads((folder / "model" / "facts.json").read_text())
+    assert facts["met"]["35 to 55 % sound"] is False  # after three steps
 
 
 def test_the_process_notebook_writes_its_tables(executed):

@@ -1,5 +1,7 @@
 """The task of generated stories: two hands, and every step's truth in either."""
 
+import hashlib
+import json
 import random
 from itertools import product
 
@@ -7,7 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from irpo_utils.settings import TaskConfig
+from irpo_utils.extras import seed_model
+from irpo_utils.files import ConfigError
+from irpo_utils.model.load import load_policy, load_tokenizer
+from irpo_utils.model.packaged import EMBEDDED
+from irpo_utils.run.presets import load_preset
+from irpo_utils.settings import ModelConfig, TaskConfig
 from irpo_utils.tasks import get_task
 from irpo_utils.tasks.base import SPLITS
 from irpo_utils.tasks.grading import reward
@@ -138,3 +145,19 @@ def test_every_kind_has_a_twin_and_its_misreadings_depend_on_the_context():
         assert min(rates) < 0.5  # no kind is always read wrongly
         assert max(rates) - min(rates) > 0.2
     assert {kind for pair in PAIRS for kind in pair} < set(TWIN)
+
+
+def test_the_shipped_model_has_its_recorded_hash_and_meets_the_criteria():
+    facts = json.loads((EMBEDDED["stories"] / "facts.json").read_text())
+    assert hashlib.sha256((EMBEDDED["stories"] / "model.safetensors").read_bytes()).hexdigest() == facts["sha256"]
+    assert all(facts["met"].values())
+    model, task = ModelConfig(path="stories"), get_task(load_preset("stories", ["task.dev_size=100"]).task)
+    solved = seed_model.solve(load_policy(model, threads=1), load_tokenizer(model), task, task.problems("dev"), 4)
+    share = seed_model.summary(solved, 4)["every step right"]
+    assert 0.3 <= share <= 0.55  # of the first hundred; facts.json has all 300
+
+
+def test_the_preset_tests_on_longer_stories_and_other_test_sets_are_refused():
+    assert load_preset("stories", []).evaluation.test == ("long",)
+    with pytest.raises(ConfigError, match="evaluation.test: short is no further test set of stories.*long"):
+        load_preset("stories", ["evaluation.test=short"])
