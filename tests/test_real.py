@@ -38,7 +38,7 @@ def settings(task: str, folder, **more) -> list[str]:
     train, test = FILES[task]
     chosen = {
         "task.train": DATA / train, "task.test": DATA / test, "task.train_size": 12, "task.dev_size": 3, "task.test_size": 4,
-        "model.path": folder, "sampling.n": 12, "sampling.max_rows": 48, "sampling.max_new_tokens": 48, "sampling.temperature": 1.5,
+        "model.path": folder, "model.dtype": "float32", "sampling.n": 12, "sampling.max_rows": 48, "sampling.max_new_tokens": 48, "sampling.temperature": 1.5,
         "pairs.gold": "true", "pairs.k": 2, "pairs.max_tokens": 4096, "train.max_steps": 3, "train.batch": 4, "train.micro_batch": 2,
         "train.eval_every": 2, "evaluation.samples": 4, "iterations": 1, "threads": 1,
     }  # fmt: skip
