@@ -25,11 +25,11 @@ from functools import cache
 from itertools import product
 from typing import NamedTuple
 
-from .base import Problem, Task
+from .base import Problem
+from .word_problems import ITEMS, NAMES, WordProblems
+from .word_problems import prompt as prompt  # both worlds ask alike
 
 MAX_VALUE = 60  # every value on every careless path stays in 1..MAX_VALUE: the numbers are a closed vocabulary
-NAMES = ("Ann", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gus", "Hana")
-ITEMS = ("pens", "coins", "cards", "shells", "eggs", "books", "stamps", "apples")
 TIMES = {2: "twice", 3: "three times"}
 WORDINGS = {  # of each kind of event
     "gets": ("{who} gives {hero} {a}.", "{hero} gets {a} from {who}.", "{who} has {a} for {hero}."),
@@ -56,7 +56,6 @@ USUAL_LENGTHS = (2, 3, 4)
 MEAN_LOGIT = -1.7
 LOGIT_SPREAD = {"kind": 0.3, "wording": 1.0, "numbers": 0.8, "place": 0.8}
 RATES = (0.02, 0.9)  # no context is read without error, and none always wrongly
-MARK = re.compile(r"Final answer:[ \t]*(.*)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -349,26 +348,13 @@ def draw_problems(split: str, count: int, seed: int, guessable_share: float) -> 
     return list(found.items())
 
 
-class Stories(Task):
-    """The `stories` task."""
+class Stories(WordProblems):
+    """The `stories` task: asked and graded as `word_problems`, drawn and checked in its own way."""
 
     def problems(self, split: str) -> list[Problem]:
         size = getattr(self.config, f"{split}_size", self.config.test_size)
         drawn = draw_problems(split, size, self.config.seed, self.config.guessable_share)
         return [make_problem(name, story) for name, story in drawn]
-
-    def prompt(self, problem: Problem) -> str:
-        return prompt(problem.question)
-
-    def extract(self, response: str, problem: Problem, flexible: bool = False) -> str | None:
-        """The text after the last "Final answer:", since a chain of thought may mention one before it concludes."""
-        found = MARK.findall(response)
-        return (found[-1].strip().rstrip(".") or None) if found else None
-
-    def equal(self, answer: str, problem: Problem) -> bool | None:
-        if not re.fullmatch(r"[0-9]{1,9}|odd|even", answer):  # nothing that the seed model was taught to answer
-            return None
-        return answer == problem.answer
 
     def check_steps(self, problem: Problem, response: str) -> list[tuple[str, str]]:
         """(kind, verdict) of every event in story order; lines that are too many count as one more event, "extra"."""
@@ -380,10 +366,6 @@ class Stories(Task):
     def check_lines(self, problem: Problem, response: str) -> list[bool]:
         """Whether each line that is not empty is right *given the lines before it*, [lines]; the final answer is one."""
         return list(check(story_of(problem), response).lines)
-
-
-def prompt(question: str) -> str:
-    return f"Question: {question}\nAnswer:\n"
 
 
 def make_problem(name: str, story: Story) -> Problem:
