@@ -17,7 +17,7 @@ from irpo_utils.model.prompts import encode_prompts, stop_ids
 from irpo_utils.model.records import Pair
 from irpo_utils.run.config import dump
 from irpo_utils.run.stages import TrainStage
-from irpo_utils.settings import TrainConfig
+from irpo_utils.settings import ModelConfig, TrainConfig
 from irpo_utils.tasks import get_task
 from irpo_utils.tasks.grading import grade
 
@@ -330,3 +330,41 @@ def test_retraining_with_dev_takes_the_selected_steps_and_survives_a_kill(config
         adapters.append((stage.path("adapter") / "adapter_model.safetensors").read_bytes())
         stage.finish()
     assert adapters[0] == adapters[1]
+
+
+@pytest.fixture
+def sixteen_bits(tmp_path):
+    """A base in bfloat16 and a folder with an adapter of it whose B is not zero."""
+    config = ModelConfig(path="seed", dtype="bfloat16", lora_r=8, lora_alpha=16)
+    model = load.load_policy(config, trainable=True)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(0, 0.01)
+    load.save(model, tmp_path / "adapter")
+    return config, tmp_path / "adapter"
+
+
+def test_sixteen_bits_sample_the_policy_that_is_trained(sixteen_bits):
+    config, folder = sixteen_bits
+    ids = torch.arange(3, 40).unsqueeze(0)
+    with torch.no_grad():
+        trained, sampled, base = (
+            load.load_policy(config, policy, trainable=trainable)(ids).logits.float().log_softmax(-1)
+            for policy, trainable in ((folder, True), (folder, False), (None, False))
+        )
+    assert (trained - sampled).abs().mean() < 0.05 * (trained - base).abs().mean()
+
+
+def test_an_adapter_too_small_to_be_folded_into_sixteen_bits_still_counts(sixteen_bits):
+    config, folder = sixteen_bits
+    layer = load.load_policy(config, folder).model.layers[0].mlp.down_proj
+    assert isinstance(layer, load.Beside)
+    layer.b.mul_(1e-3 / layer.b.abs().max())
+    x = torch.randn(4, layer.a.shape[1]).bfloat16()
+    wanted = x.float() @ layer.a.float().T @ layer.b.float().T
+    folded = (layer.base.weight.float() + layer.b.float() @ layer.a.float()).bfloat16()
+    lost = x.float() @ (folded.float() - layer.base.weight.float()).T - wanted
+    layer.base.weight.data.zero_()
+    kept = layer(x).float() - wanted
+    assert kept.norm() < 0.02 * wanted.norm() < lost.norm()

@@ -285,7 +285,8 @@ def load_policy(
 
     With `trainable`, the same function ready for training: a fresh adapter (which starts as the identity) on the base, or
     the adapter of M_t going on. For inference a 4-bit base is unpacked where memory allows, and an adapter on a float32
-    base is folded in, both in memory only. Folded into 16 bits, an adapter would be rounded away.
+    base is folded in, both in memory only. Folded into 16 bits, an adapter would be rounded away; it stays beside its
+    layer there, without peft's detour over float32 (`Beside`).
 
     Args:
         seed: of a fresh adapter. threads: CPU threads from now on; 0 leaves their number as it is.
@@ -309,9 +310,46 @@ def load_policy(
     from peft import PeftModel  # takes seconds, and the base alone needs none of it
 
     model = PeftModel.from_pretrained(model, policy, is_trainable=trainable)
-    if not trainable and config.quantize == "none" and config.dtype == "float32":
-        model = model.merge_and_unload()
-    return model
+    if trainable:
+        return model
+    if config.quantize == "none" and config.dtype == "float32":
+        return model.merge_and_unload()
+    return with_adapter_beside(model)
+
+
+class Beside(torch.nn.Module):
+    """A linear layer in 16 bits and its adapter, y = W x + B (A x), with A and B rounded to 16 bits.
+
+    Their product is what must not be rounded to the steps of W, and it is not. peft computes it in float32: four more
+    passes over the layer's input and output, and its bookkeeping, for every token that is sampled.
+    """
+
+    def __init__(self, layer: torch.nn.Module):
+        super().__init__()
+        (name,) = layer.active_adapters
+        self.base, dtype = layer.base_layer, layer.base_layer.weight.dtype
+        self.register_buffer("a", layer.lora_A[name].weight.detach().to(dtype))
+        self.register_buffer("b", (layer.scaling[name] * layer.lora_B[name].weight.detach()).to(dtype))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.base(x)
+        y.view(-1, y.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]) @ self.a.T, self.b.T)
+        return y
+
+
+def with_adapter_beside(model: PreTrainedModel) -> PreTrainedModel:
+    """A peft model for inference alone, with `Beside` for its layers where all bases are linear and in 16 bits."""
+    from peft.tuners.lora import LoraLayer
+
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
+    for layer in layers.values():
+        plain = type(layer.base_layer) is torch.nn.Linear and layer.base_layer.weight.dtype == torch.bfloat16
+        if not plain or len(layer.active_adapters) != 1 or layer.lora_variant:
+            return model
+    for name, layer in layers.items():
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, Beside(layer))
+    return model.get_base_model()
 
 
 def new_adapter(model: PreTrainedModel, config: ModelConfig, seed: int = 0) -> PreTrainedModel:

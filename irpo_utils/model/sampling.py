@@ -40,6 +40,7 @@ ENOUGH_TOKENS = 1 << 11  # prompt tokens after which longer prompts are rather r
 LONGER = 1.25  # that many times as long as the shortest
 BLOCK = 256  # words of a vocabulary whose probabilities are summed together
 SMALL = 16 * BLOCK  # words of a vocabulary that is summed one by one
+CACHED = 1 << 18  # logits that are worked on at once on a CPU: 1 MB
 COMPACT_AT = 0.75  # rows are put together anew when fewer than this share of them goes on, or many more
 
 
@@ -70,26 +71,33 @@ def pick(
     Returns:
         the tokens, and their log-probabilities at temperature 1.
     """
-    logits = logits.float()
     number = numbered(row_of_sample)  # samples are in a grid [rows, samples of one row]
     if temperature == 0:
-        tokens = logits.argmax(-1, keepdim=True)
         number[:] = 0
-    else:
-        points = np.zeros((len(logits), int(number.max()) + 1))
-        points[row_of_sample, number] = uniform
-        likely = (logits if temperature == 1 else logits / temperature).softmax(-1)
-        points = torch.from_numpy(points).to(logits.device)
-        tokens = inverse(likely, points)
-        if (uniform < 0).any():
-            tokens = torch.where(points < 0, logits.argmax(-1, keepdim=True), tokens)
-    if temperature == 1:
-        logps = likely.gather(-1, tokens).log()
-    else:
-        logps = logits.gather(-1, tokens) - logits.logsumexp(-1, keepdim=True)
+    points = np.zeros((len(logits), int(number.max()) + 1))
+    points[row_of_sample, number] = uniform
+    points = torch.from_numpy(points).to(logits.device)
+    # On a CPU few rows at once: what a step of the arithmetic leaves is in the processor's cache for the next.
+    rows = max(1, CACHED // logits.shape[-1]) if logits.device.type == "cpu" else len(logits)
+    parts = zip(logits.split(rows), points.split(rows), strict=True)
+    tokens, logps = map(torch.cat, zip(*(drawn(part.float(), temperature, at) for part, at in parts), strict=True))
     if logps.isnan().any():
         raise FloatingPointError("the model's logits are not numbers (NaN); its weights or its dtype are broken")
     return tokens.cpu().numpy()[row_of_sample, number], logps.double().cpu().numpy()[row_of_sample, number]
+
+
+def drawn(logits: Tensor, temperature: float, points: Tensor) -> tuple[Tensor, Tensor]:
+    """`pick` for `logits` [rows, vocabulary] at `points` [rows, samples of a row]; both results are of their shape."""
+    if temperature == 0:
+        tokens = logits.argmax(-1, keepdim=True)
+    else:
+        likely = (logits if temperature == 1 else logits / temperature).softmax(-1)
+        tokens = inverse(likely, points)
+        if (points < 0).any():
+            tokens = torch.where(points < 0, logits.argmax(-1, keepdim=True), tokens)
+    if temperature == 1:
+        return tokens, likely.gather(-1, tokens).log()
+    return tokens, logits.gather(-1, tokens) - logits.logsumexp(-1, keepdim=True)
 
 
 def inverse(likely: Tensor, uniform: Tensor) -> Tensor:
@@ -114,7 +122,8 @@ def inverse(likely: Tensor, uniform: Tensor) -> Tensor:
     word = torch.searchsorted(inside, (share.unsqueeze(-1) * inside[..., -1:]), right=True).squeeze(-1)
     found = (block * BLOCK + word.clamp_(max=BLOCK - 1)).clamp_(max=words - 1)
     # Where a point rounds to its block's end, the block's last word may have no probability.
-    return torch.where(likely.gather(-1, found) > 0, found, likely.argmax(-1, keepdim=True))
+    possible = likely.gather(-1, found) > 0
+    return found if possible.all() else torch.where(possible, found, likely.argmax(-1, keepdim=True))
 
 
 def pick_bytes(words: int) -> int:
@@ -205,7 +214,6 @@ def sample_batch(
                 position_ids=torch.from_numpy(prompt_lengths[prompt_of_row] + step).to(device).unsqueeze(-1),
                 past_key_values=cache,
                 use_cache=True,
-                logits_to_keep=1,
                 **options,
             )
             logits = out.logits[:, -1]
@@ -234,6 +242,8 @@ def run_prompts(
     prefix, mask = run_prefix(model, ids, mask)
     length, positions = prefix.get_seq_length(), (mask.cumsum(-1) - 1).clamp_(min=0)
     caches, logits = [], []
+    # As an index, not as a count: of a slice that is not contiguous, a product on a CPU copies the head for every prompt.
+    last = ids.new_tensor([-1])
     for part, longest in alike([len(p) - length for p in prompts], length):
         own = slice(width - longest, width)
         caches.append(repeated(prefix, len(ids[part])))
@@ -243,7 +253,7 @@ def run_prompts(
             position_ids=positions[part, own],
             past_key_values=caches[-1],
             use_cache=True,
-            logits_to_keep=1,
+            logits_to_keep=last,
         )
         logits.append(out.logits[:, -1])
         pad_after(caches[-1], length, width - longest - length)
