@@ -12,10 +12,11 @@ import psutil
 import pytest
 import torch
 from conftest import OUTPUTS, ROOT, drive, drive_apart, remove_run
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from irpo_utils.files import (
     NOTEBOOKS,
+    PACKAGE,
     ConfigError,
     MissingArtefact,
     file_hash,
@@ -28,7 +29,7 @@ from irpo_utils.files import (
 from irpo_utils.model.load import load_policy
 from irpo_utils.model.records import Prompt
 from irpo_utils.run.config import dump
-from irpo_utils.run.driver import why
+from irpo_utils.run.driver import check_inputs, why
 from irpo_utils.run.notebooks import run_notebook
 from irpo_utils.run.presets import load_preset
 from irpo_utils.run.stages import STAGES, EvaluateStage, PairsStage, SampleStage, plan
@@ -417,3 +418,20 @@ def test_publish_copies_small_files_without_this_machine_s_paths(micro_run):
         assert not any(f"{ROOT}/" in p.read_text() for p in target.rglob("*.ipynb"))
     finally:
         remove_run(f"reference/{run.name}")
+
+
+def test_each_seed_may_have_a_base_model_of_its_own(tmp_path):
+    shutil.copytree(PACKAGE / "assets" / "stories", tmp_path / "m0-0")
+    sizes = ["task.train_size=20", "task.dev_size=5", "task.test_size=5"]
+    config = load_preset("stories", [f"model.path={tmp_path}/m0-{{seed}}", "seeds=2", *sizes])
+    with pytest.raises(ConfigError, match="m0-1"):
+        check_inputs(config)
+    shutil.copytree(PACKAGE / "assets" / "stories", tmp_path / "m0-1")
+    assert any("estimate" in line for line in check_inputs(config))
+    weights = tmp_path / "m0-1" / "model.safetensors"
+    torch.manual_seed(0)
+    save_file({name: torch.randn_like(w) for name, w in load_file(weights).items()}, weights, {"format": "pt"})
+    stages = [SampleStage(tmp_path / "run", seed=seed, config=config) for seed in (0, 1)]
+    assert [stage.config.model.path for stage in stages] == [f"{tmp_path}/m0-{seed}" for seed in (0, 1)]
+    first, second = (stage.configured_files() for stage in stages)
+    assert {name for name in first if first[name] != second[name]} == {"base"}

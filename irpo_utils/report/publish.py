@@ -42,7 +42,7 @@ def export(arguments: list[str]) -> int:
         raise MissingArtefact(f"{relative(policy)} is missing; run that iteration first")
     check_new("export", target)
     # By name, so that publishing does not wait for torch.
-    load_object("irpo_utils.model.load:export")(config.model, policy, target)
+    load_object("irpo_utils.model.load:export")(config.for_seed(seed).model, policy, target)
     print(f'{target}: load it with AutoModelForCausalLM.from_pretrained("{target}", dtype="bfloat16")')
     return 0
 

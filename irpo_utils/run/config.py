@@ -101,6 +101,11 @@ class Config(Settings):
         longer = {f"train.{name}": budget * getattr(config.train, name) for name in ("max_steps", "max_epochs")}
         return changed(config, longer) if budget > 1 else config
 
+    def for_seed(self, seed: int) -> Config:
+        """This configuration with the base model of one random seed, where each has its own."""
+        own = self.model.path.replace("{seed}", str(seed))
+        return changed(self, {"model.path": own} if own != self.model.path else {})
+
 
 def changed(config: Config, settings: dict[str, Any]) -> Config:
     """A copy of `config` with dotted `settings` in it, checked. Raises ConfigError."""

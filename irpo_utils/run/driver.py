@@ -123,7 +123,9 @@ def check_inputs(config: Config, jobs: int = 1) -> list[str]:
             check_words(task, problems["train"], EMBEDDED[config.model.path])
             return lines
         # torch takes seconds to import, and the embedded model fits anywhere.
-        return lines + load_object("irpo_utils.run.estimate:check_model")(config, task, problems | further, jobs)
+        check = load_object("irpo_utils.run.estimate:check_model")
+        models = {own.model.path: own for own in map(config.for_seed, range(config.seeds))}
+        return lines + [check(own, task, problems | further, jobs) for own in models.values()][0]
     except ValueError as error:
         raise ConfigError(str(error)) from None
 

@@ -120,7 +120,7 @@ class Stage:
         whole = config or open_run(self.run_folder)
         self.recipe = whole.recipe(method)
         self.choices = self.recipe.round(max(1, iteration))
-        self.config = whole.for_round(method, iteration)
+        self.config = whole.for_round(method, iteration).for_seed(seed)
         self.folder = self.folder_of(iteration)
         self.at_work = False  # between begin() and finish(), unless the stage was done before
 
