@@ -65,6 +65,7 @@ class TaskConfig(Section):
     dev_size: Size = 200  # problems that learning rates and the step that is kept are chosen on
     test_size: Size = 300  # problems that results are reported on
     seed: int = 0  # which problems are held out, and which are taken when a size cuts
+    by_seed: bool = False  # whether each random seed of the run has problems of its own
     flexible: bool = False  # whether the reward, too, accepts an answer that is not marked
     # How sampled programs are run.
     execution: Literal["isolated", "i-accept-the-risk"] = Field(

@@ -420,10 +420,10 @@ def test_publish_copies_small_files_without_this_machine_s_paths(micro_run):
         remove_run(f"reference/{run.name}")
 
 
-def test_each_seed_may_have_a_base_model_of_its_own(tmp_path):
+def test_each_seed_may_have_a_base_model_and_problems_of_its_own(tmp_path):
     shutil.copytree(PACKAGE / "assets" / "stories", tmp_path / "m0-0")
     sizes = ["task.train_size=20", "task.dev_size=5", "task.test_size=5"]
-    config = load_preset("stories", [f"model.path={tmp_path}/m0-{{seed}}", "seeds=2", *sizes])
+    config = load_preset("stories", [f"model.path={tmp_path}/m0-{{seed}}", "seeds=2", "task.by_seed=true", *sizes])
     with pytest.raises(ConfigError, match="m0-1"):
         check_inputs(config)
     shutil.copytree(PACKAGE / "assets" / "stories", tmp_path / "m0-1")
@@ -435,3 +435,5 @@ def test_each_seed_may_have_a_base_model_of_its_own(tmp_path):
     assert [stage.config.model.path for stage in stages] == [f"{tmp_path}/m0-{seed}" for seed in (0, 1)]
     first, second = (stage.configured_files() for stage in stages)
     assert {name for name in first if first[name] != second[name]} == {"base"}
+    drawn = [{p.id for p in get_task(stage.config.task).problems("train")} for stage in stages]
+    assert len(drawn[0]) == len(drawn[1]) == 20 and not drawn[0] & drawn[1]

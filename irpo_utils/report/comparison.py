@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ from ..run.stages.extrapolate import ExtrapolateStage
 from ..run.stages.pairs import PairsStage
 from ..run.stages.reward import RewardStage
 from ..run.stages.train import TrainStage
+from ..settings import TaskConfig
 from ..tasks import get_task
+from ..tasks.base import Problem, Task
 from .tables import MODEL, all_rounds, percent, read_facts
 
 SPENT = ["samples", "drawn", "trained"]
@@ -132,12 +135,17 @@ def trained_on(run: Path, config: Config) -> pd.DataFrame | None:
     """
     if "steps_right" not in read_evaluation(EvaluateStage(run, config.methods[0], 0, 0, config))["test"]:
         return None
-    task = get_task(config.task)
-    problems = {p.id: p for split in ("train", "dev") for p in task.problems(split)}
+
+    @cache
+    def drawn(own: TaskConfig) -> tuple[Task, dict[str, Problem]]:
+        task = get_task(own)
+        return task, {p.id: p for split in ("train", "dev") for p in task.problems(split)}
+
     rows = []
     for method, seed, t, choices in all_rounds(config):
         if not choices.trains:
             continue
+        task, problems = drawn(config.for_seed(seed).task)
         pairs = Pair.read(PairsStage(run, method, seed, t, config).path("pairs.jsonl"), "02_pairs.ipynb")
         checked = [task.check_steps(problems[pair.problem], pair.chosen) for pair in pairs]
         clean = sum(all(verdict == "right" for _, verdict in steps) for steps in checked)

@@ -102,9 +102,12 @@ class Config(Settings):
         return changed(config, longer) if budget > 1 else config
 
     def for_seed(self, seed: int) -> Config:
-        """This configuration with the base model of one random seed, where each has its own."""
-        own = self.model.path.replace("{seed}", str(seed))
-        return changed(self, {"model.path": own} if own != self.model.path else {})
+        """This configuration with the base model and the problems of one random seed, where each has its own."""
+        path = self.model.path.replace("{seed}", str(seed))
+        own = {"model.path": path} if path != self.model.path else {}
+        if self.task.by_seed:
+            own |= {"task.seed": self.task.seed + seed, "task.by_seed": False}
+        return changed(self, own)
 
 
 def changed(config: Config, settings: dict[str, Any]) -> Config:

@@ -125,7 +125,8 @@ def check_inputs(config: Config, jobs: int = 1) -> list[str]:
         # torch takes seconds to import, and the embedded model fits anywhere.
         check = load_object("irpo_utils.run.estimate:check_model")
         models = {own.model.path: own for own in map(config.for_seed, range(config.seeds))}
-        return lines + [check(own, task, problems | further, jobs) for own in models.values()][0]
+        estimates = [check(own, task, problems | further, jobs) for own in models.values()]
+        return lines + estimates[0]
     except ValueError as error:
         raise ConfigError(str(error)) from None
 
