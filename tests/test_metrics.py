@@ -2,11 +2,23 @@
 
 from itertools import combinations, product
 
+import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from irpo_utils.metrics import auc, bootstrap, majority, pass_at_k, ranking, sign_test, step_summary, summarize, wilson
+from irpo_utils.metrics import (
+    auc,
+    bootstrap,
+    majority,
+    over_seeds,
+    pass_at_k,
+    ranking,
+    sign_test,
+    step_summary,
+    summarize,
+    wilson,
+)
 
 
 @given(st.integers(1, 9).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n), st.integers(1, n))))
@@ -147,6 +159,37 @@ def test_the_interval_of_an_auc_narrows_with_problems_not_with_samples():
     few, more = [problem(i, 1) for i in range(30)], [problem(i, 40) for i in range(30)]
     assert width(more) == pytest.approx(width(few))
     assert width([problem(i, 1) for i in range(300)]) < 0.6 * width(few)
+
+
+def seeds_that_differ(rng, shared, seeds=5, problems=80):
+    """Values of each seed's problems whose true mean is 0: a part of each seed, of each problem, and of chance."""
+    of_problem = rng.normal(0, 0.3, problems)
+    found = []
+    for seed in range(seeds):
+        own = of_problem if shared else rng.normal(0, 0.3, problems)
+        values = rng.normal(0, 0.05) + own + rng.normal(0, 0.3, problems)
+        found.append({str(i) if shared else f"{seed}/{i}": v for i, v in enumerate(values)})
+    return found
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_an_interval_over_seeds_holds_the_truth_where_one_over_problems_does_not(shared):
+    rng, held, naive = np.random.default_rng(0), [], []
+    for _ in range(100):
+        values = seeds_that_differ(rng, shared)
+        mean, low, high = over_seeds(values, draws=400)
+        assert mean == pytest.approx(np.mean([np.mean(list(own.values())) for own in values])) and low < mean < high
+        held.append(low < 0 < high)
+        low, high = bootstrap([v for own in values for v in own.values()])
+        naive.append(low < 0 < high)
+    assert np.mean(held) >= 0.9 > np.mean(naive)
+
+
+def test_an_interval_over_seeds_counts_a_problem_once():
+    own = {str(i): float(i % 3 == 0) for i in range(60)}
+    one, three = over_seeds([own]), over_seeds([own] * 3)
+    assert one == pytest.approx(three)
+    assert one[1:] == pytest.approx(bootstrap(list(own.values())), abs=0.03)
 
 
 @given(st.integers(0, 6), st.integers(0, 6))

@@ -1,6 +1,7 @@
 """The report on a run that is written by hand, with a method of the user's own beside one of the package."""
 
 import json
+import shutil
 import subprocess
 import sys
 from itertools import combinations
@@ -186,6 +187,18 @@ def test_gains_in_words_are_counted_by_hand(run, config):
     assert "3 turned right and 0 wrong: no change can be shown with 4 answers (sign test, p = 0.25)" in gained
     assert "Guessing has 10.0%; M_1 does better" in gained
     assert "1 turned right and 1 wrong" in same and "M_1 is not known to do better" in same
+
+
+def test_a_gain_of_several_seeds_counts_a_problem_once(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    for folder in (tmp_path / "run").glob("*/seed_0"):
+        for seed in (1, 2):
+            shutil.copytree(folder, folder.with_name(f"seed_{seed}"))
+    config = read_config(tmp_path / "run" / "config.yaml").but(seeds=3)
+    gained, same = tables.gains_in_words(tmp_path / "run", config)
+    # Nine answers for the better, but of three problems: the fourth was right before, and is drawn alone now and then.
+    assert "9 turned right and 0 wrong: a gain (+75.0 points, +25.0 to +100.0 over seeds and problems)" in gained
+    assert "3 turned right and 3 wrong: no change can be shown with 12 answers (+0.0 points, -75.0 to +75.0" in same
 
 
 def test_what_was_used_up_is_summed(run, config, metrics):

@@ -11,7 +11,7 @@ import pandas as pd
 
 from ..files import MissingArtefact, read_jsonl, relative
 from ..methods.recipes import Round
-from ..metrics import sign_test, wilson
+from ..metrics import over_seeds, sign_test, wilson
 from ..run.config import Config
 from ..run.stages import method_seeds, plan
 from ..run.stages.evaluate import EvaluateStage, read_evaluation
@@ -148,8 +148,8 @@ def audit_table(run: Path, config: Config) -> pd.DataFrame:
 def gains_in_words(run: Path, config: Config) -> list[str]:
     """What the last model's test accuracy says against M_0's, and what it does not, a text for each method.
 
-    Both models answered the same problems, so the ones that changed are compared, all seeds together, by an exact sign
-    test.
+    Both models answered the same problems, so the ones that changed are compared: those of one seed by an exact sign
+    test, those of several by an interval of the gain that counts a problem once.
     """
     audits = audit_table(run, config)
     texts = []
@@ -164,17 +164,26 @@ def _gain(run: Path, config: Config, method: str) -> tuple[str, int, int]:
     """What changed from M_0 to the last model; how many test answers of the latter are right, and of how many."""
     last = config.rounds(method)
     both: list[tuple[bool, bool]] = []  # of every seed's problems: right before, right after
+    changes: list[dict[str, float]] = []  # of every seed
     for seed in range(config.seeds):
         before, after = (_right_problems(run, config, method, seed, t) for t in (0, last))
         both += [(before[name], after[name]) for name in before]
+        changes.append({name: float(after[name]) - before[name] for name in before})
     total, gained, lost = len(both), both.count((False, True)), both.count((True, False))
     right_before, right_after = (sum(column) for column in zip(*both, strict=True))
-    p = sign_test(gained, lost)
-    verdict = f"no change can be shown with {total} answers" if p >= 0.05 else "a gain" if gained > lost else "a loss"
+    if config.seeds == 1:
+        p = sign_test(gained, lost)
+        shown, how = p < 0.05, f"sign test, p = {p:.2g}"
+    else:
+        mean, low, high = over_seeds(changes)
+        shown = low > 0 or high < 0
+        how = f"{100 * mean:+.1f} points, {100 * low:+.1f} to {100 * high:+.1f} over seeds and problems"
+    verdict = "a gain" if gained > lost else "a loss"
+    verdict = verdict if shown else f"no change can be shown with {total} answers"
     text = (
         f"{config.recipe(method).label}: {right_before / total:.1%} of the test answers are right before (M_0), "
         f"{right_after / total:.1%} after (M_{last}). "
-        f"{gained} turned right and {lost} wrong: {verdict} (sign test, p = {p:.2g})."
+        f"{gained} turned right and {lost} wrong: {verdict} ({how})."
     )
     return text, right_after, total
 
