@@ -64,6 +64,10 @@ def tune(folder: Path) -> dict:
     return {"run": str(folder), "methods": ["irpo", "sft_gold"], "learning_rates": [1e-3, 2e-3], "betas": [0.1]}
 
 
+def claims(folder: Path) -> dict:
+    return {"run": str(folder), "twice": "", "real": str(folder), "watched": 4}
+
+
 def real_model(folder: Path) -> dict:
     return {"run": str(folder), "problems": 4, "samples": 4}
 
@@ -92,12 +96,13 @@ SMALL = {
     "test_the_ablations_compare_each_value_with_the_default": ("13_ablations", ablations),
     "test_the_broken_runs_are_refused_or_seen": ("22_read_a_run", broken_runs),
     "test_the_memorising_notebook_makes_a_model": ("23_memorising", memorising),
+    "test_the_claims_are_differences_with_intervals": ("21_claims", claims),
     "test_the_real_model_notebook_reads_solutions": ("20_real_model", real_model),
     "test_the_tuning_notebook_ranks_its_points": ("30_tune", tune),
     "test_the_speed_notebook_counts_what_was_measured": ("31_speed", speed),
     "test_the_scale_notebook_simulates_from_what_it_measured": ("32_scale", scale),
 }
-ON_THE_MICRO_RUN = ("11_why_the_nll", "20_real_model", "30_tune")
+ON_THE_MICRO_RUN = ("11_why_the_nll", "20_real_model", "21_claims", "30_tune")
 
 
 def execute(source: Path, target: Path, parameters: dict) -> str:
@@ -266,6 +271,20 @@ def test_the_ablations_compare_each_value_with_the_default(executed):
     alpha_0 = folder / "base+train.alpha=0" / "m0" / "seed_0" / "samples.jsonl"
     assert alpha_0.read_bytes() == (folder / "base" / "m0" / "seed_0" / "samples.jsonl").read_bytes()
     assert not list(folder.rglob("04_evaluate*")) and not list(folder.rglob("responses.jsonl"))  # test is left alone
+
+
+def test_the_claims_are_differences_with_intervals(executed):
+    folder, printed = executed
+    rows = read_rows(folder / "claims.csv")
+    assert {(r["claim"], r["world"]) for r in rows} == {(c, w) for c in "16" for w in ("embedded", "pre-trained")}
+    by_hand = {}
+    for t in (1, 2):
+        found = [json.loads(line) for line in open(folder / f"irpo/seed_0/iteration_{t}/responses.jsonl")]
+        by_hand[t] = [r["greedy"] == 1 for r in found if r["split"] == "test"]
+    (gain,) = {float(r["mean"]) for r in rows if r["difference"] == "IRPO: M_2 above M_1"}
+    assert gain == pytest.approx(100 * (sum(by_hand[2]) - sum(by_hand[1])) / len(by_hand[1]))
+    assert all(float(r["low"]) <= float(r["mean"]) <= float(r["high"]) for r in rows)
+    assert "embedded: word_problems, seed; 1 seeds" in printed
 
 
 def test_the_broken_runs_are_refused_or_seen(executed):

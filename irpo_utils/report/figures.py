@@ -7,6 +7,7 @@ but for their yellow, which is too faint on white. No figure is wider than `WIDE
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable
 from importlib.metadata import version
 from statistics import mean
@@ -278,6 +279,35 @@ def ablations(table: pd.DataFrame, changes: pd.DataFrame) -> Figure:
         ax.set_title(f"{knob} (dotted: {default})", fontsize=9)
         ax.set_xlim(-0.5, len(values) - 0.5)
     fig.supylabel("greedy accuracy on dev (%)", fontsize=9)
+    return fig
+
+
+def claims(table: pd.DataFrame) -> Figure:
+    """Differences that claims say are above zero, with their intervals: a line each, a panel for each unit.
+
+    Args:
+        table: `claim`, `difference`, `world`, `unit`, `mean`, `low` and `high`.
+    """
+    worlds, units = list(dict.fromkeys(table.world)), list(dict.fromkeys(table.unit))
+    lines = {
+        unit: list(dict.fromkeys(zip(own.claim, own.difference, strict=True))) for unit, own in table.groupby("unit")
+    }
+    heights = [len(lines[unit]) + 1 for unit in units]
+    size = (WIDE, 0.6 + 0.42 * sum(heights))
+    fig, axes = plt.subplots(len(units), 1, figsize=size, height_ratios=heights, squeeze=False, layout="constrained")
+    for ax, unit in zip(axes.flat, units, strict=True):
+        for number, world in enumerate(worlds):
+            own, style = table[(table.unit == unit) & (table.world == world)], look(number) | {"linestyle": ""}
+            places = [lines[unit].index(line) + 0.2 * number for line in zip(own.claim, own.difference, strict=True)]
+            around = [own["mean"] - own.low, own.high - own["mean"]]
+            ax.errorbar(own["mean"], places, xerr=around, markersize=5, label=world, **style)
+        ax.axvline(0, color="grey", linestyle=":", linewidth=1)
+        names = [f"{claim}  {textwrap.fill(text, 34)}" for claim, text in lines[unit]]
+        ax.set_yticks(range(len(names)), names, fontsize=9)
+        ax.invert_yaxis()
+        ax.set_xlabel({"points": "percentage points", "nats": "nats"}[unit], fontsize=9)
+    if len(worlds) > 1:
+        fig.legend(*axes.flat[0].get_legend_handles_labels(), ncols=len(worlds), **BELOW)
     return fig
 
 
