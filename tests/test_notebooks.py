@@ -279,7 +279,8 @@ def test_the_claims_are_differences_with_intervals(executed):
     assert {(r["claim"], r["world"]) for r in rows} == {(c, w) for c in "16" for w in ("embedded", "pre-trained")}
     by_hand = {}
     for t in (1, 2):
-        found = [json.loads(line) for line in open(folder / f"irpo/seed_0/iteration_{t}/responses.jsonl")]
+        lines = (folder / f"irpo/seed_0/iteration_{t}/responses.jsonl").read_text().splitlines()
+        found = [json.loads(line) for line in lines]
         by_hand[t] = [r["greedy"] == 1 for r in found if r["split"] == "test"]
     (gain,) = {float(r["mean"]) for r in rows if r["difference"] == "IRPO: M_2 above M_1"}
     assert gain == pytest.approx(100 * (sum(by_hand[2]) - sum(by_hand[1])) / len(by_hand[1]))

@@ -131,3 +131,30 @@ def test_every_page_in_a_browser(site, browser, width, scheme):
     page.wait_for_selector("#search-results li a")
     assert "01b_reward" in page.inner_html("#search-results")
     assert not faults
+
+
+CHANGE = """([title, value]) => {
+    const models = [...Bokeh.documents.flatMap(d => [...d._all_models.values()])];
+    models.find(m => m.title === title).value = value;
+}"""
+
+
+def test_the_figures_answer_to_the_hand(site, browser):
+    page = browser.new_page(viewport={"width": 390, "height": 900})
+    page.goto((site / "10_loss_from_scratch.html").as_uri())
+    end = """() => Bokeh.documents.flatMap(d => [...d._all_models.values()]).find(m => m.type === "Title").text"""
+    page.wait_for_function("() => window.Bokeh?.documents.length && (" + end + ")().includes('nats')")
+    assert "the chosen response loses" in page.evaluate(end)
+    page.evaluate(CHANGE, ["alpha", 4])
+    assert "the chosen response gains" in page.evaluate(end)
+    page.evaluate(CHANGE, ["alpha", 0])
+    page.evaluate(CHANGE, ["how alike the responses are", 0])
+    assert "the chosen response gains" in page.evaluate(end)
+
+    page.goto((site / "06_methods.html").as_uri())
+    page.wait_for_function("() => window.Bokeh?.documents.length === 2")
+    shares = """() => Bokeh.documents.flatMap(d => [...d._all_models.values()])
+        .find(m => m.type === "ColumnDataSource" && m.data.sound && m.data.model).data.sound"""
+    irpo = page.evaluate(shares)
+    page.evaluate(CHANGE, ["method", "Self-Rewarding"])
+    assert page.evaluate(shares) != irpo

@@ -1,12 +1,15 @@
 """Sphinx's configuration of the site. Sphinx runs in an environment of its own, without the project."""
 
+import sys
 from importlib.metadata import files
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent / "by_hand"))
 
 project = "Iterative Reasoning Preference Optimization"
 html_title = "IRPO notebooks"
 language = "en"
-extensions = ["myst_nb"]
+extensions = ["myst_nb", "figures_by_hand"]
 exclude_patterns = ["outputs/**"]
 
 nb_execution_mode = "off"
