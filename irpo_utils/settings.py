@@ -213,6 +213,9 @@ class TrainConfig(Section):
     beta: Positive = 0.1  # how strongly DPO holds the policy to its reference
     alpha: Annotated[float, Field(ge=0)] = 1.0  # weight of the NLL term
     odds_weight: Annotated[float, Field(ge=0)] = 0.1  # lambda of ORPO's odds ratio term; the other losses have none
+    margin: Annotated[float, Field(ge=0)] = 1.0  # gamma of SimPO: what the winner's reward is to be ahead by
+    bar: Annotated[float, Field(ge=0)] = 50.0  # lambda of DPO-Positive: what a winner below its reference costs
+    penalty: Annotated[float, Field(ge=0)] = 0.05  # of ExMATE: weight of the loser's probability per token
     # Pairs per optimizer step; where nothing is rejected, twice as many responses: as many tokens for every method.
     batch: Count = 16
     micro_batch: Count = 16  # pairs per forward pass (or twice as many responses)

@@ -12,7 +12,19 @@ from hypothesis import strategies as st
 
 from irpo_utils.methods.parts import LOSSES, part
 from irpo_utils.model.logprobs import collate, pair_batch, response_logps, token_logps
-from irpo_utils.model.losses import Scores, dpo, dpo_nll, nll, orpo, orpo_term
+from irpo_utils.model.losses import (
+    Scores,
+    cpo,
+    dpo,
+    dpo_nll,
+    dpo_norm,
+    dpo_positive,
+    exmate,
+    nll,
+    orpo,
+    orpo_term,
+    simpo,
+)
 from irpo_utils.model.packaged import SEED_MODEL
 from irpo_utils.model.records import Pair
 from irpo_utils.model.training import PreferenceTrainer, batch_losses
@@ -57,6 +69,74 @@ def test_at_the_reference_the_dpo_term_is_ln2_and_rewards_are_zero():
     for terms in (dpo_nll(scores, 0.5, 1.0), dpo(scores, 0.5)):
         assert torch.allclose(terms.dpo, torch.full((2,), math.log(2)))
         assert not terms.chosen_reward.any() and not terms.rejected_reward.any()
+
+
+@given(
+    st.lists(st.tuples(*[logp] * 4, *[st.integers(1, 300)] * 2), min_size=1, max_size=6),
+    *[st.floats(0.01, 3)] * 2,
+    *[st.floats(0, 60)] * 2,
+)
+def test_the_kin_of_dpo_are_their_formulas(rows, beta, alpha, margin, weight):
+    """Each as its paper writes it, in plain floats."""
+    columns = [torch.tensor(c, dtype=torch.float64) for c in zip(*rows, strict=True)]
+    scores = Scores(*columns)
+
+    def minus_log_sigmoid(z):
+        return max(-z, 0.0) + math.log1p(math.exp(-abs(z)))
+
+    def by_hand(win, lose, rw, rl, n, m):
+        ratio_w, ratio_l = win - rw, lose - rl
+        imitate, punish = -win / n, math.exp(lose / m)
+        return {
+            "cpo": minus_log_sigmoid(beta * win - beta * lose) + alpha * imitate,
+            "simpo": minus_log_sigmoid(beta / n * win - beta / m * lose - margin),
+            "dpo_norm": minus_log_sigmoid(beta * (ratio_w / n - ratio_l / m)),
+            "dpo_positive": minus_log_sigmoid(beta * (ratio_w - ratio_l - weight * max(0.0, -ratio_w))),
+            "exmate": imitate + weight * punish,
+            "dpo+exmate": minus_log_sigmoid(beta * (ratio_w - ratio_l)) + alpha * (imitate + weight * punish),
+        }
+
+    wanted = [by_hand(*row) for row in rows]
+    given_ = {"beta": beta, "alpha": alpha, "margin": margin, "bar": weight, "penalty": weight}
+    for name in wanted[0]:
+        row = LOSSES[name]
+        terms = row.load()(scores, **{parameter: given_[parameter] for parameter in row.parameters})
+        assert terms.total.tolist() == pytest.approx([own[name] for own in wanted], rel=1e-9, abs=1e-9), name
+        assert torch.allclose(terms.nll, nll(scores).total)
+
+
+def test_cpo_and_simpo_are_trl_s():
+    """The preference terms of TRL's CPOTrainer; its NLL is a mean over a batch's tokens."""
+    from trl.experimental.cpo import CPOTrainer
+
+    scores = Scores(
+        *[torch.tensor(x) for x in ([-9.0, -30.0], [-12.0, -25.0])], None, None, *[torch.tensor([3, 20])] * 2
+    )
+    trainer = {"alpha": 0.0, "label_smoothing": 0.0, "accelerator": SimpleNamespace(device="cpu")}
+    sums = CPOTrainer.cpo_loss(SimpleNamespace(**trainer, loss_type="sigmoid", beta=0.3), *scores[:2])
+    assert torch.allclose(cpo(scores, 0.3, 0.0).total, sums[0])
+    means = [logps / scores.chosen_lengths for logps in scores[:2]]  # as it hands them over for SimPO
+    with_margin = CPOTrainer.cpo_loss(SimpleNamespace(**trainer, loss_type="simpo", beta=2.0, simpo_gamma=1.2), *means)
+    assert torch.allclose(simpo(scores, 2.0, 1.2).total, with_margin[0])
+
+
+def test_what_each_of_the_kin_of_dpo_changes():
+    """No reference, lengths that cancel, a bar that acts below the reference alone, and a loser that is let go."""
+    winner, loser, lengths = torch.tensor([-9.0], requires_grad=True), torch.tensor([-12.0]), torch.tensor([3])
+    at = Scores(winner, loser, torch.tensor([-9.0]), torch.tensor([-12.0]), lengths, lengths)
+    for loss, weights in ((dpo_norm, {"beta": 5.0}), (dpo_positive, {"beta": 0.1, "bar": 50.0})):
+        assert loss(at, **weights).dpo.item() == pytest.approx(math.log(2))  # at the reference, as DPO
+    below = at._replace(reference_chosen=torch.tensor([-8.0]), reference_rejected=torch.tensor([-11.0]))
+    assert dpo(below, 0.1).total == dpo(at, 0.1).total  # both have fallen by one: DPO sees nothing
+    assert dpo_positive(below, 0.1, 50.0).total > 3 * dpo_positive(at, 0.1, 50.0).total
+    above = at._replace(reference_chosen=torch.tensor([-10.0]))
+    assert torch.equal(dpo_positive(above, 0.1, 50.0).total, dpo(above, 0.1).total)
+    pulls = []
+    for logp in (-1.0, -60.0):  # of a loser that is likely, and of one that is not
+        likely = torch.tensor([logp], requires_grad=True)
+        exmate(at._replace(rejected=likely), 0.05).total.sum().backward()
+        pulls.append(likely.grad.item())
+    assert pulls[0] > 1e-3 and 0 <= pulls[1] < 1e-9
 
 
 def test_unknown_loss_is_named():
@@ -177,13 +257,13 @@ def test_agrees_with_trl_for_a_batch_of_one_and_differs_for_unequal_lengths(seed
         for p in policy.parameters():
             p += 0.01 * torch.randn(p.shape, generator=generator)
 
-    def trl_loss(chosen):
+    def trl_loss(chosen, kinds=("sigmoid", "sft"), beta=0.1):
         data = Dataset.from_list([dict(zip(("prompt", "chosen", "rejected"), t, strict=True)) for t in chosen])
         args = DPOConfig(
             output_dir=str(tmp_path),
-            loss_type=["sigmoid", "sft"],
-            loss_weights=[1.0, 1.0],
-            beta=0.1,
+            loss_type=list(kinds),
+            loss_weights=[1.0] * len(kinds),
+            beta=beta,
             report_to=[],
             per_device_train_batch_size=len(chosen),
             max_length=None,
@@ -198,7 +278,7 @@ def test_agrees_with_trl_for_a_batch_of_one_and_differs_for_unequal_lengths(seed
         with torch.no_grad():
             return trainer.compute_loss(trainer.model, batch).item(), batch
 
-    def our_loss(chosen):
+    def our_loss(chosen, loss=dpo_nll, **weights):
         pairs = []
         for prompt, w, loser in chosen:
             prompt = tokenizer(prompt).input_ids
@@ -207,7 +287,7 @@ def test_agrees_with_trl_for_a_batch_of_one_and_differs_for_unequal_lengths(seed
                 ref = [response_logps(reference, collate([(prompt, r)])).item() for r in ids]
             pairs.append(replace(pair(prompt, *ids), reference_chosen=ref[0], reference_rejected=ref[1]))
         with torch.no_grad():
-            return batch_losses(policy, pair_batch(pairs), dpo_nll, {"beta": 0.1, "alpha": 1.0})[0], pairs
+            return batch_losses(policy, pair_batch(pairs), loss, weights or {"beta": 0.1, "alpha": 1.0})[0], pairs
 
     for text in texts:
         assert our_loss([text])[0].total.mean().item() == pytest.approx(trl_loss([text])[0], abs=1e-4)
@@ -218,6 +298,9 @@ def test_agrees_with_trl_for_a_batch_of_one_and_differs_for_unequal_lengths(seed
     difference = (ours.nll * lengths).sum() / lengths.sum() - ours.nll.mean()
     assert abs(difference) > 1e-3
     assert trl_loss(texts)[0] - ours.total.mean().item() == pytest.approx(difference.item(), abs=1e-4)
+    # Means over the tokens of each response are the same in both.
+    normed = our_loss(texts, dpo_norm, beta=5.0)[0].total.mean().item()
+    assert normed == pytest.approx(trl_loss(texts, ["sigmoid_norm"], 5.0)[0], abs=1e-4)
 
 
 def test_orpo_differs_from_trl_s_by_where_the_nll_is_averaged_and_by_nothing_else(seed_model, tokenizer, tmp_path):

@@ -99,6 +99,12 @@ LOSSES = {
     "dpo": Loss("irpo_utils.model.losses:dpo", parameters=("beta",)),
     "nll": Loss("irpo_utils.model.losses:nll", pairs=False, reference=False),
     "orpo": Loss("irpo_utils.model.losses:orpo", reference=False, parameters=("odds_weight",)),
+    "cpo": Loss("irpo_utils.model.losses:cpo", reference=False, parameters=("beta", "alpha")),
+    "simpo": Loss("irpo_utils.model.losses:simpo", reference=False, parameters=("beta", "margin")),
+    "dpo_norm": Loss("irpo_utils.model.losses:dpo_norm", parameters=("beta",)),
+    "dpo_positive": Loss("irpo_utils.model.losses:dpo_positive", parameters=("beta", "bar")),
+    "exmate": Loss("irpo_utils.model.losses:exmate", reference=False, parameters=("penalty",)),
+    "dpo+exmate": Loss("irpo_utils.model.losses:dpo_exmate", parameters=("beta", "alpha", "penalty")),
     "extrapolate": Loss("irpo_utils.extras.expo:extrapolated", pairs=False, reference=False, trains=False, parameters=("extrapolation",)),
 }  # fmt: skip
 KINDS: dict[str, tuple[dict[str, Any], type[Part]]] = {

@@ -1,4 +1,4 @@
-"""The losses as pure functions of sequence log-probabilities: `dpo_nll` (IRPO), `dpo`, `nll` and `orpo`.
+"""The losses as pure functions of sequence log-probabilities: `dpo_nll` (IRPO), `dpo`, `nll`, `orpo`, and six of their kin.
 
 Each takes `Scores` and its own parameters, and gives `PairLosses`. A loss of your own has the same form.
 
@@ -17,6 +17,9 @@ ORPO, arXiv 2403.07691, Eq. 6 and 7 (here as in Self-Iterative Process Feedback,
 
 where P is the geometric mean of the token probabilities of a response, exp(log M_th(y|x) / |y|). TRL's ORPOTrainer
 takes the NLL over the prompt's tokens as well as the chosen response's.
+
+The kin change one thing each: no reference (`cpo`), no reference and lengths (`simpo`), lengths alone (`dpo_norm`), a bar
+below the winner (`dpo_positive`), or another way to push the loser down (`exmate`, `dpo_exmate`).
 """
 
 from __future__ import annotations
@@ -131,9 +134,81 @@ def orpo(scores: Scores, odds_weight: float) -> PairLosses:
     Raises:
         ValueError: a rejected response, or its length, is missing.
     """
-    policy_chosen, policy_rejected, _, _, chosen_lengths, rejected_lengths = scores
-    if rejected_lengths is None or not rejected_lengths.all():
-        raise ValueError("the odds ratio of ORPO needs a rejected response, and its length, for every chosen one")
-    odds, *rewards = orpo_term(policy_chosen, policy_rejected, chosen_lengths, rejected_lengths)
-    term = nll_term(policy_chosen, chosen_lengths)
+    odds, *rewards = orpo_term(scores.chosen, scores.rejected, *both_lengths(scores))
+    term = nll_term(scores.chosen, scores.chosen_lengths)
     return PairLosses(term + odds_weight * odds, None, term, *rewards, odds)
+
+
+def both_lengths(scores: Scores) -> tuple[Tensor, Tensor]:
+    """The lengths of the chosen and the rejected responses. Raises ValueError where a rejected response is missing."""
+    if scores.rejected_lengths is None or not scores.rejected_lengths.all():
+        raise ValueError("this loss needs a rejected response, and its length, for every chosen one")
+    return scores.chosen_lengths, scores.rejected_lengths
+
+
+def cpo(scores: Scores, beta: float, alpha: float) -> PairLosses:
+    """CPO (arXiv 2401.08417): DPO against a uniform reference, and an NLL. `alpha` is the weight of the latter.
+
+        L = -log sigma( beta * log M_th(w|x) - beta * log M_th(l|x) ) - alpha * log M_th(w|x) / |w|
+
+    The NLL is per token, as in TRL's CPOTrainer.
+    """
+    chosen, rejected = beta * scores.chosen, beta * scores.rejected
+    term = nll_term(scores.chosen, scores.chosen_lengths)
+    return PairLosses(-F.logsigmoid(chosen - rejected) + alpha * term, None, term, chosen, rejected)
+
+
+def simpo(scores: Scores, beta: float, margin: float) -> PairLosses:
+    """SimPO (arXiv 2405.14734): log-probabilities per token, no reference, and a target `margin` (its gamma).
+
+        L = -log sigma( beta / |w| * log M_th(w|x) - beta / |l| * log M_th(l|x) - gamma )
+
+    Raises:
+        ValueError: a rejected response, or its length, is missing.
+    """
+    chosen, rejected = (beta * p / n for p, n in zip(scores[:2], both_lengths(scores), strict=True))
+    term = nll_term(scores.chosen, scores.chosen_lengths)
+    return PairLosses(-F.logsigmoid(chosen - rejected - margin), None, term, chosen, rejected)
+
+
+def dpo_norm(scores: Scores, beta: float) -> PairLosses:
+    """Length-normalised DPO (Tulu 3, arXiv 2411.15124): each log-ratio is a mean over tokens. Raises as `dpo`, `simpo`."""
+    chosen, rejected = both_lengths(scores)
+    over = scores._replace(
+        chosen=scores.chosen / chosen,
+        rejected=scores.rejected / rejected,
+        reference_chosen=None if scores.reference_chosen is None else scores.reference_chosen / chosen,
+        reference_rejected=None if scores.reference_rejected is None else scores.reference_rejected / rejected,
+    )
+    return dpo(over, beta)._replace(nll=nll_term(scores.chosen, chosen))
+
+
+def dpo_positive(scores: Scores, beta: float, bar: float) -> PairLosses:
+    """DPO-Positive (arXiv 2402.13228): a winner below its reference costs `bar` (lambda) times what it lacks.
+
+        L = -log sigma( beta * ( log-ratio(w) - log-ratio(l) - lambda * max(0, -log-ratio(w)) ) )
+
+    Raises:
+        ValueError: the reference's log-probabilities are missing.
+    """
+    plain = dpo(scores, beta)
+    lacking = F.relu(scores.reference_chosen - scores.chosen)
+    return plain._replace(total=-F.logsigmoid(plain.chosen_reward - plain.rejected_reward - beta * bar * lacking))
+
+
+def exmate(scores: Scores, penalty: float) -> PairLosses:
+    """ExMATE (arXiv 2212.10515, and its code): imitate the winner, and pay for the loser's probability per token.
+
+        L = -log M_th(w|x) / |w| + penalty * exp( log M_th(l|x) / |l| )
+
+    A loser's pull fades as it gets improbable, so the loss is bounded below. Raises as `simpo`.
+    """
+    chosen, rejected = both_lengths(scores)
+    term = nll_term(scores.chosen, chosen)
+    return PairLosses(term + penalty * torch.exp(scores.rejected / rejected), None, term, None, None)
+
+
+def dpo_exmate(scores: Scores, beta: float, alpha: float, penalty: float) -> PairLosses:
+    """DPO and `alpha` times ExMATE in place of the NLL (arXiv 2408.16751). Raises as `dpo` and `simpo`."""
+    plain, other = dpo(scores, beta), exmate(scores, penalty)
+    return plain._replace(total=plain.dpo + alpha * other.total)

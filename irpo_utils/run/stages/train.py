@@ -34,7 +34,7 @@ class TrainStage(Stage):
         return ("adapter", "steps.jsonl", "training.json")
 
     def parameters(self) -> dict[str, Any]:
-        unused = {"beta", "alpha", "odds_weight", "extrapolation"} - set(self.loss.parameters)
+        unused = {name for loss in parts.LOSSES.values() for name in loss.parameters} - set(self.loss.parameters)
         unused |= set() if self.config.train.processes > 1 else {"processes", "shard"}
         chosen = {"loss": self.choices.loss, "start": self.choices.start, "reference": self.choices.reference}
         return (
