@@ -164,6 +164,7 @@ class SamplingConfig(Section):
 class PairsConfig(Section):
     k: Count = 8  # K: pairs of each problem, at most
     eta: Positive = 0.2  # least difference of two rewards that makes a pair, where rewards are not just right and wrong
+    votes: Share = 0.5  # least share of a problem's samples that a winner by votes has
     max_per_problem: Count = 10  # correct samples of a problem that ReST-EM takes
     gold: bool = False  # whether the gold solution joins the winners
     max_tokens: Count = 128  # longer prompt + response: dropped and counted, never cut

@@ -24,6 +24,7 @@ from irpo_utils.model.losses import (
     orpo,
     orpo_term,
     simpo,
+    weighted_dpo_nll,
 )
 from irpo_utils.model.packaged import SEED_MODEL
 from irpo_utils.model.records import Pair
@@ -103,6 +104,16 @@ def test_the_kin_of_dpo_are_their_formulas(rows, beta, alpha, margin, weight):
         terms = row.load()(scores, **{parameter: given_[parameter] for parameter in row.parameters})
         assert terms.total.tolist() == pytest.approx([own[name] for own in wanted], rel=1e-9, abs=1e-9), name
         assert torch.allclose(terms.nll, nll(scores).total)
+
+
+def test_a_pair_s_margin_is_its_weight(seed_model, tokenizer):
+    pairs = [replace(p, margin=margin) for p, margin in zip(make_pairs(tokenizer), (0.25, 1.0), strict=True)]
+    with torch.no_grad():
+        plain, weighted = (
+            batch_losses(seed_model, pair_batch(pairs), loss, {"beta": 0.1, "alpha": 1.0})[0].total
+            for loss in (dpo_nll, weighted_dpo_nll)
+        )
+    assert torch.allclose(weighted, plain * torch.tensor([0.25, 1.0]))
 
 
 def test_cpo_and_simpo_are_trl_s():

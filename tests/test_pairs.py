@@ -3,15 +3,19 @@
 import math
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from irpo_utils.methods.parts import KINDS
+from irpo_utils.methods.rewards import Job
 from irpo_utils.methods.select import cyclic_pairs, distinct, margin_of, select
+from irpo_utils.methods.votes import votes
 from irpo_utils.model.records import Pair, Prompt, Sample
-from irpo_utils.settings import PairsConfig
+from irpo_utils.settings import PairsConfig, Settings, TaskConfig
+from irpo_utils.tasks import get_task
 
 
 def sample(token, reward, finished=True, length=2, **more):
@@ -116,6 +120,21 @@ def test_self_rewarding_takes_the_best_against_the_worst_and_drops_ties():
     assert made("best_against_worst", scored) == [("r6", "r8")]
     with pytest.raises(ValueError, match="no pair can be made"):
         made("best_against_worst", [sample(5, 3.0), sample(6, 3.0), sample(7, None)])
+
+
+def test_votes_choose_the_most_agreed_with_and_weigh_the_pair_by_how_much():
+    answers = {5: "6", 6: "6", 7: "4", 8: "6", 9: None}  # token -> answer; the majority is wrong
+    samples = [sample(token, float(a == "4"), answer_reward=float(a == "4")) for token, a in answers.items()]
+    samples = [replace(s, answer=a) for s, a in zip(samples, answers.values(), strict=True)]
+    job = Job(Settings(), None, get_task(TaskConfig()), [], {}, {"a": samples}, 0.8, 0, Path())
+    voted, facts = votes(job)
+    assert [s.reward for s in voted] == [0.6, 0.6, 0.2, 0.6, None]
+    assert [s.answer_reward for s in voted] == [s.answer_reward for s in samples]
+    assert facts == {"problems_with_votes": 1, "majority_right": 0}
+    (pair,), _ = select("voted", {"a": voted}, PROMPTS, PairsConfig(max_tokens=10))
+    assert (pair.chosen, pair.rejected) == ("r5", "r7") and pair.margin == pytest.approx(0.4)
+    with pytest.raises(ValueError, match="lower pairs.votes"):
+        select("voted", {"a": voted}, PROMPTS, PairsConfig(max_tokens=10, votes=0.7))
 
 
 def test_a_judge_that_says_nothing_is_named():

@@ -73,6 +73,7 @@ REWARDS = {
     "answer": Reward("", number=False),
     "rationalized": Reward("irpo_utils.methods.rationalize:rationalized", number=False),
     "process": Reward("irpo_utils.extras.process.labels:process", settings=PROCESS, files=("labels.jsonl", "reward_model")),
+    "votes": Reward("irpo_utils.methods.votes:votes"),
     "judge": Reward("irpo_utils.extras.judge:judged", settings=("judge", "train.micro_batch")),
 }  # fmt: skip
 SELECTIONS = {
@@ -92,6 +93,7 @@ SELECTIONS = {
     "best_against_worst": Selection(
         "irpo_utils.methods.select:best_against_worst_of", hint="where all rewards of a problem are one"
     ),
+    "voted": Selection("irpo_utils.methods.select:voted_of", hint="lower pairs.votes"),
     "margin": Selection("irpo_utils.methods.select:margin_of", hint="lower pairs.eta"),
 }
 LOSSES = {
@@ -99,6 +101,7 @@ LOSSES = {
     "dpo": Loss("irpo_utils.model.losses:dpo", parameters=("beta",)),
     "nll": Loss("irpo_utils.model.losses:nll", pairs=False, reference=False),
     "orpo": Loss("irpo_utils.model.losses:orpo", reference=False, parameters=("odds_weight",)),
+    "weighted dpo+nll": Loss("irpo_utils.model.losses:weighted_dpo_nll", parameters=("beta", "alpha")),
     "cpo": Loss("irpo_utils.model.losses:cpo", reference=False, parameters=("beta", "alpha")),
     "simpo": Loss("irpo_utils.model.losses:simpo", reference=False, parameters=("beta", "margin")),
     "dpo_norm": Loss("irpo_utils.model.losses:dpo_norm", parameters=("beta",)),

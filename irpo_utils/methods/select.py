@@ -111,6 +111,12 @@ def margin_of(samples: list[Sample], gold: Sample | None, config: PairsConfig, r
     return rng.sample(apart, min(config.k, len(apart)))
 
 
+def voted_of(samples: list[Sample], gold: Sample | None, config: PairsConfig, rng: random.Random) -> Chosen:
+    """A sample with the most votes against one with the fewest, where the former has at least `votes` (ScPO, arXiv 2411.04109)."""
+    best = best_against_worst_of(samples, gold, config, rng)
+    return [pair for pair in best if pair[0].reward >= config.votes]
+
+
 def select(
     selection: str,
     samples: dict[str, list[Sample]],
@@ -202,7 +208,11 @@ def gold_sample(prompt: Prompt) -> Sample | None:
 
 
 def pair_of(prompt: Prompt, chosen: Sample, rejected: Sample | None) -> Pair:
-    """A line of pairs.jsonl. Without a rejected response its text and ids are empty."""
+    """A line of pairs.jsonl. Without a rejected response its text and ids are empty.
+
+    Its margin is the difference of the rewards, where both have one that is a number.
+    """
+    rewards = (chosen.reward, rejected.reward if rejected else None)
     return Pair(
         problem=prompt.problem,
         prompt=prompt.prompt,
@@ -213,6 +223,7 @@ def pair_of(prompt: Prompt, chosen: Sample, rejected: Sample | None) -> Pair:
         rejected_ids=rejected.token_ids if rejected else (),
         chosen_logp=chosen.logp,
         rejected_logp=rejected.logp if rejected else None,
+        margin=1.0 if None in rewards else rewards[0] - rewards[1],
     )
 
 

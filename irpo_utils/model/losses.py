@@ -43,6 +43,7 @@ class Scores(NamedTuple):
     reference_rejected: Tensor | None
     chosen_lengths: Tensor
     rejected_lengths: Tensor | None = None  # None for a loss that does not look at them
+    margins: Tensor | None = None  # differences of the rewards; None counts as 1
 
 
 class PairLosses(NamedTuple):
@@ -105,7 +106,7 @@ def dpo(scores: Scores, beta: float) -> PairLosses:
     Raises:
         ValueError: the reference's log-probabilities are missing.
     """
-    policy_chosen, policy_rejected, reference_chosen, reference_rejected, chosen_lengths, _ = scores
+    policy_chosen, policy_rejected, reference_chosen, reference_rejected, chosen_lengths, *_ = scores
     if reference_chosen is None or reference_rejected is None:
         raise ValueError("the DPO term needs the reference's log-probabilities")
     term, *rewards = dpo_term(policy_chosen, policy_rejected, reference_chosen, reference_rejected, beta)
@@ -120,6 +121,12 @@ def dpo_nll(scores: Scores, beta: float, alpha: float) -> PairLosses:
     """
     terms = dpo(scores, beta)
     return terms._replace(total=terms.dpo + alpha * terms.nll)
+
+
+def weighted_dpo_nll(scores: Scores, beta: float, alpha: float) -> PairLosses:
+    """ScPO (arXiv 2411.04109): IRPO's loss, each pair weighted by its margin, the difference of votes. Raises as `dpo_nll`."""
+    terms = dpo_nll(scores, beta, alpha)
+    return terms if scores.margins is None else terms._replace(total=scores.margins * terms.total)
 
 
 def nll(scores: Scores) -> PairLosses:
