@@ -247,8 +247,8 @@ def conclude(run: Path, config: Config, failures: list[str], started: float) -> 
     stopped = "\n".join([*failures, "the same command goes on from there"])
     try:
         whole, _ = finished(run)
-    except MissingArtefact:
-        raise StageFailed(stopped) from None
+    except MissingArtefact as missing:  # with no failure: something that the stages read has changed meanwhile
+        raise StageFailed(stopped if failures else f"{missing}\n{stopped}") from None
     print("report ...", flush=True)
     report(run, config.threads)
     if len(whole.methods) > 1:
