@@ -42,6 +42,11 @@ def why_the_nll(folder: Path) -> dict:
     return {"run": str(folder), "lr": 5e-3, "watched": 16}
 
 
+def losses(folder: Path) -> dict:
+    small = {"rates": [1e-3], "watched": 4, "losses": ["dpo+nll", "nll", "simpo", "dpo_positive", "exmate"]}
+    return {"run": str(folder), "preset": "micro", "folder": str(folder / "losses"), **small}
+
+
 def ablations(folder: Path) -> dict:
     small = ["task.train_size=12", "task.dev_size=6", "train.max_steps=2", "train.eval_every=1"]
     varied = {"knobs": {"train.alpha": [0], "sampling.n": [1]}, "others": ["reference", "twice"]}
@@ -93,6 +98,7 @@ SMALL = {
     "test_the_process_notebook_writes_its_tables": ("07_process_feedback", process_feedback),
     "test_the_loss_by_hand_is_that_of_the_code": ("10_loss_from_scratch", lambda folder: {"alpha": 0.7, "beta": 0.3}),
     "test_the_nll_notebook_watches_three_losses": ("11_why_the_nll", why_the_nll),
+    "test_the_losses_are_held_side_by_side": ("12_losses", losses),
     "test_the_ablations_compare_each_value_with_the_default": ("13_ablations", ablations),
     "test_the_broken_runs_are_refused_or_seen": ("22_read_a_run", broken_runs),
     "test_the_memorising_notebook_makes_a_model": ("23_memorising", memorising),
@@ -102,7 +108,7 @@ SMALL = {
     "test_the_speed_notebook_counts_what_was_measured": ("31_speed", speed),
     "test_the_scale_notebook_simulates_from_what_it_measured": ("32_scale", scale),
 }
-ON_THE_MICRO_RUN = ("11_why_the_nll", "20_real_model", "21_claims", "30_tune")
+ON_THE_MICRO_RUN = ("11_why_the_nll", "12_losses", "20_real_model", "21_claims", "30_tune")
 
 
 def execute(source: Path, target: Path, parameters: dict) -> str:
@@ -271,6 +277,15 @@ def test_the_ablations_compare_each_value_with_the_default(executed):
     alpha_0 = folder / "base+train.alpha=0" / "m0" / "seed_0" / "samples.jsonl"
     assert alpha_0.read_bytes() == (folder / "base" / "m0" / "seed_0" / "samples.jsonl").read_bytes()
     assert not list(folder.rglob("04_evaluate*")) and not list(folder.rglob("responses.jsonl"))  # test is left alone
+
+
+def test_the_losses_are_held_side_by_side(executed):
+    folder, _ = executed
+    rows = {r["loss"]: r for r in read_rows(folder / "losses/losses.csv")}
+    assert list(rows) == ["dpo+nll", "nll", "simpo", "dpo_positive", "exmate"]
+    assert [r["reference"] for r in rows.values()] == ["yes", "no", "no", "yes", "no"]
+    assert rows["dpo+nll"]["against dpo+nll"] == "+0.0 (+0.0 to +0.0)"
+    assert len(read_rows(folder / "losses/curves.csv")) == 5 * 3
 
 
 def test_the_claims_are_differences_with_intervals(executed):

@@ -250,6 +250,31 @@ def watched_logps(table: pd.DataFrame) -> Figure:
     return fig
 
 
+def loss_panels(table: pd.DataFrame) -> Figure:
+    """Mean log-probability of fixed chosen (solid) and rejected (dashed) responses against steps, a panel for each loss.
+
+    Args:
+        table: `loss`, `step`, `chosen`, `rejected`. Axes end at ten nats below the start; what falls further leaves them.
+    """
+    losses = list(dict.fromkeys(table.loss))
+    high = -(-len(losses) // 2)
+    size = (WIDE, 0.4 + 1.6 * high)
+    fig, axes = plt.subplots(high, 2, figsize=size, squeeze=False, sharex=True, sharey=True, layout="constrained")
+    for ax in axes.flat[len(losses) :]:
+        ax.set_axis_off()
+    for ax, loss in zip(axes.flat, losses, strict=False):
+        own = table[table.loss == loss]
+        ax.plot(own.step, own.chosen, marker="o", markersize=3, color=BLUE, label="chosen")
+        ax.plot(own.step, own.rejected, "--", marker="s", markersize=3, color=RED, label="rejected")
+        ax.set_title(loss, fontsize=9)
+    ends = table[["chosen", "rejected"]]
+    ax.set_ylim(max(ends.min(axis=None), table.rejected.iloc[0] - 10) - 0.5, ends.max(axis=None) + 0.5)
+    fig.supxlabel("step", fontsize=9)
+    fig.supylabel("log-probability of a response (nats)", fontsize=9)
+    fig.legend(*axes.flat[0].get_legend_handles_labels(), ncols=2, **BELOW)
+    return fig
+
+
 def ablations(table: pd.DataFrame, changes: pd.DataFrame) -> Figure:
     """Greedy dev accuracy against a knob's values, a panel for each knob: points are seeds, the line is their mean.
 

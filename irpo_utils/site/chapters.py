@@ -42,6 +42,7 @@ BOOK: dict[str, tuple[str | Notebook, ...]] = {
     "The loss": (
         Notebook("10_loss_from_scratch", by_hand=("loss_of_a_pair", "Why sums, and why a mean")),
         Notebook("11_why_the_nll"),
+        Notebook("12_losses"),
         Notebook("30_tune"),
         "questions",
     ),
