@@ -164,7 +164,7 @@ class SamplingConfig(Section):
 class PairsConfig(Section):
     k: Count = 8  # K: pairs of each problem, at most
     eta: Positive = 0.2  # least difference of two rewards that makes a pair, where rewards are not just right and wrong
-    votes: Share = 0.5  # least share of a problem's samples that a winner by votes has
+    least_votes: Share = 0.5  # least share of a problem's samples that a winner by votes has
     max_per_problem: Count = 10  # correct samples of a problem that ReST-EM takes
     gold: bool = False  # whether the gold solution joins the winners
     max_tokens: Count = 128  # longer prompt + response: dropped and counted, never cut
@@ -214,7 +214,7 @@ class TrainConfig(Section):
     beta: Positive = 0.1  # how strongly DPO holds the policy to its reference
     alpha: Annotated[float, Field(ge=0)] = 1.0  # weight of the NLL term
     odds_weight: Annotated[float, Field(ge=0)] = 0.1  # lambda of ORPO's odds ratio term; the other losses have none
-    margin: Annotated[float, Field(ge=0)] = 1.0  # gamma of SimPO: what the winner's reward is to be ahead by
+    gamma: Annotated[float, Field(ge=0)] = 1.0  # of SimPO: what the winner's reward is to be ahead by
     bar: Annotated[float, Field(ge=0)] = 50.0  # lambda of DPO-Positive: what a winner below its reference costs
     penalty: Annotated[float, Field(ge=0)] = 0.05  # of ExMATE: weight of the loser's probability per token
     # Pairs per optimizer step; where nothing is rejected, twice as many responses: as many tokens for every method.

@@ -98,7 +98,7 @@ def test_the_kin_of_dpo_are_their_formulas(rows, beta, alpha, margin, weight):
         }
 
     wanted = [by_hand(*row) for row in rows]
-    given_ = {"beta": beta, "alpha": alpha, "margin": margin, "bar": weight, "penalty": weight}
+    given_ = {"beta": beta, "alpha": alpha, "gamma": margin, "bar": weight, "penalty": weight}
     for name in wanted[0]:
         row = LOSSES[name]
         terms = row.load()(scores, **{parameter: given_[parameter] for parameter in row.parameters})
@@ -106,8 +106,8 @@ def test_the_kin_of_dpo_are_their_formulas(rows, beta, alpha, margin, weight):
         assert torch.allclose(terms.nll, nll(scores).total)
 
 
-def test_a_pair_s_margin_is_its_weight(seed_model, tokenizer):
-    pairs = [replace(p, margin=margin) for p, margin in zip(make_pairs(tokenizer), (0.25, 1.0), strict=True)]
+def test_a_pair_s_reward_gap_is_its_weight(seed_model, tokenizer):
+    pairs = [replace(p, reward_gap=gap) for p, gap in zip(make_pairs(tokenizer), (0.25, 1.0), strict=True)]
     with torch.no_grad():
         plain, weighted = (
             batch_losses(seed_model, pair_batch(pairs), loss, {"beta": 0.1, "alpha": 1.0})[0].total

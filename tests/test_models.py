@@ -362,15 +362,17 @@ def test_sixteen_bits_sample_the_policy_that_is_trained(sixteen_bits):
     assert off < 1.2 * as_trained < 0.1 * adapter
 
 
-def test_an_adapter_too_small_to_be_folded_into_sixteen_bits_still_counts(sixteen_bits):
+def test_an_adapter_beside_its_layer_is_as_exact_as_peft_s_and_a_folded_one_is_not(sixteen_bits):
+    """What 16 bits lose of an adapter on average over many inputs: rounding that goes either way cancels there."""
     config, folder = sixteen_bits
     layer = load.load_policy(config, folder).model.layers[0].mlp.down_proj
-    assert isinstance(layer, load.Beside)
-    layer.b.mul_(1e-3 / layer.b.abs().max())
-    x = torch.randn(4, layer.a.shape[1]).bfloat16()
-    wanted = x.float() @ layer.a.float().T @ layer.b.float().T
-    folded = (layer.base.weight.float() + layer.b.float() @ layer.a.float()).bfloat16()
-    lost = x.float() @ (folded.float() - layer.base.weight.float()).T - wanted
-    layer.base.weight.data.zero_()
-    kept = layer(x).float() - wanted
-    assert kept.norm() < 0.02 * wanted.norm() < lost.norm()
+    assert isinstance(layer, load.Beside) and layer.weight is layer.base.weight and layer.bias is None
+    layer.b.mul_(1e-2 / layer.b.float().std())
+    torch.manual_seed(0)
+    x = (1 + torch.randn(4096, layer.a.shape[1])).bfloat16()
+    w, a, b = layer.weight.float(), layer.a.float(), layer.b.float()
+    exact = x.float() @ (w + b @ a).T
+    with_peft = (layer.base(x).float() + x.float() @ a.T @ b.T).bfloat16()
+    folded = x @ (w + b @ a).bfloat16().T
+    beside, peft, fold = ((y.float() - exact).mean(0).norm() for y in (layer(x), with_peft, folded))
+    assert beside < 2 * peft and beside < 0.3 * fold

@@ -132,9 +132,9 @@ def test_votes_choose_the_most_agreed_with_and_weigh_the_pair_by_how_much():
     assert [s.answer_reward for s in voted] == [s.answer_reward for s in samples]
     assert facts == {"problems_with_votes": 1, "majority_right": 0}
     (pair,), _ = select("voted", {"a": voted}, PROMPTS, PairsConfig(max_tokens=10))
-    assert (pair.chosen, pair.rejected) == ("r5", "r7") and pair.margin == pytest.approx(0.4)
-    with pytest.raises(ValueError, match="lower pairs.votes"):
-        select("voted", {"a": voted}, PROMPTS, PairsConfig(max_tokens=10, votes=0.7))
+    assert (pair.chosen, pair.rejected) == ("r5", "r7") and pair.reward_gap == pytest.approx(0.4)
+    with pytest.raises(ValueError, match="lower pairs.least_votes"):
+        select("voted", {"a": voted}, PROMPTS, PairsConfig(max_tokens=10, least_votes=0.7))
 
 
 def test_a_judge_that_says_nothing_is_named():

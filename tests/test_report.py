@@ -196,9 +196,13 @@ def test_a_gain_of_several_seeds_counts_a_problem_once(run, tmp_path):
             shutil.copytree(folder, folder.with_name(f"seed_{seed}"))
     config = read_config(tmp_path / "run" / "config.yaml").but(seeds=3)
     gained, same = tables.gains_in_words(tmp_path / "run", config)
-    # Nine answers for the better, but of three problems: the fourth was right before, and is drawn alone now and then.
-    assert "9 turned right and 0 wrong: a gain (+75.0 points, +25.0 to +100.0 over seeds and problems)" in gained
-    assert "3 turned right and 3 wrong: no change can be shown with 12 answers (+0.0 points, -75.0 to +75.0" in same
+    # Nine answers for the better, but of three problems of four: half of one problem's spread, times Student's 3.18.
+    assert (
+        "9 turned right and 0 wrong: no change can be shown with 12 answers (+75.0 points, -4.5 to +154.5 over"
+        in gained
+    )
+    assert "3 turned right and 3 wrong: no change can be shown with 12 answers (+0.0 points, " in same
+    assert "M_1 does better (95 % interval 100.0% to 100.0%)" in gained
 
 
 def test_what_was_used_up_is_summed(run, config, metrics):

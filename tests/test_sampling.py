@@ -408,3 +408,17 @@ def test_every_token_of_nested_starts_is_run_once(seed_model, tokenizer, task):
 def test_a_start_that_nothing_can_follow_is_refused(seed_model, starts, message):
     with pytest.raises(ValueError, match=message):
         drawn_from(seed_model, {"a": [1]}, starts=starts)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8, 1.0])
+def test_rows_that_are_worked_on_apart_draw_the_same(monkeypatch, temperature):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(7, 5000, generator=generator).bfloat16()
+    rows = np.array([0, 0, 1, 2, 2, 2, 4, 6])
+    uniform = np.random.default_rng(0).random(len(rows))
+    uniform[3] = -1.0  # greedy
+    whole = sampling.pick(logits, temperature, rows, uniform)
+    monkeypatch.setattr(sampling, "CACHED", 2 * 5000)
+    parts = sampling.pick(logits, temperature, rows, uniform)
+    assert (whole[0] == parts[0]).all() and np.allclose(whole[1], parts[1])
+    assert whole[0][3] == logits[2].argmax()

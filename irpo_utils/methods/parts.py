@@ -93,7 +93,7 @@ SELECTIONS = {
     "best_against_worst": Selection(
         "irpo_utils.methods.select:best_against_worst_of", hint="where all rewards of a problem are one"
     ),
-    "voted": Selection("irpo_utils.methods.select:voted_of", hint="lower pairs.votes"),
+    "voted": Selection("irpo_utils.methods.select:voted_of", hint="lower pairs.least_votes"),
     "margin": Selection("irpo_utils.methods.select:margin_of", hint="lower pairs.eta"),
 }
 LOSSES = {
@@ -103,7 +103,7 @@ LOSSES = {
     "orpo": Loss("irpo_utils.model.losses:orpo", reference=False, parameters=("odds_weight",)),
     "weighted dpo+nll": Loss("irpo_utils.model.losses:weighted_dpo_nll", parameters=("beta", "alpha")),
     "cpo": Loss("irpo_utils.model.losses:cpo", reference=False, parameters=("beta", "alpha")),
-    "simpo": Loss("irpo_utils.model.losses:simpo", reference=False, parameters=("beta", "margin")),
+    "simpo": Loss("irpo_utils.model.losses:simpo", reference=False, parameters=("beta", "gamma")),
     "dpo_norm": Loss("irpo_utils.model.losses:dpo_norm", parameters=("beta",)),
     "dpo_positive": Loss("irpo_utils.model.losses:dpo_positive", parameters=("beta", "bar")),
     "exmate": Loss("irpo_utils.model.losses:exmate", reference=False, parameters=("penalty",)),

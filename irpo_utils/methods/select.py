@@ -112,9 +112,9 @@ def margin_of(samples: list[Sample], gold: Sample | None, config: PairsConfig, r
 
 
 def voted_of(samples: list[Sample], gold: Sample | None, config: PairsConfig, rng: random.Random) -> Chosen:
-    """A sample with the most votes against one with the fewest, where the former has at least `votes` (ScPO, arXiv 2411.04109)."""
+    """A sample with the most votes against one with the fewest, where the former has at least `least_votes` (ScPO, arXiv 2411.04109)."""
     best = best_against_worst_of(samples, gold, config, rng)
-    return [pair for pair in best if pair[0].reward >= config.votes]
+    return [pair for pair in best if pair[0].reward >= config.least_votes]
 
 
 def select(
@@ -210,9 +210,9 @@ def gold_sample(prompt: Prompt) -> Sample | None:
 def pair_of(prompt: Prompt, chosen: Sample, rejected: Sample | None) -> Pair:
     """A line of pairs.jsonl. Without a rejected response its text and ids are empty.
 
-    Its margin is the difference of the rewards, where both have one that is a number.
+    Its reward gap is the difference of the rewards; an unparsed response has 0.
     """
-    rewards = (chosen.reward, rejected.reward if rejected else None)
+    worst = rejected.reward or 0.0 if rejected else 0.0
     return Pair(
         problem=prompt.problem,
         prompt=prompt.prompt,
@@ -223,7 +223,7 @@ def pair_of(prompt: Prompt, chosen: Sample, rejected: Sample | None) -> Pair:
         rejected_ids=rejected.token_ids if rejected else (),
         chosen_logp=chosen.logp,
         rejected_logp=rejected.logp if rejected else None,
-        margin=1.0 if None in rewards else rewards[0] - rewards[1],
+        reward_gap=1.0 if chosen.reward is None else chosen.reward - worst,
     )
 
 

@@ -3,7 +3,8 @@
 A policy is one directory: a LoRA adapter on the frozen base (`adapter_config.json`), or, with `model.tuning: full`, a
 whole small model. M_0 is the base itself, or a policy (a warm start). Nothing is ever merged back into quantized weights:
 they would be quantized anew, and the model that is sampled would not be the one that was trained. Adapters are float32
-whatever the base is (peft casts them so), since a LoRA step is smaller than what bfloat16 can tell apart.
+whatever the base is (peft casts them so), since a LoRA step is smaller than what bfloat16 can tell apart; only to sample
+beside a 16-bit base they are rounded to it, and kept apart from it.
 """
 
 from __future__ import annotations
@@ -283,7 +284,7 @@ def load_policy(
 ) -> PreTrainedModel:
     """M_t: the base for `policy=None`, else what the directory `policy` holds.
 
-    With `trainable`, the same function ready for training: a fresh adapter (which starts as the identity) on the base, or
+    With `trainable`, the same function (but for that rounding) ready for training: a fresh adapter (which starts as the identity) on the base, or
     the adapter of M_t going on. For inference a 4-bit base is unpacked where memory allows, and an adapter on a float32
     base is folded in, both in memory only. Folded into 16 bits, an adapter would be rounded away; it stays beside its
     layer there, without peft's detour over float32 (`Beside`).
@@ -331,6 +332,14 @@ class Beside(torch.nn.Module):
         self.register_buffer("a", layer.lora_A[name].weight.detach().to(dtype))
         self.register_buffer("b", (layer.scaling[name] * layer.lora_B[name].weight.detach()).to(dtype))
 
+    @property
+    def weight(self) -> torch.Tensor:  # some models read it
+        return self.base.weight
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        return self.base.bias
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.base(x)
         y.view(-1, y.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]) @ self.a.T, self.b.T)
@@ -344,8 +353,11 @@ def with_adapter_beside(model: PreTrainedModel) -> PreTrainedModel:
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
     for layer in layers.values():
         plain = type(layer.base_layer) is torch.nn.Linear and layer.base_layer.weight.dtype == torch.bfloat16
-        if not plain or len(layer.active_adapters) != 1 or layer.lora_variant:
+        with_bias = any(getattr(layer, "lora_bias", {}).values())
+        if not plain or len(layer.active_adapters) != 1 or layer.lora_variant or with_bias:
             return model
+    if not layers:  # an adapter of another kind
+        return model
     for name, layer in layers.items():
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, Beside(layer))

@@ -305,7 +305,7 @@ def pair_batch(pairs: list[Pair]) -> dict[str, Tensor]:
 
     `chosen` and `rejected` [pairs] are row numbers (`rejected` is -1 where there is none). `reference` [pairs, 2] are
     the reference's log-probabilities, where the pairs have them. `lengths` and `rejected_lengths` [pairs] are the
-    numbers of tokens of the chosen and the rejected responses, `margins` [pairs] the differences of their rewards.
+    numbers of tokens of the chosen and the rejected responses, `reward_gaps` [pairs] the differences of their rewards.
     """
     number: dict[tuple[Ids, Ids], int] = {}  # of a row, by its prompt and response
 
@@ -320,7 +320,7 @@ def pair_batch(pairs: list[Pair]) -> dict[str, Tensor]:
         "rejected": torch.tensor(rejected),
         "lengths": torch.tensor([len(p.chosen_ids) for p in pairs]),
         "rejected_lengths": torch.tensor([len(p.rejected_ids) for p in pairs]),
-        "margins": torch.tensor([p.margin for p in pairs]),
+        "reward_gaps": torch.tensor([p.reward_gap for p in pairs]),
     }
     if pairs[0].reference_chosen is not None:  # a loss without a reference has none scored
         batch["reference"] = torch.tensor([[p.reference_chosen, p.reference_rejected] for p in pairs])

@@ -1,4 +1,4 @@
-"""The losses as pure functions of sequence log-probabilities: `dpo_nll` (IRPO), `dpo`, `nll`, `orpo`, and six of their kin.
+"""The losses as pure functions of sequence log-probabilities: `dpo_nll` (IRPO), `dpo`, `nll`, `orpo`, and seven of their kin.
 
 Each takes `Scores` and its own parameters, and gives `PairLosses`. A loss of your own has the same form.
 
@@ -18,8 +18,9 @@ ORPO, arXiv 2403.07691, Eq. 6 and 7 (here as in Self-Iterative Process Feedback,
 where P is the geometric mean of the token probabilities of a response, exp(log M_th(y|x) / |y|). TRL's ORPOTrainer
 takes the NLL over the prompt's tokens as well as the chosen response's.
 
-The kin change one thing each: no reference (`cpo`), no reference and lengths (`simpo`), lengths alone (`dpo_norm`), a bar
-below the winner (`dpo_positive`), or another way to push the loser down (`exmate`, `dpo_exmate`).
+The kin differ from DPO by little: no reference (`cpo`), no reference and lengths (`simpo`), lengths alone (`dpo_norm`), a
+bar below the winner (`dpo_positive`), another way to push the loser down (`exmate`, `dpo_exmate`), or IRPO's loss with a
+weight for each pair (`weighted_dpo_nll`).
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class Scores(NamedTuple):
     reference_rejected: Tensor | None
     chosen_lengths: Tensor
     rejected_lengths: Tensor | None = None  # None for a loss that does not look at them
-    margins: Tensor | None = None  # differences of the rewards; None counts as 1
+    reward_gaps: Tensor | None = None  # differences of the rewards; None counts as 1
 
 
 class PairLosses(NamedTuple):
@@ -124,9 +125,9 @@ def dpo_nll(scores: Scores, beta: float, alpha: float) -> PairLosses:
 
 
 def weighted_dpo_nll(scores: Scores, beta: float, alpha: float) -> PairLosses:
-    """ScPO (arXiv 2411.04109): IRPO's loss, each pair weighted by its margin, the difference of votes. Raises as `dpo_nll`."""
+    """ScPO (arXiv 2411.04109): IRPO's loss, each pair weighted by the difference of votes. Raises as `dpo_nll`."""
     terms = dpo_nll(scores, beta, alpha)
-    return terms if scores.margins is None else terms._replace(total=scores.margins * terms.total)
+    return terms if scores.reward_gaps is None else terms._replace(total=scores.reward_gaps * terms.total)
 
 
 def nll(scores: Scores) -> PairLosses:
@@ -165,8 +166,8 @@ def cpo(scores: Scores, beta: float, alpha: float) -> PairLosses:
     return PairLosses(-F.logsigmoid(chosen - rejected) + alpha * term, None, term, chosen, rejected)
 
 
-def simpo(scores: Scores, beta: float, margin: float) -> PairLosses:
-    """SimPO (arXiv 2405.14734): log-probabilities per token, no reference, and a target `margin` (its gamma).
+def simpo(scores: Scores, beta: float, gamma: float) -> PairLosses:
+    """SimPO (arXiv 2405.14734): log-probabilities per token, no reference, and a target margin `gamma`.
 
         L = -log sigma( beta / |w| * log M_th(w|x) - beta / |l| * log M_th(l|x) - gamma )
 
@@ -175,7 +176,7 @@ def simpo(scores: Scores, beta: float, margin: float) -> PairLosses:
     """
     chosen, rejected = (beta * p / n for p, n in zip(scores[:2], both_lengths(scores), strict=True))
     term = nll_term(scores.chosen, scores.chosen_lengths)
-    return PairLosses(-F.logsigmoid(chosen - rejected - margin), None, term, chosen, rejected)
+    return PairLosses(-F.logsigmoid(chosen - rejected - gamma), None, term, chosen, rejected)
 
 
 def dpo_norm(scores: Scores, beta: float) -> PairLosses:

@@ -106,6 +106,6 @@ class Pair(Record):
     rejected_ids: Ids
     chosen_logp: float | None  # what the sampler saw; None for gold solutions
     rejected_logp: float | None
-    margin: float = 1.0  # by how much the chosen one's reward is above the rejected one's
+    reward_gap: float = 1.0  # by how much the chosen one's reward is above the rejected one's
     reference_chosen: float | None = None  # the reference's log-probabilities, once they are scored
     reference_rejected: float | None = None

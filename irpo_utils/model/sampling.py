@@ -3,7 +3,7 @@
 `model.generate(num_return_sequences=N)` does more work. It runs every prompt N times, keeps its cache once per sample,
 concatenates the cache at every step, and keeps finished rows in the batch until the last one ends. Here a prompt runs
 once and its cache is shared (`shared_prompt.py`). Samples whose tokens have been the same so far are one row, which
-parts where they draw different tokens. The cache is preallocated, and finished rows leave.
+parts where they draw different tokens. The cache is not put together anew at each step, and finished rows leave.
 
 Responses may be given their first tokens, a start, which is run once for all that share it: continuations from the end
 of every step of a solution run the solution once.
@@ -79,21 +79,28 @@ def pick(
     points = torch.from_numpy(points).to(logits.device)
     # On a CPU few rows at once: what a step of the arithmetic leaves is in the processor's cache for the next.
     rows = max(1, CACHED // logits.shape[-1]) if logits.device.type == "cpu" else len(logits)
+    greedy = bool((uniform < 0).any())
     parts = zip(logits.split(rows), points.split(rows), strict=True)
-    tokens, logps = map(torch.cat, zip(*(drawn(part.float(), temperature, at) for part, at in parts), strict=True))
+    tokens, logps = map(
+        torch.cat, zip(*(picked(part.float(), temperature, at, greedy) for part, at in parts), strict=True)
+    )
     if logps.isnan().any():
         raise FloatingPointError("the model's logits are not numbers (NaN); its weights or its dtype are broken")
     return tokens.cpu().numpy()[row_of_sample, number], logps.double().cpu().numpy()[row_of_sample, number]
 
 
-def drawn(logits: Tensor, temperature: float, points: Tensor) -> tuple[Tensor, Tensor]:
-    """`pick` for `logits` [rows, vocabulary] at `points` [rows, samples of a row]; both results are of their shape."""
+def picked(logits: Tensor, temperature: float, points: Tensor, greedy: bool) -> tuple[Tensor, Tensor]:
+    """`pick` for `logits` [rows, vocabulary] at `points` [rows, samples of a row]; both results are of their shape.
+
+    Args:
+        greedy: whether some points are negative.
+    """
     if temperature == 0:
         tokens = logits.argmax(-1, keepdim=True)
     else:
         likely = (logits if temperature == 1 else logits / temperature).softmax(-1)
         tokens = inverse(likely, points)
-        if (points < 0).any():
+        if greedy:
             tokens = torch.where(points < 0, logits.argmax(-1, keepdim=True), tokens)
     if temperature == 1:
         return tokens, likely.gather(-1, tokens).log()
@@ -123,7 +130,9 @@ def inverse(likely: Tensor, uniform: Tensor) -> Tensor:
     found = (block * BLOCK + word.clamp_(max=BLOCK - 1)).clamp_(max=words - 1)
     # Where a point rounds to its block's end, the block's last word may have no probability.
     possible = likely.gather(-1, found) > 0
-    return found if possible.all() else torch.where(possible, found, likely.argmax(-1, keepdim=True))
+    if likely.device.type == "cpu" and possible.all():  # to ask costs more than an argmax where it waits for a GPU
+        return found
+    return torch.where(possible, found, likely.argmax(-1, keepdim=True))
 
 
 def pick_bytes(words: int) -> int:

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 from transformers import AttentionInterface, DynamicCache, PreTrainedModel
@@ -94,16 +93,17 @@ class SampleLayer(DynamicLayer):
     `prompt` are those of the prompts [problems, heads, length, width]; `buffers` those of the responses
     [capacity, heads, tokens, width], of which `rows` rows and `length` tokens are in use.
 
-    Shared, `keys` and `values` are all tokens of the buffers, which grow by pieces; those not in use are 0. So they are
-    contiguous: products of 16-bit numbers on a CPU copy what is not, which took three times as long as the product.
+    Products of 16-bit numbers on a CPU copy what is not contiguous, which took three times as long as the product. There
+    the buffers grow by pieces, and `keys` and `values` are all of their tokens; those not in use are 0.
     """
 
     def __init__(self, prompt: tuple[Tensor, Tensor], capacity: int, max_tokens: int, shared: bool):
         super().__init__()
         self.dtype, self.device, self.is_initialized = prompt[0].dtype, prompt[0].device, True
         self.rows, heads, length, _ = prompt[0].shape
-        self.length, self.shared = 0 if shared else length, shared
-        tokens = 0 if shared else length + max_tokens  # unless shared, the prompt stands in front of every response
+        self.length = 0 if shared else length  # unless shared, the prompt stands in front of every response
+        self.grows = shared and self.device.type == "cpu" and self.dtype.itemsize == 2
+        tokens = 0 if self.grows else self.length + max_tokens
         self.buffers = [p.new_zeros(capacity, heads, tokens, p.shape[-1]) for p in prompt]
         self.prompt = prompt if shared else None
         if not shared:
@@ -112,17 +112,24 @@ class SampleLayer(DynamicLayer):
         self._expose()
 
     def _expose(self) -> None:
-        tokens = None if self.shared else self.length
+        tokens = None if self.grows else self.length
         self.keys, self.values = (buffer[: self.rows, :, :tokens] for buffer in self.buffers)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         if self.length == self.buffers[0].shape[2]:
-            self.buffers = [F.pad(buffer, (0, 0, 0, PIECE)) for buffer in self.buffers]
+            self.buffers = [self.grown(buffer) for buffer in self.buffers]
         for buffer, new in zip(self.buffers, (key_states, value_states), strict=True):
             buffer[: self.rows, :, self.length] = new[:, :, 0]
         self.length += 1
         self._expose()
         return self.keys, self.values
+
+    def grown(self, buffer: Tensor) -> Tensor:
+        """A buffer with room for more tokens, and what is in use of this one."""
+        capacity, heads, tokens, width = buffer.shape
+        larger = buffer.new_zeros(capacity, heads, tokens + PIECE, width)
+        larger[: self.rows, :, :tokens] = buffer[: self.rows]
+        return larger
 
     def copy(self, sources: Tensor, targets: Tensor | slice, rows: int) -> None:
         """Put what is in the rows `sources` into the rows `targets`; after it `rows` rows are in use."""

@@ -54,7 +54,7 @@ def batch_losses(
     chosen = logps[batch["chosen"]]
     rejected = torch.where(batch["rejected"] < 0, torch.zeros_like(chosen), logps[batch["rejected"]])
     reference = batch["reference"].to(logps.dtype).unbind(-1) if "reference" in batch else (None, None)
-    scores = Scores(chosen, rejected, *reference, batch["lengths"], batch["rejected_lengths"], batch["margins"])
+    scores = Scores(chosen, rejected, *reference, batch["lengths"], batch["rejected_lengths"], batch["reward_gaps"])
     return loss(scores, **weights), chosen, rejected
 
 

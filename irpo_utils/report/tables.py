@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import pandas as pd
@@ -154,30 +155,32 @@ def gains_in_words(run: Path, config: Config) -> list[str]:
     audits = audit_table(run, config)
     texts = []
     for method in config.methods:
-        gain, right, total = _gain(run, config, method)
-        chance = _against_chance(run, config, method, right, total)
+        gain, right = _gain(run, config, method)
+        chance = _against_chance(run, config, method, right)
         texts.append(gain + chance + _right_samples(audits, config, method))
     return texts
 
 
-def _gain(run: Path, config: Config, method: str) -> tuple[str, int, int]:
-    """What changed from M_0 to the last model; how many test answers of the latter are right, and of how many."""
+def _gain(run: Path, config: Config, method: str) -> tuple[str, list[dict[str, float]]]:
+    """What changed from M_0 to the last model; and of each seed, which test problems the latter solves."""
     last = config.rounds(method)
     both: list[tuple[bool, bool]] = []  # of every seed's problems: right before, right after
     changes: list[dict[str, float]] = []  # of every seed
+    last_right: list[dict[str, float]] = []
     for seed in range(config.seeds):
         before, after = (_right_problems(run, config, method, seed, t) for t in (0, last))
         both += [(before[name], after[name]) for name in before]
         changes.append({name: float(after[name]) - before[name] for name in before})
+        last_right.append({name: float(right) for name, right in after.items()})
     total, gained, lost = len(both), both.count((False, True)), both.count((True, False))
     right_before, right_after = (sum(column) for column in zip(*both, strict=True))
     if config.seeds == 1:
         p = sign_test(gained, lost)
         shown, how = p < 0.05, f"sign test, p = {p:.2g}"
     else:
-        mean, low, high = over_seeds(changes)
+        gain, low, high = over_seeds(changes)
         shown = low > 0 or high < 0
-        how = f"{100 * mean:+.1f} points, {100 * low:+.1f} to {100 * high:+.1f} over seeds and problems"
+        how = f"{100 * gain:+.1f} points, {100 * low:+.1f} to {100 * high:+.1f} over seeds and problems"
     verdict = "a gain" if gained > lost else "a loss"
     verdict = verdict if shown else f"no change can be shown with {total} answers"
     text = (
@@ -185,7 +188,7 @@ def _gain(run: Path, config: Config, method: str) -> tuple[str, int, int]:
         f"{right_after / total:.1%} after (M_{last}). "
         f"{gained} turned right and {lost} wrong: {verdict} ({how})."
     )
-    return text, right_after, total
+    return text, last_right
 
 
 def _right_problems(run: Path, config: Config, method: str, seed: int, t: int) -> dict[str, bool]:
@@ -194,13 +197,20 @@ def _right_problems(run: Path, config: Config, method: str, seed: int, t: int) -
     return {r["problem"]: r["greedy"] == 1 for r in rows if r["split"] == "test"}
 
 
-def _against_chance(run: Path, config: Config, method: str, right: int, total: int) -> str:
-    """Whether the last model does better than guessing, for a task that knows how often a guess is right."""
+def _against_chance(run: Path, config: Config, method: str, right: list[dict[str, float]]) -> str:
+    """Whether the last model does better than guessing, for a task that knows how often a guess is right.
+
+    Args:
+        right: of each seed, test problem -> 1.0 where the last model solves it, else 0.0.
+    """
     last = config.rounds(method)
-    chance = read_evaluation(EvaluateStage(run, method, 0, last, config))["test"].get("chance")
-    if chance is None:
+    stages = [EvaluateStage(run, method, seed, last, config) for seed in range(config.seeds)]
+    chances = [read_evaluation(stage)["test"].get("chance") for stage in stages]
+    if None in chances:
         return ""
-    low, high = wilson(right, total)
+    chance = mean(chances)
+    one = len(right) == 1
+    low, high = wilson(int(sum(right[0].values())), len(right[0])) if one else over_seeds(right)[1:]
     verdict = "does better" if low > chance else "does worse" if high < chance else "is not known to do better"
     return f" Guessing has {chance:.1%}; M_{last} {verdict} (95 % interval {low:.1%} to {high:.1%})."
 

@@ -26,7 +26,6 @@ LEGEND = {"border_line_color": None, "label_text_font_size": "8pt", "glyph_width
 AT_FIRST = ("irpo", "dpo", "sft_chosen", "sft_gold")  # the methods whose lines are shown before a click
 WIDE = {"sizing_mode": "stretch_width", "toolbar_location": None}
 
-# The same in both languages: Python draws the first picture, JavaScript each one after it.
 TOKENS, AT_START, LARGER = 20, -8.0, 1.5  # of the chosen response; how much larger the rejected one's gradient is
 SURFACE_JS = """
 const [b, a, o] = [beta.value, alpha.value, overlap.value], {x, y} = grid.data, z = surface.data.image[0]
