@@ -106,7 +106,7 @@ def check_inputs(config: Config, jobs: int = 1) -> list[str]:
         load_object(WORKERS.check)(config, jobs)
     jobs = 1 if clustered else jobs  # of those that share this machine
     if check := SAMPLERS[config.sampling.engine].check:
-        load_object(check)(config, jobs)
+        load_object(check)(config.for_seed(0), jobs)
     check_simulator(config)
     if (config.task.name, config.model.path) in (("word_problems", "seed"), ("stories", "stories")):
         return []

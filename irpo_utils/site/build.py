@@ -22,7 +22,7 @@ from .prepare import prepared, unbroken
 
 SITE = OUTPUTS / "site"
 WORK = OUTPUTS / "site-build"  # the sources as Sphinx reads them, and what it makes of them
-BY_HAND = Path(__file__).parent / "by_hand"  # figures that answer to the hand
+INTERACTIVE = Path(__file__).parent / "interactive"  # figures that answer to the hand
 PYTHON = "IRPO_SITE_PYTHON"  # a Python that has the group `site` of pyproject.toml
 
 
@@ -68,7 +68,7 @@ def write_sources(target: Path) -> None:
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / figure, copy)
         write_text(target / f"{name}.md", in_prose(page, unbroken))
-    write_json(target / "by_hand.json", by_hand_facts(REFERENCE / "methods"))
+    write_json(target / "interactive.json", interactive_facts(REFERENCE / "methods"))
     for notebook, path in executed.items():
         write_notebook(notebook, path, target, pages)
 
@@ -84,7 +84,7 @@ def write_notebook(notebook: Notebook, executed: Path, target: Path, pages: dict
     """Write a notebook's executed copy as the site shows it."""
     page = nbformat.read(executed, as_version=4)
     page.cells = prepared(page.cells, note(notebook, executed))
-    add_by_hand(page.cells, *notebook.by_hand)
+    add_interactive(page.cells, *notebook.interactive)
     for cell in page.cells:
         if cell.cell_type == "markdown":
             cell.source = relinked(cell.source, "notebooks", pages)
@@ -92,18 +92,18 @@ def write_notebook(notebook: Notebook, executed: Path, target: Path, pages: dict
     nbformat.write(page, target / f"{notebook.name}.ipynb")
 
 
-def add_by_hand(cells: list[Any], name: str, heading: str) -> None:
-    """Put the figures of by_hand/NAME.md before a section. Raises ConfigError where there is no such section."""
+def add_interactive(cells: list[Any], name: str, heading: str) -> None:
+    """Put the figures of interactive/NAME.md before a section. Raises ConfigError where there is no such section."""
     if not name:
         return
     at = next((i for i, cell in enumerate(cells) if cell["source"].startswith(f"## {heading}\n")), None)
     if at is None:
         raise ConfigError(f"site/chapters.py: no cell of the notebook begins with ## {heading}")
-    cells.insert(at, nbformat.v4.new_markdown_cell((BY_HAND / f"{name}.md").read_text()))
+    cells.insert(at, nbformat.v4.new_markdown_cell((INTERACTIVE / f"{name}.md").read_text()))
 
 
-def by_hand_facts(run: Path) -> dict[str, Any]:
-    """What the figures in by_hand/ show of a published run: means over seeds, in percent and millions of forward passes."""
+def interactive_facts(run: Path) -> dict[str, Any]:
+    """What the figures in interactive/ show of a published run: means over seeds, in percent and millions of forward passes."""
     known, table = catalogue(), pd.read_csv(run / "methods.csv")
     table["passes"] = comparison.forward_passes(table) / 1e6
     mean = table.groupby(["method", "iteration"], sort=False).mean().reset_index()

@@ -17,7 +17,7 @@ class Notebook:
 
     name: str  # notebooks/NAME.ipynb, where it exists
     folder: str = "."  # where under outputs/reference its executed copy lies; ".": anywhere
-    by_hand: tuple[str, str] = ("", "")  # by_hand/NAME.md, and the heading before which its figures stand
+    interactive: tuple[str, str] = ("", "")  # interactive/NAME.md, and the heading before which its figures stand
 
     def executed(self) -> Path | None:
         """The executed copy; None where there is none."""
@@ -40,7 +40,7 @@ BOOK: dict[str, tuple[str | Notebook, ...]] = {
         Notebook("05_report", "methods"),
     ),
     "The loss": (
-        Notebook("10_loss_from_scratch", by_hand=("loss_of_a_pair", "Why sums, and why a mean")),
+        Notebook("10_loss_from_scratch", interactive=("loss_of_a_pair", "Why sums, and why a mean")),
         Notebook("11_why_the_nll"),
         Notebook("12_losses"),
         Notebook("30_tune"),
@@ -49,7 +49,7 @@ BOOK: dict[str, tuple[str | Notebook, ...]] = {
     "What the numbers say": (Notebook("13_ablations"), Notebook("21_claims"), Notebook("22_read_a_run")),
     "The family of methods": (
         "family",
-        Notebook("06_methods", "methods", by_hand=("methods_at_a_budget", "What differs, and why")),
+        Notebook("06_methods", "methods", interactive=("methods_at_a_budget", "What differs, and why")),
     ),
     "Feedback on steps": ("process", Notebook("07_process_feedback")),
     "How fast": ("speed", Notebook("31_speed"), Notebook("32_scale")),

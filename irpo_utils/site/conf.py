@@ -4,12 +4,12 @@ import sys
 from importlib.metadata import files
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent / "by_hand"))
+sys.path.insert(0, str(Path(__file__).parent / "interactive"))
 
 project = "Iterative Reasoning Preference Optimization"
 html_title = "IRPO notebooks"
 language = "en"
-extensions = ["myst_nb", "figures_by_hand"]
+extensions = ["myst_nb", "interactive_figures"]
 exclude_patterns = ["outputs/**"]
 
 nb_execution_mode = "off"

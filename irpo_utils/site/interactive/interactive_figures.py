@@ -1,6 +1,6 @@
-"""Figures that answer to the hand, as a directive of Sphinx: ```{by-hand} NAME``` draws the function NAME with Bokeh.
+"""Figures that answer to the hand, as a directive of Sphinx: ```{interactive} NAME``` draws the function NAME with Bokeh.
 
-Sphinx loads this file in an environment of its own, without the project. What was measured comes from `by_hand.json`, which
+Sphinx loads this file in an environment of its own, without the project. What was measured comes from `interactive.json`, which
 `build.py` writes beside the pages. Bokeh's script is one file of the site; it is loaded by the pages that have a figure.
 """
 
@@ -111,12 +111,12 @@ def sound_and_lucky(facts):
 FIGURES = {f.__name__: f for f in (loss_of_a_pair, methods_at_a_budget, sound_and_lucky)}
 
 
-class ByHand(Directive):
+class Interactive(Directive):
     required_arguments = 1
 
     def run(self):
         environment = self.state.document.settings.env
-        file = Path(environment.srcdir) / "by_hand.json"
+        file = Path(environment.srcdir) / "interactive.json"
         draw = FIGURES[self.arguments[0]]
         model, first = draw(json.loads(file.read_text()))
         document = Document()
@@ -124,23 +124,23 @@ class ByHand(Directive):
         if first:
             document.js_on_event("document_ready", first)
         script, place = components(model)
-        environment.metadata[environment.docname]["by_hand"] = True
+        environment.metadata[environment.docname]["interactive"] = True
         label = (draw.__doc__ or "").strip()
         return [
             nodes.raw(
-                "", f'<div class="by-hand" role="group" aria-label="{label}">{place}{script}</div>', format="html"
+                "", f'<div class="interactive" role="group" aria-label="{label}">{place}{script}</div>', format="html"
             )
         ]
 
 
 def load_scripts(app, page, template, context, doctree):
-    if app.env.metadata.get(page, {}).get("by_hand"):
+    if app.env.metadata.get(page, {}).get("interactive"):
         for script in SCRIPTS:
             app.add_js_file(script.name)
 
 
 def setup(app):
-    app.add_directive("by-hand", ByHand)
+    app.add_directive("interactive", Interactive)
     app.connect("html-page-context", load_scripts)
     app.config.html_static_path += [str(script) for script in SCRIPTS]
     return {"parallel_read_safe": True}
