@@ -130,7 +130,7 @@ def test_votes_choose_the_most_agreed_with_and_weigh_the_pair_by_how_much():
     voted, facts = votes(job)
     assert [s.reward for s in voted] == [0.6, 0.6, 0.2, 0.6, None]
     assert [s.answer_reward for s in voted] == [s.answer_reward for s in samples]
-    assert facts == {"problems_with_votes": 1, "majority_right": 0}
+    assert facts == {"problems_with_votes": 1, "majority_right": 0, "drawn_tokens": 0, "trained_tokens": 0}
     (pair,), _ = select("voted", {"a": voted}, PROMPTS, PairsConfig(max_tokens=10))
     assert (pair.chosen, pair.rejected) == ("r5", "r7") and pair.reward_gap == pytest.approx(0.4)
     with pytest.raises(ValueError, match="lower pairs.least_votes"):

@@ -28,4 +28,4 @@ def votes(job: Job) -> tuple[list[Sample], dict[str, Any]]:
         if counts:
             led += 1
             right += own[answers.index(counts.most_common(1)[0][0])].answer_reward == 1
-    return voted, {"problems_with_votes": led, "majority_right": right}
+    return voted, {"problems_with_votes": led, "majority_right": right, "drawn_tokens": 0, "trained_tokens": 0}
