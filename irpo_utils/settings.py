@@ -229,6 +229,8 @@ class TrainConfig(Section):
     extrapolation: float = 0.3  # a of ExPO; the paper: 0.3 to 0.5
     warmup: Share = 0.1  # share of the steps
     max_grad_norm: Positive = 1.0  # gradients are clipped to this norm
+    # Optimizer steps between fresh draws of the policy that is trained (online: 1); 0: the policy is sampled once, before.
+    sync_every: Size = 0
     eval_every: Count = 50  # steps between dev scores; the best step becomes M_{t+1}
     retrain_with_dev: bool = (
         False  # then train anew for as many steps with the dev problems included, as the paper does
@@ -242,6 +244,11 @@ class TrainConfig(Section):
             raise ValueError("train.batch: a multiple of train.micro_batch")
         if self.processes > 1 and self.engine != "own":
             raise ValueError(f"train.processes: {self.engine} trains in one process; set train.engine=own")
+        if self.sync_every and (self.processes > 1 or self.engine != "own" or self.retrain_with_dev):
+            raise ValueError(
+                "train.sync_every: where the policy draws while it is trained, leave train.processes at 1, train.engine "
+                "at own and train.retrain_with_dev at false"
+            )
         if self.processes > self.batch:
             raise ValueError(f"train.batch: at least one pair for each of train.processes={self.processes}")
         at_once = self.processes * self.own_micro_batch(self.processes)
@@ -311,6 +318,10 @@ class Settings(Section):
             raise ValueError(
                 "train.shard: for an adapter on a base that is not quantized; "
                 "set model.quantize=none and model.tuning=lora"
+            )
+        if self.sampling.engine != "transformers" and self.train.sync_every:
+            raise ValueError(
+                "train.sync_every: the policy that is trained draws by itself; set sampling.engine=transformers"
             )
         if self.sampling.engine != "transformers" and self.model.quantize == "nf4":
             name = "vLLM" if self.sampling.engine == "vllm" else "a server"

@@ -192,6 +192,7 @@ def test_changed_code_reruns_what_runs_it_and_comments_change_nothing(without_ex
         ("02_pairs", "sipf", "records", "load sampling schedule training losses"),
         ("03_train", "sipf", "sampling schedule training losses", ""),
         ("03b_extrapolate", "expo", "load", "sampling schedule training losses"),
+        ("03c_online", "rloo", "sampling schedule training losses", ""),
         ("04_evaluate", "sipf", "sampling", "schedule training losses"),
     ],
 )

@@ -306,20 +306,31 @@ def test_keys_name_what_a_stage_depends_on_and_no_more(tmp_path):
 
     plain = keys()
     expected = {
-        "sampling.max_new_tokens=9": {"00_warm_start", "01_sample", "01b_reward", "03_train", "04_evaluate"},
-        "sampling.engine=vllm": {"01_sample", "01b_reward", "04_evaluate"},
+        "sampling.max_new_tokens=9": set(STAGES) - {"02_pairs", "03b_extrapolate"},
+        "sampling.engine=vllm": {"01_sample", "01b_reward", "03c_online", "04_evaluate"},
         "task.test_size=9": {"04_evaluate"},
-        "task.train_size=9": {"00_warm_start", "01_sample", "01b_reward"},  # the pairs read what these leave
-        "model.lora_r=4": {"00_warm_start", "01b_reward", "03_train", "03b_extrapolate", "04_evaluate"},
+        "task.train_size=9": {
+            "00_warm_start",
+            "01_sample",
+            "01b_reward",
+            "03c_online",
+        },  # the pairs read what these leave
+        "model.lora_r=4": set(STAGES) - {"01_sample", "02_pairs"},
         "model.path=elsewhere": set(STAGES) - {"02_pairs"},
         "evaluation.temperature=1": {"04_evaluate"},
-        "pairs.k=1": {"02_pairs"},
-        "pairs.max_tokens=100": {"00_warm_start", "01b_reward", "02_pairs"},
-        "warm_start.problems=8": {"00_warm_start", "01_sample", "01b_reward"},
-        "train.alpha=0.5": {"03_train"},
+        "pairs.k=1": {"02_pairs", "03c_online"},
+        "pairs.max_tokens=100": {"00_warm_start", "01b_reward", "02_pairs", "03c_online"},
+        "warm_start.problems=8": {"00_warm_start", "01_sample", "01b_reward", "03c_online"},
+        "train.alpha=0.5": {"03_train", "03c_online"},
+        "train.sync_every=3": {"03c_online"},
         "train.odds_weight=0.5": set(),  # of another loss
         "process.continuations=3": {"01b_reward"},
-        "train.warmup=0.5": {"00_warm_start", "01b_reward", "03_train"},  # the reward model is trained with it, too
+        "train.warmup=0.5": {
+            "00_warm_start",
+            "01b_reward",
+            "03_train",
+            "03c_online",
+        },  # the reward model is trained with it, too
         "judge.samples=2": set(),  # of another reward
         "train.extrapolation=0.5": {"03b_extrapolate"},
         "seeds=2": set(),

@@ -94,6 +94,8 @@ SELECTIONS = {
         "irpo_utils.methods.select:best_against_worst_of", hint="where all rewards of a problem are one"
     ),
     "voted": Selection("irpo_utils.methods.select:voted_of", hint="lower pairs.least_votes"),
+    "group": Selection("irpo_utils.methods.select:group_of", pairs=False),
+    "group_scaled": Selection("irpo_utils.methods.select:group_scaled_of", pairs=False),
     "margin": Selection("irpo_utils.methods.select:margin_of", hint="lower pairs.eta"),
 }
 LOSSES = {
@@ -108,6 +110,8 @@ LOSSES = {
     "dpo_positive": Loss("irpo_utils.model.losses:dpo_positive", parameters=("beta", "bar")),
     "exmate": Loss("irpo_utils.model.losses:exmate", reference=False, parameters=("penalty",)),
     "dpo+exmate": Loss("irpo_utils.model.losses:dpo_exmate", parameters=("beta", "alpha", "penalty")),
+    "policy_gradient": Loss("irpo_utils.model.losses:policy_gradient", pairs=False, reference=False),
+    "policy_gradient_mean": Loss("irpo_utils.model.losses:policy_gradient_mean", pairs=False, reference=False),
     "extrapolate": Loss("irpo_utils.extras.expo:extrapolated", pairs=False, reference=False, trains=False, parameters=("extrapolation",)),
 }  # fmt: skip
 KINDS: dict[str, tuple[dict[str, Any], type[Part]]] = {
@@ -153,6 +157,7 @@ TRAINERS = {
 }
 # What the training stage does with them; by name, so that a stage is known without loading torch.
 TRAINING = Part("irpo_utils.methods.trainer:Training")
+ONLINE = Part("irpo_utils.methods.online:OnlineTraining")
 
 
 def part(kind: str, name: str) -> Any:

@@ -86,11 +86,16 @@ class Round(Section):
         """Whether the model that training starts from is the reference too, so that the loss begins at ln 2."""
         return (self.start, self.reference) in (("M_t", "moving"), ("M_0", "M_0"))
 
-    @property
-    def stages(self) -> list[str]:
-        """The stage notebooks of such a round, in order."""
+    def is_online(self, sync_every: int) -> bool:
+        """Whether the policy is sampled while it is trained; a round on gold solutions alone never is."""
+        return bool(sync_every) and self.draws
+
+    def stages(self, sync_every: int = 0) -> list[str]:
+        """The stage notebooks of such a round, in order. `sync_every` is that of the section `train`."""
         if not self.trains:
             return ["03b_extrapolate", "04_evaluate"]
+        if self.is_online(sync_every):
+            return ["03c_online", "04_evaluate"]
         return ["01_sample", *(["01b_reward"] if self.has_reward_stage else []), "02_pairs", "03_train", "04_evaluate"]
 
 

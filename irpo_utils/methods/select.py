@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from dataclasses import replace
 from itertools import product
-from statistics import mean
+from statistics import mean, stdev
 from typing import Any
 
 from ..model.records import Pair, Prompt, Sample
@@ -117,6 +118,28 @@ def voted_of(samples: list[Sample], gold: Sample | None, config: PairsConfig, rn
     return [pair for pair in best if pair[0].reward >= config.least_votes]
 
 
+def group_of(samples: list[Sample], gold: Sample | None, config: PairsConfig, rng: random.Random) -> Chosen:
+    """Every sample with its advantage as its reward: by how much it is above the mean of the others (RLOO, arXiv 2402.14740).
+
+    Dr. GRPO's (arXiv 2503.20783) is (N - 1) / N of it. None where all samples are worth the same. Unparsed counts as 0.
+    """
+    worth = [s.reward or 0.0 for s in samples]
+    if len(set(worth)) < 2:
+        return []
+    total, others = sum(worth), len(worth) - 1
+    return [(replace(s, reward=own - (total - own) / others), None) for s, own in zip(samples, worth, strict=True)]
+
+
+def group_scaled_of(samples: list[Sample], gold: Sample | None, config: PairsConfig, rng: random.Random) -> Chosen:
+    """Every sample with GRPO's advantage: above the mean of all, in standard deviations (arXiv 2402.03300). Else as `group_of`."""
+    worth = [s.reward or 0.0 for s in samples]
+    if len(set(worth)) < 2:
+        return []
+    return [
+        (replace(s, reward=(own - mean(worth)) / stdev(worth)), None) for s, own in zip(samples, worth, strict=True)
+    ]
+
+
 def select(
     selection: str,
     samples: dict[str, list[Sample]],
@@ -137,6 +160,24 @@ def select(
     Raises:
         ValueError: not one pair can be made.
     """
+    pairs, audit = made(selection, samples, prompts, config, seed)
+    if not pairs:
+        golds = sum(bool(p.gold) for p in prompts.values())
+        raise ValueError(_nothing(parts.part("selection", selection), selection, audit, golds))
+    audit["capped"] = max(0, len(pairs) - config.max_pairs) if config.max_pairs else 0
+    if audit["capped"]:
+        pairs = random.Random(seed).sample(pairs, config.max_pairs)
+    return pairs, audited(pairs, audit, drawn=bool(samples))
+
+
+def made(
+    selection: str,
+    samples: dict[str, list[Sample]],
+    prompts: dict[str, Prompt],
+    config: PairsConfig,
+    seed: int | str,
+) -> tuple[list[Pair], Counter[str]]:
+    """All pairs that a selection makes, maybe none, and what was counted on the way; the arguments are those of `select`."""
     row = parts.part("selection", selection)
     choose = row.load()
     audit: Counter[str] = Counter()
@@ -145,26 +186,28 @@ def select(
         prompt, drawn = prompts[name], samples.get(name, [])
         usable, gold = _usable(drawn, prompt, config.max_tokens, audit)
         try:
-            made = [(winner, loser) for winner, loser in choose(usable, gold, config, random.Random(f"{seed}/{name}"))]
+            chosen = [
+                (winner, loser) for winner, loser in choose(usable, gold, config, random.Random(f"{seed}/{name}"))
+            ]
         except Exception as error:  # a selection of the user's may do anything
             raise ValueError(
                 f"{selection} fails on problem {name}: {type(error).__name__}: {error}; it gives a list of (chosen, rejected)"
             ) from error
-        if row.pairs and any(loser is None for _, loser in made):
+        if row.pairs and any(loser is None for _, loser in chosen):
             raise ValueError(f"{selection} gave a response without a rejected one; set its attribute pairs = False")
-        audit["problems_with_pairs"] += bool(made)
-        pairs += [pair_of(prompt, winner, loser) for winner, loser in made]
-    if not pairs:
-        raise ValueError(_nothing(row, selection, audit, sum(bool(p.gold) for p in prompts.values())))
-    audit["capped"] = max(0, len(pairs) - config.max_pairs) if config.max_pairs else 0
-    if audit["capped"]:
-        pairs = random.Random(seed).sample(pairs, config.max_pairs)
+        audit["problems_with_pairs"] += bool(chosen)
+        pairs += [pair_of(prompt, winner, loser) for winner, loser in chosen]
+    return pairs, audit
+
+
+def audited(pairs: list[Pair], audit: Counter[str], drawn: bool) -> dict[str, Any]:
+    """The audit of what is trained on: what was counted, and mean lengths. `drawn`: whether there were samples."""
     audit["pairs"] = len(pairs)
-    facts: dict[str, Any] = {key: audit[key] for key in AUDIT_KEYS if samples or key in GOLD_KEYS}
+    facts: dict[str, Any] = {key: audit[key] for key in AUDIT_KEYS if drawn or key in GOLD_KEYS}
     facts["chosen_tokens"] = mean(len(p.chosen_ids) for p in pairs)
     if rejected := mean(len(p.rejected_ids) for p in pairs):
         facts |= {"rejected_tokens": rejected, "length_gap": facts["chosen_tokens"] - rejected}
-    return pairs, facts
+    return facts
 
 
 def _usable(

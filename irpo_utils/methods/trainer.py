@@ -47,8 +47,8 @@ class Training:
 
         With `train.retrain_with_dev` training is then repeated for as many steps with the dev problems' pairs included.
         """
-        config, train = self.config, parts.TRAINERS[self.config.train.engine].load()
-        options, pairs, dev = self.options(show), self.scored_pairs(), self.task.problems("dev")
+        config, train, options = self.config, self.engine, self.options(show)
+        pairs, dev = self.scored_pairs(), self.task.problems("dev")
         held_out = {p.id for p in dev}
         with opened(config, None, self.task, dev) as sampler:
             model = self.start_model()
@@ -69,12 +69,19 @@ class Training:
             model, kept = self.start_model(), self.folder / "retrained"
             again = train(model, pairs, kept, stop_after=best, **options)
             facts["trained_tokens"] += again["trained_tokens"]
+        return self.kept(kept, model) | facts
+
+    def kept(self, folder: Path, model: PreTrainedModel) -> dict[str, Any]:
+        """Keep the best policy of a training in `folder`; returns what is to be said of `model`."""
         if rank() == 0:
             shutil.rmtree(self.folder / "kept", ignore_errors=True)
-            shutil.copytree(kept / "best", self.folder / "kept")
-        facts["retrained_with_dev"] = config.train.retrain_with_dev
-        facts["trainable_parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        return facts
+            shutil.copytree(folder / "best", self.folder / "kept")
+        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        return {"retrained_with_dev": self.config.train.retrain_with_dev, "trainable_parameters": trainable}
+
+    @property
+    def engine(self) -> Callable[..., dict[str, Any]]:
+        return parts.TRAINERS[self.config.train.engine].load()
 
     @property
     def loss(self) -> parts.Loss:

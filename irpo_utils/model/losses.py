@@ -1,4 +1,4 @@
-"""The losses as pure functions of sequence log-probabilities: `dpo_nll` (IRPO), `dpo`, `nll`, `orpo`, and seven of their kin.
+"""The losses as pure functions of sequence log-probabilities: `dpo_nll` (IRPO), `dpo`, `nll`, `orpo`, seven of their kin, and policy gradients.
 
 Each takes `Scores` and its own parameters, and gives `PairLosses`. A loss of your own has the same form.
 
@@ -20,7 +20,7 @@ takes the NLL over the prompt's tokens as well as the chosen response's.
 
 The kin differ from DPO by little: no reference (`cpo`), no reference and lengths (`simpo`), lengths alone (`dpo_norm`), a
 bar below the winner (`dpo_positive`), another way to push the loser down (`exmate`, `dpo_exmate`), or IRPO's loss with a
-weight for each pair (`weighted_dpo_nll`).
+weight for each pair (`weighted_dpo_nll`). The policy gradients look at single responses and their advantages.
 """
 
 from __future__ import annotations
@@ -220,3 +220,26 @@ def dpo_exmate(scores: Scores, beta: float, alpha: float, penalty: float) -> Pai
     """DPO and `alpha` times ExMATE in place of the NLL (arXiv 2408.16751). Raises as `dpo` and `simpo`."""
     plain, other = dpo(scores, beta), exmate(scores, penalty)
     return plain._replace(total=plain.dpo + alpha * other.total)
+
+
+def policy_gradient(scores: Scores) -> PairLosses:
+    """RLOO, Dr. GRPO (arXiv 2402.14740, 2503.20783): a response's log-probability times its advantage, its reward gap.
+
+        L = -A(y) * log M_th(y|x)
+
+    It is the policy gradient where one optimizer step follows a draw: the ratio to the model that drew is 1 there, and
+    GRPO's clipping never acts. Further steps on the same draw go without a correction.
+
+    Raises:
+        ValueError: the advantages are missing.
+    """
+    if scores.reward_gaps is None:
+        raise ValueError("the policy gradient needs advantages")
+    term = nll_term(scores.chosen, scores.chosen_lengths)
+    return PairLosses(-scores.reward_gaps * scores.chosen, None, term, None, None)
+
+
+def policy_gradient_mean(scores: Scores) -> PairLosses:
+    """GRPO (arXiv 2402.03300), without its KL term: `policy_gradient` over each response's length. Raises as that."""
+    terms = policy_gradient(scores)
+    return terms._replace(total=terms.total / scores.chosen_lengths)

@@ -12,7 +12,8 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,46 @@ class PreferenceTrainer(Trainer):
     def dpo_terms(self, pairs: list[Pair]) -> Tensor | None:
         """The DPO terms [pairs] of the policy as it is now; None for a loss without such a term."""
         return batch_losses(self.model, to_device(pair_batch(pairs), self.model), self.loss, self.weights)[0].dpo
+
+
+class OnlineTrainer(PreferenceTrainer):
+    """Trains on pairs that the policy draws while it trains: every `every` steps `draw` gives those up to the next draw.
+
+    The Trainer fetches batches before it takes their steps, so what it fetches are numbers of pairs; the pairs
+    themselves are looked up when their step begins.
+
+    Args:
+        draw: (step) -> the pairs of `every` steps, drawn from the policy as it is after so many steps.
+        count: how many pairs these are.
+    """
+
+    def __init__(self, *args: Any, draw: Callable[[int], list[Pair]], every: int, count: int, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.data_collator = lambda numbers: {"pair": torch.tensor(numbers)}
+        self.draw, self.every, self.count = draw, every, count
+        self.drawn: tuple[int, list[Pair]] = (-1, [])
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        numbers = inputs["pair"].tolist()
+        number = numbers[0] // self.count  # of the draw
+        if self.drawn[0] != number:
+            self.drawn = number, self.draw(number * self.every)
+            model.train()
+        batch = pair_batch([self.drawn[1][i % self.count] for i in numbers])
+        return super().compute_loss(model, to_device(batch, model))
+
+
+@contextlib.contextmanager
+def with_weights(model: PreTrainedModel, weights: dict[str, Tensor]) -> Iterator[None]:
+    """The model with other trained weights, by name, and then with its own again."""
+    own = {name: p.data for name, p in model.named_parameters() if name in weights}
+    for name, p in model.named_parameters():
+        p.data = weights.get(name, p.data)
+    try:
+        yield
+    finally:
+        for name, p in model.named_parameters():
+            p.data = own.get(name, p.data)
 
 
 def step_terms(own: list[dict[str, float]]) -> list[dict[str, float]]:
@@ -291,6 +332,7 @@ def train(
     keep_reference: tuple[Path, Any] | None = None,
     show: Callable[[str], None] = print,
     engine: Callable[..., PreferenceTrainer] = PreferenceTrainer,
+    draw: Callable[[int], list[Pair]] | None = None,
 ) -> dict[str, Any]:
     """Train `model` on `pairs` in place and leave the best policy in `folder`/best; a killed run goes on where it was.
 
@@ -310,6 +352,8 @@ def train(
         stop_after: stop after this step, on the schedule of the whole training.
         keep_reference: a file for the log-probabilities of `model` before step 1, and what (as JSON) names the model.
         engine: the trainer's class; another one has the constructor, `terms` and `dpo_terms` of this one.
+        draw: where pairs are drawn while it trains (`config.sync_every`), what draws them after so many steps; each time
+            as many as there are `pairs`, which are the first draw. There are `config.max_steps` steps then.
 
     Returns:
         step and score of the best policy, the DPO term at the start (None where it is not checked), the gap of
@@ -349,18 +393,33 @@ def train(
         return mean_logps(reference_logps(policy, pairs[::every], 2 * micro_batch))
 
     watched_at_start = mean_logps(start_logps[::every]) if own_reference or sampled else watch(model)
-    order = training_order([p.problem for p in pairs], config, seed)
-    steps = len(order) // batch
-    trained = sum(pair_tokens(pairs[i]) for i in order[: batch * (stop_after or steps)])
-    if config.own_micro_batch(world_size()) < batch:  # less padding, and more prompts that are shared
-        order = sorted_in_batches(
-            order, batch, lambda i: (len(pairs[i].prompt_ids), pairs[i].problem, len(pairs[i].chosen_ids))
-        )
+    examples: list[Any]
+    if draw is None:
+        order = training_order([p.problem for p in pairs], config, seed)
+        steps = len(order) // batch
+        trained_tokens = sum(pair_tokens(pairs[i]) for i in order[: batch * (stop_after or steps)])
+        if config.own_micro_batch(world_size()) < batch:  # less padding, and more prompts that are shared
+            order = sorted_in_batches(
+                order, batch, lambda i: (len(pairs[i].prompt_ids), pairs[i].problem, len(pairs[i].chosen_ids))
+            )
+        examples = [pairs[i] for i in order]
+    else:
+        steps, start_weights = config.max_steps, {name: weight.clone() for name, weight in trained(model).items()}
+        examples = list(range(steps * batch))
+
+        def referenced(step: int) -> list[Pair]:
+            drawn = draw(step) if step else pairs
+            if not own_reference or not step:
+                return drawn
+            with with_weights(model, start_weights):
+                return with_reference(drawn, reference_logps(model, drawn, 2 * micro_batch))
+
+        engine = partial(OnlineTrainer, draw=referenced, every=config.sync_every, count=len(pairs))
     recorder = Recorder(folder, config.eval_every, score, watch, show, stop_after)
     trainer = engine(
         model,
         trainer_arguments(folder, config, steps, seed, save_strategy="no"),  # the recorder asks for checkpoints
-        train_dataset=[pairs[i] for i in order],
+        train_dataset=examples,
         callbacks=[recorder],
         loss=loss,
         weights=weights,
@@ -376,6 +435,9 @@ def train(
             trainer.train(resume_from_checkpoint=checkpoint)
     recorder.trainer = None  # trainer and recorder hold each other, and with them the model and its optimizer
     check_same(model)
+    if draw is not None:
+        drawn = [pair for step in range(0, steps, config.sync_every) for pair in draw(step)]
+        trained_tokens = sum(map(pair_tokens, drawn[: batch * steps]))
     best = from_first(lambda: json.loads((folder / "best" / "best.json").read_text()))
     return {
         "best_step": best["step"],
@@ -383,6 +445,6 @@ def train(
         "steps": steps,
         "dpo_at_start": start,
         "sampler_gap": gap,
-        "trained_tokens": trained,
+        "trained_tokens": trained_tokens,
         **watched_at_start,
     }

@@ -78,6 +78,12 @@ class Config(Settings):
                     f"train.engine: {engine} cannot train round {t} of {method} ({choices.loss}, {choices.reference} "
                     "reference); set train.engine=own, or leave the method out"
                 )
+            own = self.method_settings.get(method, {}).get("train.sync_every", self.train.sync_every)
+            if choices.is_online(own) and (choices.has_reward_stage or choices.accumulate or not other):
+                raise ValueError(
+                    f"train.sync_every: round {t} of {method} cannot draw while it trains; that takes rewards by the answer, "
+                    "no earlier pairs, and a reference that is the model it starts from; set it to 0, or leave the method out"
+                )
 
     def recipe(self, method: str) -> Method:
         """Raises ConfigError for a method that there is not."""

@@ -180,7 +180,7 @@ class Stage:
         if not iteration:
             maker = "00_warm_start"
         else:
-            maker = "03_train" if self.recipe.round(iteration).trains else "03b_extrapolate"
+            maker = self.recipe.round(iteration).stages(self.config.train.sync_every)[-2]  # the last one evaluates
         where = f" with iteration = {iteration}" if iteration and iteration != self.iteration else ""
         return {name: (self.folder_of(iteration) / "adapter", f"{maker}.ipynb{where}")}
 
@@ -372,7 +372,7 @@ class Stage:
             ConfigError: the method has no such stage in this round, or its code was edited after this process loaded it.
             MissingArtefact: an input is missing. Busy: another process is at work on this stage.
         """
-        wanted = self.choices.stages if self.iteration else stages_of_m0(self.config)
+        wanted = self.choices.stages(self.config.train.sync_every) if self.iteration else stages_of_m0(self.config)
         if self.name not in wanted:
             of = f"round {self.iteration} of {self.method}" if self.iteration else "M_0"
             raise ConfigError(f"{self.name}: {of} has no such stage; it has {', '.join(wanted)}")

@@ -36,6 +36,7 @@ BOOK: dict[str, tuple[str | Notebook, ...]] = {
         Notebook("02_pairs", "methods/irpo/seed_0/iteration_1"),
         Notebook("03_train", "methods/irpo/seed_0/iteration_1"),
         Notebook("03b_extrapolate", "methods/expo"),
+        Notebook("03c_online"),
         Notebook("04_evaluate", "methods/irpo/seed_0/iteration_1"),
         Notebook("05_report", "methods"),
     ),

@@ -14,6 +14,7 @@ from ..config import Config
 from ..store import Stage, open_run, stages_of_m0
 from .evaluate import EvaluateStage, read_evaluation
 from .extrapolate import ExtrapolateStage
+from .online import OnlineStage
 from .pairs import PairsStage
 from .reward import RewardStage
 from .sample import SampleStage
@@ -28,6 +29,7 @@ STAGES: dict[str, type[Stage]] = {
         RewardStage,
         PairsStage,
         TrainStage,
+        OnlineStage,
         ExtrapolateStage,
         EvaluateStage,
     )
@@ -43,7 +45,8 @@ def plan(config: Config, run: Path, method: str, seed: int) -> list[Stage]:
     """The stages of one method and seed, in order."""
     stages = [STAGES[name](run, method, seed, 0, config) for name in stages_of_m0(config)]
     for t in range(1, config.rounds(method) + 1):
-        stages += [STAGES[name](run, method, seed, t, config) for name in config.recipe(method).round(t).stages]
+        names = config.recipe(method).round(t).stages(config.for_round(method, t).train.sync_every)
+        stages += [STAGES[name](run, method, seed, t, config) for name in names]
     return stages
 
 

@@ -21,6 +21,7 @@ SEVERAL = ("irpo_utils.run.launch:launched", "irpo_utils.run.rank:work")
 
 class TrainStage(Stage):
     name = "03_train"
+    trains = parts.TRAINING
 
     def reads(self) -> dict[str, tuple[Path, str]]:
         found = {"pairs": (self.folder / "pairs.jsonl", "02_pairs.ipynb")}
@@ -36,6 +37,7 @@ class TrainStage(Stage):
     def parameters(self) -> dict[str, Any]:
         unused = {name for loss in parts.LOSSES.values() for name in loss.parameters} - set(self.loss.parameters)
         unused |= set() if self.config.train.processes > 1 else {"processes", "shard"}
+        unused |= {"sync_every"} if self.trains is parts.TRAINING else set()
         chosen = {"loss": self.choices.loss, "start": self.choices.start, "reference": self.choices.reference}
         return (
             self.task_parameters(unused="train test")
@@ -56,7 +58,7 @@ class TrainStage(Stage):
 
     def uses(self) -> list[str]:
         several = SEVERAL if self.config.train.processes > 1 else ()
-        return [parts.TRAINING.where, self.engine.where, self.loss.where, *several]
+        return [self.trains.where, self.engine.where, self.loss.where, *several]
 
     def versions(self) -> dict[str, str | None]:
         return super().versions() | {name: version(name) for name in self.engine.packages}
@@ -73,7 +75,7 @@ class TrainStage(Stage):
         task = get_task(self.config.task)
         # What names the model that scores the pairs before the first step; the rate and the like have no part in it.
         named = self._key | {"parameters": self.section("model") | {"threads": self.config.threads}}
-        return parts.TRAINING.load()(
+        return self.trains.load()(
             config=self.config,
             choices=self.choices,
             start=self.input("policy"),
@@ -85,11 +87,16 @@ class TrainStage(Stage):
             sampled_by_start=self.choices.draws and (self.choices.start == "M_t" or self.iteration == 1),
             folder=self.partial,
             kept_scores=(self.folder / "reference.json", named),
+            **self.draws_with(task),
         )
 
     def pairs(self, task: Task) -> list[Pair]:
         """What it trains on."""
         return self.records("pairs", Pair)
+
+    def draws_with(self, task: Task) -> dict[str, Any]:
+        """What a training is given besides that draws its own pairs."""
+        return {}
 
     def curve(self) -> list[dict[str, float]]:
         """The watched pairs' log-probabilities before the first step (step 0), and a record for each step."""

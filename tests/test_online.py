@@ -1,0 +1,284 @@
+"""Online rounds: advantages, the policy gradient against TRL's GRPOTrainer, and a policy that draws while it is trained."""
+
+import json
+import random
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+import torch
+from conftest import OUTPUTS, drive, remove_run
+from hypothesis import given
+from hypothesis import strategies as st
+
+from irpo_utils.files import ConfigError, read_jsonl
+from irpo_utils.methods.online import Draws
+from irpo_utils.methods.sampler import Sampler
+from irpo_utils.methods.select import group_of, group_scaled_of
+from irpo_utils.model import load, training
+from irpo_utils.model.logprobs import pair_batch
+from irpo_utils.model.losses import Scores, dpo_nll, policy_gradient, policy_gradient_mean
+from irpo_utils.model.records import Pair, Sample
+from irpo_utils.model.training import batch_losses
+from irpo_utils.run.presets import load_preset
+from irpo_utils.run.stages import OnlineStage, TrainStage, plan
+from irpo_utils.settings import PairsConfig
+
+rewards = st.lists(st.sampled_from([0.0, 0.25, 1.0, None]), min_size=2, max_size=9)
+
+
+def group(values):
+    return [Sample("p", i, "", None, r, None, True, -1.0, (i, 2)) for i, r in enumerate(values)]
+
+
+def advantages(select, values):
+    return [s.reward for s, _ in select(group(values), None, PairsConfig(), random.Random(0))]
+
+
+def test_an_advantage_is_the_reward_above_the_mean_of_the_others():
+    assert advantages(group_of, [1.0, 0.0, 0.0, None]) == [1.0, -1 / 3, -1 / 3, -1 / 3]
+    assert advantages(group_of, [1.0, 1.0, 1.0]) == advantages(group_scaled_of, [0.0, None]) == []
+    assert advantages(group_scaled_of, [1.0, 0.0]) == pytest.approx([0.5**0.5, -(0.5**0.5)])
+
+
+@given(rewards)
+def test_advantages_add_up_to_nothing_and_grpo_s_have_a_standard_deviation_of_one(values):
+    plain, scaled = advantages(group_of, values), advantages(group_scaled_of, values)
+    assert sum(plain) == pytest.approx(0, abs=1e-9) and sum(scaled) == pytest.approx(0, abs=1e-9)
+    if plain:
+        own = [r or 0.0 for r in values]
+        mean = sum(own) / len(own)
+        assert plain == pytest.approx([(r - mean) * len(own) / (len(own) - 1) for r in own])  # Dr. GRPO's, N / (N - 1)
+        assert sum(a * a for a in scaled) == pytest.approx(len(own) - 1)
+
+
+def test_the_policy_gradient_is_its_formula_in_float64():
+    logps = torch.tensor([-9.0, -30.0], dtype=torch.float64, requires_grad=True)
+    scores = Scores(logps, torch.zeros(2), None, None, torch.tensor([3, 20]), None, torch.tensor([0.75, -0.25]))
+    assert policy_gradient(scores).total.tolist() == [0.75 * 9, -0.25 * 30]
+    assert policy_gradient_mean(scores).total.tolist() == [0.75 * 3, -0.25 * 1.5]
+    with pytest.raises(ValueError, match="advantages"):
+        policy_gradient(scores._replace(reward_gaps=None))
+
+
+@pytest.mark.parametrize("name", ["grpo", "dr_grpo"])
+def test_gradients_are_those_of_trl_s_grpo_trainer(name, tokenizer, tmp_path):
+    """TRL's loss at a ratio of 1, on the same token ids and advantages."""
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM
+    from trl import GRPOConfig, GRPOTrainer
+
+    from irpo_utils.model.packaged import SEED_MODEL
+
+    prompt = tokenizer("Question: Ann has 12 pens. Ann sells half of them. How many pens does Ann have?\nAnswer:\n")
+    texts = ["Half: 12 / 2 = 6\nFinal answer: 6", "Half: 12 - 2 = 10\nFinal answer: 10", "Final answer: 9", "Final"]
+    ids = [[*tokenizer(t, add_special_tokens=False).input_ids, tokenizer.eos_token_id] for t in texts]
+    worth = [1.0, 0.0, 0.0, 0.0]
+    # Leave-one-out is N / (N - 1) of Dr. GRPO's.
+    own = advantages(group_scaled_of, worth) if name == "grpo" else [3 / 4 * a for a in advantages(group_of, worth)]
+    length = max(map(len, ids))
+    policy = AutoModelForCausalLM.from_pretrained(SEED_MODEL, dtype="float32")
+    arguments = GRPOConfig(
+        output_dir=str(tmp_path),
+        loss_type=name,
+        scale_rewards="group" if name == "grpo" else "none",
+        max_completion_length=length,
+        num_generations=4,
+        per_device_train_batch_size=4,
+        beta=0.0,
+        temperature=1.0,
+        report_to=[],
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        disable_tqdm=True,
+    )
+    data = Dataset.from_list([{"prompt": "Question:"}])
+    trainer = GRPOTrainer(policy, lambda completions, **_: [0.0] * 4, arguments, data, processing_class=tokenizer)
+    pads = [length - len(i) for i in ids]
+    trainer.current_gradient_accumulation_steps = 1
+    loss = trainer._compute_loss(
+        policy,
+        {
+            "prompt_ids": torch.tensor([prompt.input_ids] * 4),
+            "prompt_mask": torch.ones(4, len(prompt.input_ids), dtype=torch.long),
+            "completion_ids": torch.tensor([i + [0] * pad for i, pad in zip(ids, pads, strict=True)]),
+            "completion_mask": torch.tensor([[1] * len(i) + [0] * pad for i, pad in zip(ids, pads, strict=True)]),
+            "advantages": torch.tensor(own),
+        },
+    )
+    loss.backward()
+    theirs = [p.grad.clone() for p in policy.parameters() if p.grad is not None]
+    policy.zero_grad()
+    pairs = [
+        Pair("p", "", "", "", tuple(prompt.input_ids), tuple(i), (), None, None, reward_gap=a)
+        for i, a in zip(ids, own, strict=True)
+    ]
+    total = batch_losses(policy, pair_batch(pairs), policy_gradient_mean if name == "grpo" else policy_gradient, {})[0]
+    mean = total.total.mean() / (1 if name == "grpo" else length)
+    mean.backward()
+    ours = [p.grad for p in policy.parameters() if p.grad is not None]
+    # TRL divides by the standard deviation and 1e-4; ours is not shifted.
+    assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-6) for a, b in zip(ours, theirs, strict=True))
+    assert max(g.abs().max() for g in ours) > 1e-3
+
+
+@pytest.fixture
+def online(config):
+    train = {"max_steps": 6, "eval_every": 3, "batch": 4, "micro_batch": 2, "sync_every": 2}
+    return config.but(train=config.train.but(**train), pairs=config.pairs.but(k=1), threads=1)
+
+
+def train_on(draw, config, folder, tokenizer, task, **options):
+    """Train M_0 on what `draw(sampler)` draws; returns the facts."""
+    model = load.load_policy(config.model, trainable=True, seed=0, threads=1)
+    draws = draw(Sampler.of(model, tokenizer, task, config))
+    settings = {"weights": {"beta": 0.1, "alpha": 1.0}, "has_reference": True, "sampled_by_start": True, "seed": 0}
+    return training.train(
+        model,
+        draws(0),
+        folder,
+        loss=dpo_nll,
+        config=config.train,
+        show=lambda line: None,
+        draw=draws,
+        **(settings | options),
+    )
+
+
+def drawing(config, task, folder, size=24):
+    """`train_on`'s draw: fresh pairs of the policy that is trained."""
+    problems = task.problems("train")[:size]
+    return lambda sampler: Draws(sampler, problems, "pairs", config.train.batch, 1.0, 0, folder / "draws")
+
+
+def weights_of(folder):
+    return (folder / "best" / "adapter_model.safetensors").read_bytes()
+
+
+def test_every_draw_is_of_the_policy_as_it_is_then(online, tokenizer, task, tmp_path):
+    """A later draw has the log-probabilities of the trained policy, not those of M_0, and its reference stays M_0."""
+    facts = train_on(drawing(online, task, tmp_path), online, tmp_path, tokenizer, task)
+    assert facts["dpo_at_start"] == pytest.approx(training.LN2, abs=1e-5) and facts["steps"] == 6
+    files = sorted((tmp_path / "draws").glob("*.jsonl"))
+    assert [file.stem for file in files] == ["000000", "000002", "000004"]
+    drawn = [Pair.read(file, "") for file in files]
+    assert [len(pairs) for pairs in drawn] == [8, 8, 8]
+    assert facts["trained_tokens"] == sum(training.pair_tokens(pair) for pairs in drawn for pair in pairs)
+    m_0 = load.load_policy(online.model, threads=1)
+    gaps = []
+    for pairs in drawn:
+        scored = training.reference_logps(m_0, pairs)
+        gaps.append(max(abs(pair.chosen_logp - logp) for pair, (logp, _) in zip(pairs, scored, strict=True)))
+    assert gaps[0] < 1e-3 < min(gaps[1:])
+    # The first step of the second draw: the policy that drew it is the one that is trained, two steps from its reference.
+    steps = read_jsonl(tmp_path / "steps.jsonl")
+    mean = sum(pair.chosen_logp for pair in order_of(drawn[1], online)) / 4
+    assert steps[2]["chosen_logp"] == pytest.approx(mean, abs=1e-4)
+    assert steps[3]["chosen_logp"] != pytest.approx(sum(p.chosen_logp for p in drawn[1][4:]) / 4, abs=1e-4)
+    reference = sum(logp for logp, _ in training.reference_logps(m_0, order_of(drawn[1], online))) / 4
+    assert abs(reference - mean) > 1e-3
+
+
+def order_of(pairs, config):
+    """The pairs of a draw's first step."""
+    return pairs[: config.train.batch]
+
+
+def test_a_training_killed_between_draws_ends_the_same(online, tokenizer, task, tmp_path):
+    class Killed(BaseException):
+        pass
+
+    def score(policy):
+        scored.append(1)
+        if len(scored) == 2:
+            raise Killed
+        return 0.5
+
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    train_on(drawing(online, task, whole), online, whole, tokenizer, task, score=lambda policy: 0.5)
+    scored: list[int] = []
+    with pytest.raises(Killed):  # in step 6; a checkpoint lies at 3, within the second draw
+        train_on(drawing(online, task, cut), online, cut, tokenizer, task, score=score)
+    train_on(drawing(online, task, cut), online, cut, tokenizer, task, score=lambda policy: 0.5)
+    assert weights_of(cut) == weights_of(whole)
+    for file in (whole / "draws").iterdir():
+        assert (cut / "draws" / file.name).read_bytes() == file.read_bytes()
+    assert (cut / "steps.jsonl").read_bytes() == (whole / "steps.jsonl").read_bytes()
+
+
+def test_problems_are_asked_in_turn_and_pairs_repeated_where_they_are_too_few(
+    online, seed_model, tokenizer, task, tmp_path
+):
+    problems = task.problems("train")[:10]
+    sampler = Sampler.of(seed_model, tokenizer, task, online)
+    draws = Draws(sampler, problems, "pairs", 4, 1.0, 0, tmp_path)
+    assert sorted(p.id for p in draws.asked(0, 10)) == sorted(p.id for p in problems)
+    turn = [p.id for start in range(0, 10, 3) for p in draws.asked(start, min(3, 10 - start))]
+    assert turn == [p.id for p in draws.asked(0, 10)] != [p.id for p in draws.asked(10, 10)]
+    few = replace(draws, batch=40)  # 80 pairs are wanted, of 10 problems with one pair each at most
+    pairs, counted = few.fresh(0)
+    assert len(pairs) == 80 and counted["made"] < 10 and counted["asked"] == 10
+    assert len({(p.problem, p.chosen_ids) for p in pairs}) == counted["made"]
+
+
+def test_nothing_to_learn_from_is_said(online, seed_model, tokenizer, task, tmp_path):
+    cold = Sampler.of(seed_model, tokenizer, task, online)
+    draws = Draws(
+        cold, task.problems("train")[:4], "pairs", 4, 0.001, 0, tmp_path
+    )  # all samples of a problem are alike
+    with pytest.raises(ValueError, match="no pair can be made of 32 samples after step 0"):
+        draws(0)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_switch_changes_the_stages_of_rounds_that_draw_and_no_other_s_key(tmp_path):
+    on, off = (
+        load_preset("micro", [f"train.sync_every={s}", "methods=irpo,sft_gold,dpo_st", "iterations=3"]) for s in (2, 0)
+    )
+
+    def names(config, method):
+        return [stage.name for stage in plan(config, tmp_path, method, 0)][1:]
+
+    assert names(on, "irpo") == ["03c_online", "04_evaluate"] * 3
+    assert names(on, "dpo_st")[:3] == names(off, "dpo_st")[:3] and "03c_online" in names(on, "dpo_st")
+    assert names(on, "sft_gold") == names(off, "sft_gold")
+    assert "train.sync_every" in OnlineStage(tmp_path, config=on).parameters()
+    assert "train.sync_every" not in TrainStage(tmp_path, "sft_gold", config=on).parameters()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["train.processes=2"], "train.sync_every: .*train.processes"),
+        (["train.engine=trl"], "train.sync_every: .*train.engine"),
+        (["train.retrain_with_dev=true"], "train.sync_every: .*retrain_with_dev"),
+        (["sampling.engine=vllm"], "train.sync_every: .*sampling.engine=transformers"),
+        (["methods=scpo"], "train.sync_every: round 1 of scpo"),
+        (["methods=orpo", "iterations=3"], "train.sync_every: round 2 of orpo"),
+    ],
+)
+def test_what_cannot_draw_while_it_trains_is_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        load_preset("micro", ["train.sync_every=2", *settings])
+
+
+def test_an_online_run_ends_with_its_report_and_is_done_then(tmp_path):
+    remove_run("test-online")
+    command = ["micro", "run=test-online", "methods=irpo,rloo", "train.sync_every=2", "iterations=1"]
+    try:
+        first = drive(*command)
+        assert first.returncode == 0, first.stdout + first.stderr
+        run = OUTPUTS / "test-online"
+        stage = OnlineStage(run, "rloo", 0, 1)
+        facts, audit = stage.result(), json.loads(stage.path("audit.json").read_text())
+        assert [draw["step"] for draw in facts["draws"]] == [0, 2, 4]
+        assert audit["samples"] == sum(draw["samples"] for draw in facts["draws"]) == 8 * audit["problems"]
+        pairs = Pair.read(stage.path("pairs.jsonl"), "")
+        assert len(pairs) == audit["pairs"] == 6 * 16 and not any(pair.rejected_ids for pair in pairs)
+        spent = pd.read_csv(run / "methods.csv")
+        assert "03c_online" in (run / "timing.csv").read_text() and len(spent)
+        again = drive(*command)
+        assert again.returncode == 0 and again.stdout.count("done already") == 6
+    finally:
+        remove_run("test-online")
