@@ -229,17 +229,12 @@ def policy_gradient(scores: Scores) -> PairLosses:
 
     It is the policy gradient where one optimizer step follows a draw: the ratio to the model that drew is 1 there, and
     GRPO's clipping never acts. Further steps on the same draw go without a correction.
-
-    Raises:
-        ValueError: the advantages are missing.
     """
-    if scores.reward_gaps is None:
-        raise ValueError("the policy gradient needs advantages")
-    term = nll_term(scores.chosen, scores.chosen_lengths)
-    return PairLosses(-scores.reward_gaps * scores.chosen, None, term, None, None)
+    advantages = 1.0 if scores.reward_gaps is None else scores.reward_gaps
+    return PairLosses(-advantages * scores.chosen, None, nll_term(scores.chosen, scores.chosen_lengths), None, None)
 
 
 def policy_gradient_mean(scores: Scores) -> PairLosses:
-    """GRPO (arXiv 2402.03300), without its KL term: `policy_gradient` over each response's length. Raises as that."""
+    """GRPO (arXiv 2402.03300), without its KL term: `policy_gradient` over each response's length."""
     terms = policy_gradient(scores)
     return terms._replace(total=terms.total / scores.chosen_lengths)
