@@ -11,7 +11,7 @@ from conftest import OUTPUTS, drive, remove_run
 from hypothesis import given
 from hypothesis import strategies as st
 
-from irpo_utils.files import ConfigError, read_jsonl
+from irpo_utils.files import NOTEBOOKS, ConfigError, read_jsonl
 from irpo_utils.methods.online import Draws
 from irpo_utils.methods.sampler import Sampler
 from irpo_utils.methods.select import group_of, group_scaled_of
@@ -20,6 +20,7 @@ from irpo_utils.model.logprobs import pair_batch
 from irpo_utils.model.losses import Scores, dpo_nll, policy_gradient, policy_gradient_mean
 from irpo_utils.model.records import Pair, Sample
 from irpo_utils.model.training import batch_losses
+from irpo_utils.run.notebooks import run_notebook
 from irpo_utils.run.presets import load_preset
 from irpo_utils.run.stages import OnlineStage, TrainStage, plan
 from irpo_utils.settings import PairsConfig
@@ -262,22 +263,43 @@ def test_what_cannot_draw_while_it_trains_is_refused(settings, message):
         load_preset("micro", ["train.sync_every=2", *settings])
 
 
-def test_an_online_run_ends_with_its_report_and_is_done_then(tmp_path):
-    remove_run("test-online")
-    command = ["micro", "run=test-online", "methods=irpo,rloo", "train.sync_every=2", "iterations=1"]
-    try:
-        first = drive(*command)
-        assert first.returncode == 0, first.stdout + first.stderr
-        run = OUTPUTS / "test-online"
-        stage = OnlineStage(run, "rloo", 0, 1)
-        facts, audit = stage.result(), json.loads(stage.path("audit.json").read_text())
-        assert [draw["step"] for draw in facts["draws"]] == [0, 2, 4]
-        assert audit["samples"] == sum(draw["samples"] for draw in facts["draws"]) == 8 * audit["problems"]
-        pairs = Pair.read(stage.path("pairs.jsonl"), "")
-        assert len(pairs) == audit["pairs"] == 6 * 16 and not any(pair.rejected_ids for pair in pairs)
-        spent = pd.read_csv(run / "methods.csv")
-        assert "03c_online" in (run / "timing.csv").read_text() and len(spent)
-        again = drive(*command)
-        assert again.returncode == 0 and again.stdout.count("done already") == 6
-    finally:
-        remove_run("test-online")
+@pytest.fixture(scope="module")
+def runs():
+    """Small runs that draw every 2 and every 6 steps: steps between draws -> folder, and what the command printed."""
+    found = {}
+    for every in (2, 6):
+        remove_run(f"test-online-{every}")
+        done = drive(
+            "micro", f"run=test-online-{every}", "methods=irpo,rloo", f"train.sync_every={every}", "iterations=1"
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        found[every] = OUTPUTS / f"test-online-{every}"
+    yield found
+    for every in found:
+        remove_run(f"test-online-{every}")
+
+
+def test_an_online_run_ends_with_its_report_and_is_done_then(runs):
+    stage = OnlineStage(runs[2], "rloo", 0, 1)
+    facts, audit = stage.result(), json.loads(stage.path("audit.json").read_text())
+    assert [draw["step"] for draw in facts["draws"]] == [0, 2, 4]
+    assert audit["samples"] == sum(draw["samples"] for draw in facts["draws"]) == 8 * audit["problems"]
+    pairs = Pair.read(stage.path("pairs.jsonl"), "")
+    assert len(pairs) == audit["pairs"] == 6 * 16 and not any(pair.rejected_ids for pair in pairs)
+    assert "03c_online" in (runs[2] / "timing.csv").read_text() and len(pd.read_csv(runs[2] / "methods.csv"))
+    again = drive("micro", "run=test-online-2", "methods=irpo,rloo", "train.sync_every=2", "iterations=1")
+    assert again.returncode == 0 and again.stdout.count("done already") == 6
+
+
+def test_the_sync_notebook_holds_each_interval_against_one_draw(runs, tmp_path):
+    given = {"folder": str(tmp_path), "runs": [str(run) for run in runs.values()]}
+    run_notebook(NOTEBOOKS / "14_online.ipynb", tmp_path / "executed.ipynb", given, threads=1)
+    table = pd.read_csv(tmp_path / "differences.csv").set_index(["method", "every"])
+    right = {}
+    for every, run in runs.items():
+        rows = read_jsonl(run / "irpo/seed_0/iteration_1/responses.jsonl")
+        right[every] = [row["greedy"] == 1 for row in rows if row["split"] == "test"]
+    by_hand = (sum(right[2]) - sum(right[6])) / len(right[2])
+    assert table.gain["irpo", 2] == pytest.approx(by_hand) and table.gain["irpo", 6] == 0
+    drawn = pd.read_csv(tmp_path / "syncs.csv").groupby(["method", "every"]).drawn.max()
+    assert (drawn > 0).all() and drawn["irpo", 6] == OnlineStage(runs[6]).result()["draws"][0]["drawn_tokens"]

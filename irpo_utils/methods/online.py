@@ -143,5 +143,6 @@ class OnlineTraining(Training):
         Record.write(self.folder / "pairs.jsonl", pairs)
         audit = audited(pairs, total, drawn=True) | {"drawn_tokens": total["drawn_tokens"]}
         write_json(self.folder / "audit.json", audit)
-        counts = [{"step": step, **{k: own[k] for k in ("asked", "samples", "right")}} for step, own in each.items()]
+        shown = ("asked", "samples", "right", "drawn_tokens")
+        counts = [{"step": step, **{name: own[name] for name in shown}} for step, own in each.items()]
         return facts | self.kept(self.folder, model) | {"draws": counts}

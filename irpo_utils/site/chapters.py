@@ -47,7 +47,12 @@ BOOK: dict[str, tuple[str | Notebook, ...]] = {
         Notebook("30_tune"),
         "questions",
     ),
-    "What the numbers say": (Notebook("13_ablations"), Notebook("21_claims"), Notebook("22_read_a_run")),
+    "What the numbers say": (
+        Notebook("13_ablations"),
+        Notebook("14_online"),
+        Notebook("21_claims"),
+        Notebook("22_read_a_run"),
+    ),
     "The family of methods": (
         "family",
         Notebook("06_methods", "methods", interactive=("methods_at_a_budget", "What differs, and why")),
