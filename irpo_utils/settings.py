@@ -209,7 +209,7 @@ class JudgeConfig(Section):
 
 
 class TrainConfig(Section):
-    engine: Literal["own", "trl"] = "own"  # "trl": its DPOTrainer, whose NLL is a mean over all tokens of a micro-batch
+    engine: Literal["own", "trl"] = "own"  # "trl": its DPOTrainer, ORPOTrainer or GRPOTrainer
     lr: Positive = 1.0e-3  # learning rate
     beta: Positive = 0.1  # how strongly DPO holds the policy to its reference
     alpha: Annotated[float, Field(ge=0)] = 1.0  # weight of the NLL term

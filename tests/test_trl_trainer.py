@@ -20,6 +20,7 @@ LOSSES = {
     "dpo": (losses.dpo, {"beta": 0.1}),
     "dpo+nll": (losses.dpo_nll, {"beta": 0.1, "alpha": 1.0}),
 }
+GRADIENTS = {"policy_gradient": losses.policy_gradient, "policy_gradient_mean": losses.policy_gradient_mean}
 # Problem, chosen, rejected: responses of unequal lengths.
 TEXTS = [
     (
@@ -71,8 +72,9 @@ def pairs(tokenizer):
 def train(engine, pairs, folder, loss="dpo+nll", settings=None, **more):
     """Facts and steps of a training of four steps by that engine, and the model."""
     config = TrainConfig(**{"batch": 1, "micro_batch": 1, "max_steps": 4, "eval_every": 2} | (settings or {}))
-    function, weights = LOSSES[loss]
-    options = {"seed": 0, "sampled_by_start": True, "has_reference": True, "show": lambda line: None} | more
+    others = {"orpo": (losses.orpo, {"odds_weight": 0.3}), **{name: (f, {}) for name, f in GRADIENTS.items()}}
+    function, weights = (LOSSES | others)[loss]
+    options = {"seed": 0, "sampled_by_start": True, "has_reference": loss in LOSSES, "show": lambda line: None} | more
     model = load.load_policy(ModelConfig(**options.pop("model", {})), trainable=True, seed=0, threads=1)
     facts = ENGINES[engine](model, pairs, folder, loss=function, weights=weights, config=config, **options)
     return facts, read_jsonl(folder / "steps.jsonl"), model
@@ -128,6 +130,33 @@ def test_at_unequal_lengths_dpo_agrees_and_the_nll_differs_by_the_two_means(pair
     assert (own[0]["loss"], trl[0]["loss"]) == pytest.approx((1.0418, 0.9579), abs=1e-3)
 
 
+def test_orpo_is_the_other_engine_s_but_for_the_nll_of_the_prompt(pairs, tmp_path):
+    one = {"max_steps": 1, "batch": 2, "micro_batch": 2}
+    (_, own, _), (_, trl, _) = (train(name, pairs[:2], tmp_path / name, "orpo", one) for name in ENGINES)
+    assert trl[0].keys() == own[0].keys()
+    same = ("odds", "chosen_logp", "rejected_logp", "margin", "accuracy")
+    assert [trl[0][name] for name in same] == pytest.approx([own[0][name] for name in same], abs=1e-4)
+    assert trl[0]["nll"] > own[0]["nll"] + 0.5  # the prompts are not what the policy was trained to say
+    assert trl[0]["loss"] - trl[0]["nll"] == pytest.approx(own[0]["loss"] - own[0]["nll"], abs=1e-4)
+
+
+@pytest.mark.parametrize("loss", list(GRADIENTS))
+def test_a_policy_gradient_moves_the_weights_as_the_other_engine_s(pairs, tmp_path, loss):
+    """Four responses a step, two at a time, each with its advantage; only the value of the loss is another."""
+    group = [replace(pair, rejected="", rejected_ids=(), rejected_logp=None) for pair in pairs]
+    group = [replace(pair, reward_gap=gap) for pair, gap in zip(group, (1.0, -1 / 3, -1 / 3, 0.5), strict=True)]
+    settings = {"batch": 2, "micro_batch": 1, "max_steps": 3, "lr": 1e-2}
+    (_, own, _), (_, trl, _) = (train(name, group, tmp_path / name, loss, settings) for name in ENGINES)
+    for ours, theirs in zip(own, trl, strict=True):
+        assert theirs.keys() == ours.keys()
+        del ours["loss"], theirs["loss"]
+        assert theirs == pytest.approx(ours, abs=2e-3)
+    assert own[-1]["chosen_logp"] != pytest.approx(own[0]["chosen_logp"], abs=0.1)  # they have moved
+    weights = [load.load_policy(ModelConfig(), tmp_path / name / "best").state_dict() for name in ENGINES]
+    for name, ours in weights[0].items():
+        assert torch.allclose(weights[1][name], ours, atol=1e-3), name
+
+
 def test_the_ids_are_those_that_were_sampled(pairs, tmp_path, tokenizer, monkeypatch):
     """Neither text nor tokenizer: ids that no text gives come through, with one BOS and the EOS they had."""
     seen = []
@@ -156,6 +185,10 @@ def test_the_arguments_are_those_of_the_other_engine(tmp_path):
     assert trl.n_gpu == 1 and trl.max_length is None
     assert (trl.beta, trl.loss_type, trl.loss_weights) == (0.3, ["sigmoid", "sft"], [1.0, 0.7])
     assert trl_trainer.trl_arguments(plain, losses.dpo, {"beta": 0.3}).loss_type == ["sigmoid"]
+    for loss in (losses.orpo, losses.policy_gradient):
+        trl = trl_trainer.trl_arguments(plain, loss, {"odds_weight": 0.2})
+        assert all(getattr(trl, field.name) == getattr(plain, field.name) for field in fields(plain))
+    assert (trl.beta, trl.loss_type) == (0.0, "luspo")
 
 
 def test_the_model_is_left_as_by_the_other_engine(pairs, tmp_path):
@@ -228,7 +261,7 @@ def test_what_trl_does_not_train_is_refused(pairs, tmp_path):
             trl_trainer.train(model, pairs, tmp_path, loss=loss, weights={"beta": 0.1}, **options)
         assert not list(tmp_path.rglob("steps.jsonl"))
 
-    refused("train.engine: trl has no loss 'orpo'.*set train.engine=own", loss=losses.orpo)
+    refused("train.engine: trl has no loss 'simpo'.*set train.engine=own", loss=losses.simpo)
     refused("train.engine: trl has no loss 'nll'.*set train.engine=own", loss=losses.nll)
     refused("train.engine: .*starts as its reference.*set train.engine=own", reference_is_start=False)
     alone = [*pairs[1:], replace(pairs[0], rejected="", rejected_ids=())]

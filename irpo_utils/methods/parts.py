@@ -153,7 +153,11 @@ class Trainer(Part):
 
 TRAINERS = {
     "own": Trainer("irpo_utils.model.training:train"),
-    "trl": Trainer("irpo_utils.extras.trl_trainer:train", losses=("dpo", "dpo+nll"), packages=("trl",)),
+    "trl": Trainer(
+        "irpo_utils.extras.trl_trainer:train",
+        losses=("dpo", "dpo+nll", "orpo", "policy_gradient", "policy_gradient_mean"),
+        packages=("trl",),
+    ),
 }
 # What the training stage does with them; by name, so that a stage is known without loading torch.
 TRAINING = Part("irpo_utils.methods.trainer:Training")
