@@ -4,7 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
-from itertools import combinations
+from itertools import combinations, permutations
 
 import matplotlib.pyplot as plt
 import nbformat
@@ -67,6 +67,17 @@ def config(run):
 
 
 @pytest.fixture(scope="module")
+def three_seeds(run, tmp_path_factory):
+    """The same run thrice."""
+    copy = tmp_path_factory.mktemp("seeds") / "run"
+    shutil.copytree(run, copy)
+    for folder in copy.glob("*/seed_0"):
+        for seed in (1, 2):
+            shutil.copytree(folder, folder.with_name(f"seed_{seed}"))
+    return copy, read_config(copy / "config.yaml").but(seeds=3)
+
+
+@pytest.fixture(scope="module")
 def metrics(run, config):
     folders = {"irpo": run / "irpo" / "seed_0" / "iteration_1", "mine": run / "mine" / "seed_0" / "iteration_1"}
     rows = [
@@ -87,7 +98,6 @@ def test_a_method_of_the_users_has_its_label_and_a_look_of_its_own(config, metri
         ("IRPO (DPO + NLL)", 1, "100.0"),
         ("From M_0, held against M_t", 1, "25.0"),
     ]
-    assert list(comparison.family_table(metrics, config)["M_1"]) == ["100.0", "25.0"]
     assert figures.accuracy_curves(metrics, config.catalogue).axes[0].get_legend_handles_labels()[1] == [
         "IRPO (DPO + NLL)",
         "From M_0, held against M_t",
@@ -126,6 +136,44 @@ def test_methods_are_told_apart_by_every_eye():
     assert set(ours) <= set(figures.COLORS)
 
 
+def ahead_of(points, told_apart=True):
+    """As `comparison.differences` gives it: method -> its points, the best first."""
+    rows = [(a, b, points[a] - points[b], told_apart) for a, b in permutations(points, 2)]
+    return pd.DataFrame(rows, columns=["method", "against", "points", "told_apart"])
+
+
+def test_the_cells_of_the_differences_are_told_apart_by_every_eye():
+    """The faintest colours from white and from each other; and what is written in them from them (WCAG: 4.5)."""
+    (ax,) = figures.differences(ahead_of({"a": 100.0, "b": 99.9, "c": 0.0})).axes
+    cells = ax.images[0].get_array()
+    (_, faint, dark), (faint_behind, *_), (dark_behind, *_) = cells
+    for color in (faint, dark, faint_behind, dark_behind):
+        assert difference(color, "white") >= 15
+        assert (cielab(color, EYES["all"])[0] + 16) ** 3 / 116**3 + 0.05 >= 4.5 * 0.05  # written in black
+    assert difference(faint, faint_behind) >= 30 and difference(dark, dark_behind) >= 60
+    assert [text.get_color() for text in ax.texts] == ["black"] * 6
+    plt.close("all")
+
+
+def test_differences_that_are_not_shown_have_a_mark_and_no_colour():
+    fig = figures.differences(ahead_of({"one": 2.0, "other": 0.0}, told_apart=False))
+    assert [text.get_text() for text in fig.axes[0].texts] == ["+2.0\n≈", "-2.0\n≈"]
+    cells = fig.axes[0].images[0].get_array()
+    assert difference(cells[0, 1], "white") < 2 and difference(cells[1, 0], "white") < 2
+    assert figures.described(fig).endswith("lines: row ahead, row behind, ≈ cannot be told apart")
+    plt.close(fig)
+
+
+def test_the_numbers_of_twenty_methods_stay_in_their_cells():
+    fig = figures.differences(ahead_of({name: -3.0 * i for i, name in enumerate(list(catalogue())[:20])}))
+    fig.canvas.draw()
+    (ax,) = fig.axes
+    assert [label.get_text() for label in ax.get_yticklabels()][:2] == ["irpo 1", "dpo 2"]
+    cell = ax.get_window_extent().width / 20
+    assert len(ax.texts) == 380 and max(text.get_window_extent().width for text in ax.texts) < cell
+    plt.close(fig)
+
+
 def test_figures_can_be_read_on_a_phone(config, metrics):
     every = pd.concat([metrics[metrics.method == "irpo"].assign(method=name) for name in catalogue()])
     steps = [{"step": 1, "loss": 1.0, "nll": 0.3, "margin": 0.1, "dev_greedy": 0.5}]
@@ -142,6 +190,7 @@ def test_figures_can_be_read_on_a_phone(config, metrics):
         figures.loss_curves(steps, 1),
         figures.pass_curves({"M_0": [1, 2], "M_1": [2, 4]}, 4),
         figures.error_heatmap([row], ["irpo"]),
+        figures.differences(ahead_of(dict.fromkeys(catalogue(), 0))),
     ):
         fig.canvas.draw()
         texts = [text for text in fig.findobj(Text) if text.get_visible() and text.get_text()]
@@ -173,11 +222,93 @@ def test_the_recipe_table_has_the_reference_of_the_round(config):
     assert [(r["loss"], r["start"], r["reference"]) for r in rows] == [("dpo+nll", "M_t", "M_t"), ("dpo", "M_0", "M_t")]
 
 
-def test_methods_that_differ_in_one_choice_are_compared(run):
-    settings = [f"recipes={run / 'my_methods.yaml'}", "methods=irpo,dpo,sft_chosen,mine"]
-    config = load_preset("micro", settings)
-    assert comparison.neighbours(config)[0] == ("irpo", "dpo", "with and without the NLL term")
-    assert comparison.neighbours(config)[2:] == [("dpo", "mine", "start: M_t or M_0")]
+def test_what_a_method_trains_on_and_how_it_is_unlike_irpo_are_read_from_its_recipe(run):
+    known = catalogue([run / "my_methods.yaml"])
+    assert {name: comparison.material(known[name]) for name in ("irpo", "sft_chosen", "spin", "sft_gold", "dpo_st", "expo")} == {
+        "irpo": "pairs", "sft_chosen": "responses", "spin": "pairs with gold", "sft_gold": "gold",
+        "dpo_st": "gold, then pairs, then responses", "expo": "pairs, then extrapolation",
+    }  # fmt: skip
+
+    def unlike(one, other="irpo"):
+        return comparison.unlike(known[one], known[other])
+
+    assert unlike("irpo") == [] and unlike("dpo") == ["loss"] and unlike("mine") == ["loss", "start"]
+    assert unlike("cpo") == ["loss"]  # which has no reference to choose
+    assert unlike("sft_gold") == ["selection", "loss", "start"]  # nor this one a reward
+    assert unlike("sipf", "orpo") == ["reward"] and unlike("expo") == ["loss"]
+    assert unlike("self_rewarding") == ["reward", "selection", "loss"]
+
+
+def test_a_difference_is_that_of_the_same_problems():
+    def solved(*right):
+        return {f"p{i}": float(r) for i, r in enumerate(right)}
+
+    one, other = solved(*[1] * 9, 0), solved(*[0] * 7, 1, 1, 1)
+    found = tables.paired([one], [other])
+    # Seven for the better, one for the worse: p = 2 (1 + 8) / 2**8.
+    assert found["points"] == pytest.approx(60) and found["p"] == 18 / 256 and not found["told_apart"]
+    assert found["low"] > 0  # what the bootstrap says of so few is not what decides
+    back = tables.paired([other], [one])
+    assert [back[k] for k in ("points", "low", "high")] == pytest.approx([-found[k] for k in ("points", "high", "low")])
+    assert tables.paired([solved(*[1] * 6)], [solved(*[0] * 6)])["told_apart"]  # p = 2 / 2**6
+    # Two seeds that gain 50 and 50 points on the same two of four problems: a problem's spread, 100 / sqrt(12), and
+    # Student's 3.18 of four problems.
+    twice = tables.paired([solved(1, 1, 0, 0)] * 2, [solved(0, 0, 0, 0)] * 2)
+    assert twice["p"] is None and not twice["told_apart"]
+    assert [twice[k] for k in ("points", "low", "high")] == pytest.approx([50, 50 - 318 / 12**0.5, 50 + 318 / 12**0.5])
+
+
+def test_the_family_table_is_sorted_in_groups_and_holds_each_against_irpo(run, config, metrics):
+    ahead, spent = comparison.differences(run, config), comparison.spent_table(run, config)
+    assert ahead[["method", "against", "points", "p", "told_apart"]].values.tolist() == [
+        ["irpo", "mine", 75.0, 0.25, False],
+        ["mine", "irpo", -75.0, 0.25, False],
+    ]
+    first, last = comparison.family_table(metrics, spent, ahead, config).to_dict("records")
+    assert (first["trained on"], last["trained on"]) == ("pairs", "")
+    assert (first["M_1"], last["M_1"], first["unlike irpo"], last["unlike irpo"]) == (
+        "100.0",
+        "25.0",
+        "",
+        "loss, start",
+    )
+    assert first["points ahead of irpo"] == "" and last["points ahead of irpo"].startswith(
+        "≈ -75.0 (-100.0 to -25.0, p = 0.25)"
+    )
+    assert (last["samples"], last["tokens drawn"], last["tokens trained on"]) == ("32", "500", "700")
+    # Another group between the two, whose best is not the best of all, and a method with fewer rounds.
+    settings = [f"recipes={run / 'my_methods.yaml'}", "methods=dpo,sft_chosen,irpo,sft_gold,rft", "iterations=2"]
+    own, rows = load_preset("micro", settings), []
+    for method, greedy in (("dpo", 0.3), ("sft_chosen", 0.6), ("irpo", 0.9), ("sft_gold", 0.5), ("rft", 0.7)):
+        rows += [{"method": method, "seed": 0, "iteration": t, "split": "test", "greedy": greedy} for t in range(1 if method == "sft_gold" else 2, own.rounds(method) + 1)]  # fmt: skip
+    made = pd.DataFrame(rows).assign(steps_right=None, samples=1, drawn=1, trained=1)
+    table = comparison.family_table(made, made, ahead.iloc[:0], own)
+    assert list(table.method) == [own.recipe(m).label for m in ("irpo", "dpo", "rft", "sft_chosen", "sft_gold")]
+    assert list(table["trained on"]) == ["pairs", "", "responses", "", "gold"]
+    assert list(table.M_1) == ["", "", "", "", "50.0"] and list(table.M_2) == ["90.0", "30.0", "70.0", "60.0", ""]
+
+
+def test_a_single_method_is_held_against_none(run, config, metrics):
+    own, alone = config.but(methods=["mine"]), metrics[metrics.method == "mine"]
+    ahead = comparison.differences(run, own)
+    (row,) = comparison.family_table(alone, comparison.spent_table(run, own), ahead, own).to_dict("records")
+    assert row["unlike mine"] == row["points ahead of mine"] == ""
+    assert comparison.differences_in_words(run, alone, ahead, own) == [
+        "M_0 solves 25.0 % of the test problems. The last models of all methods solve 25.0 %."
+    ]
+
+
+def test_several_seeds_are_held_against_each_other_with_an_interval(three_seeds, metrics):
+    run, config = three_seeds
+    ahead = comparison.differences(run, config)
+    assert list(ahead.p.isna()) == [True, True] and not ahead.told_apart.any()
+    seeds = pd.concat([metrics.assign(seed=seed) for seed in range(3)])
+    texts = comparison.differences_in_words(run, seeds, ahead, config)
+    assert texts == [
+        "M_0 solves 25.0 % of the test problems. The last model of IRPO (DPO + NLL) solves the most, 100.0 %, that of "
+        "From M_0, held against M_t the fewest, 25.0 %.",
+        "IRPO (DPO + NLL) cannot be told apart from: From M_0, held against M_t, +75.0 (-4.5 to +154.5).",
+    ]
 
 
 def test_gains_in_words_are_counted_by_hand(run, config):
@@ -189,13 +320,8 @@ def test_gains_in_words_are_counted_by_hand(run, config):
     assert "1 turned right and 1 wrong" in same and "M_1 is not known to do better" in same
 
 
-def test_a_gain_of_several_seeds_counts_a_problem_once(run, tmp_path):
-    shutil.copytree(run, tmp_path / "run")
-    for folder in (tmp_path / "run").glob("*/seed_0"):
-        for seed in (1, 2):
-            shutil.copytree(folder, folder.with_name(f"seed_{seed}"))
-    config = read_config(tmp_path / "run" / "config.yaml").but(seeds=3)
-    gained, same = tables.gains_in_words(tmp_path / "run", config)
+def test_a_gain_of_several_seeds_counts_a_problem_once(three_seeds):
+    gained, same = tables.gains_in_words(*three_seeds)
     # Nine answers for the better, but of three problems of four: half of one problem's spread, times Student's 3.18.
     assert (
         "9 turned right and 0 wrong: no change can be shown with 12 answers (+75.0 points, -4.5 to +154.5 over"
@@ -212,12 +338,6 @@ def test_what_was_used_up_is_summed(run, config, metrics):
     }  # fmt: skip
     results = comparison.by_seed(metrics, spent)
     assert list(comparison.forward_passes(results)) == [0, 2600, 0, 2600]
-    assert list(comparison.budget_table(spent, config).columns)[2:5] == [
-        "samples (k)",
-        "tokens drawn (k)",
-        "tokens trained on (k)",
-    ]
-    assert "solves the most, 100.0 %" in comparison.differences_in_words(run, metrics, config)[0]
     assert comparison.trained_on(run, config) is None  # nothing here knows the truth of a step
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
-from itertools import combinations
+from itertools import permutations
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
+from ..methods.recipes import Method, Round
 from ..model.records import Pair
 from ..run.config import Config
 from ..run.stages.evaluate import EvaluateStage, read_evaluation
@@ -19,22 +23,19 @@ from ..run.stages.train import TrainStage
 from ..settings import TaskConfig
 from ..tasks import get_task
 from ..tasks.base import Problem, Task
-from .tables import MODEL, all_rounds, percent, read_facts
+from .tables import MODEL, all_rounds, paired, percent, read_facts, right_problems
 
-SPENT = ["samples", "drawn", "trained"]
+SPENT = {"samples": "samples", "drawn": "tokens drawn", "trained": "tokens trained on"}  # column -> in words
 REFERENCES = {"moving": "M_t", "M_0": "M_0", "none": "-"}  # a moving reference is the model that was sampled
-CHOICES = ("reward", "selection", "loss", "start", "reference", "accumulate")  # of a round
-# Methods that differ in one part, or nearly so.
-NEIGHBOURS = [
-    ("irpo", "dpo", "with and without the NLL term"),
-    ("irpo", "sft_chosen", "the losers of the same pairs seen or not; from M_t or M_0"),
-    ("star", "rest_em", "rationalizations, and every right sample instead of ten at most"),
-    ("rft", "rest_em", "from M_t instead of M_0, and each right sample once"),
-    ("dpo", "spin", "losers are wrong, or just the model's own"),
-    ("dpo", "self_rewarding", "rewarded by the answer or by the model itself"),
-    ("sipf", "orpo", "the same rounds, pairs by a process reward model or by the answer"),
-    ("sipf", "sft_gold", "a round on gold and rounds of process feedback, or gold alone for all rounds"),
-]
+# Of a round: the choices, and in which rounds each is one. Gold needs no reward, the NLL no reference.
+CHOICES: dict[str, Callable[[Round], bool]] = {
+    "reward": lambda choices: choices.part("selection").rewards,
+    "selection": lambda choices: choices.trains,
+    "loss": lambda choices: True,
+    "start": lambda choices: choices.trains,
+    "reference": lambda choices: choices.part("loss").reference,
+    "accumulate": lambda choices: choices.trains,
+}
 
 
 def recipe_table(config: Config) -> pd.DataFrame:
@@ -88,7 +89,7 @@ def spent_table(run: Path, config: Config) -> pd.DataFrame:
 def by_seed(metrics: pd.DataFrame, spent: pd.DataFrame) -> pd.DataFrame:
     """Test results, a row for each method, seed and iteration, with what was used up until then."""
     test = metrics[metrics.split == "test"].drop(columns=["run", "split"])
-    total = spent.sort_values("iteration").set_index(MODEL).groupby(["method", "seed"])[SPENT].cumsum().reset_index()
+    total = spent.sort_values("iteration").set_index(MODEL).groupby(["method", "seed"])[[*SPENT]].cumsum().reset_index()
     return test.merge(total, on=MODEL, how="left").fillna(dict.fromkeys(SPENT, 0)).astype(dict.fromkeys(SPENT, int))
 
 
@@ -97,33 +98,76 @@ def forward_passes(table: pd.DataFrame) -> pd.Series:
     return table.drawn + 3 * table.trained
 
 
-def family_table(metrics: pd.DataFrame, config: Config) -> pd.DataFrame:
-    """Greedy test accuracy of each method by iteration, the best last model first.
+def material(recipe: Method) -> str:
+    """What a method trains on, round by round, as its parts say: "gold, then pairs"."""
+    kinds = []
+    for choices in recipe.rounds:
+        selection = choices.part("selection")
+        kind = ("pairs" if selection.pairs else "responses") + (" with gold" if selection.gold else "")
+        kinds.append("extrapolation" if not choices.trains else kind if selection.samples else "gold")
+    return ", then ".join(dict.fromkeys(kinds))
 
-    In percent: mean ± standard deviation over seeds.
+
+def unlike(one: Method, other: Method) -> list[str]:
+    """The choices in which two methods differ, of those that both have."""
+    apart = []
+    for choice, has in CHOICES.items():
+        here, there = (list(dict.fromkeys(getattr(r, choice) for r in m.rounds if has(r))) for m in (one, other))
+        apart += [choice] if here and there and here != there else []
+    return apart
+
+
+def differences(run: Path, config: Config) -> pd.DataFrame:
+    """How far each method's last model is ahead of each other's, from the greedy answers to the same test problems.
+
+    A row for each `method` and the one it is held `against`, the best method first; the other columns are those of
+    `tables.paired`.
     """
-    test, rows = metrics[metrics.split == "test"], []
+    right = {m: right_problems(run, config, m, config.rounds(m)) for m in config.methods}
+    ranked = sorted(right, key=lambda m: -mean(mean(own.values()) for own in right[m]))
+    rows = [{"method": a, "against": b, **paired(right[a], right[b])} for a, b in permutations(ranked, 2)]
+    return pd.DataFrame(rows, columns=["method", "against", "points", "low", "high", "p", "told_apart"])
+
+
+def base_of(config: Config) -> str:
+    """The method that the others are held against: IRPO, or the first one of a run without it."""
+    return "irpo" if "irpo" in config.methods else config.methods[0]
+
+
+def certainty(row: Any) -> str:
+    """A row of `differences` as text: points, 95 % interval and, of one seed, the p of the sign test."""
+    p = "" if pd.isna(row.p) else f", p = {row.p:.2g}"
+    return f"{row.points:+.1f} ({row.low:+.1f} to {row.high:+.1f}{p})"
+
+
+def family_table(metrics: pd.DataFrame, spent: pd.DataFrame, ahead: pd.DataFrame, config: Config) -> pd.DataFrame:
+    """Greedy test accuracy by iteration, the difference to IRPO, and what was used up: a row for each method.
+
+    Methods that train on the same come together; among these, and of these groups, the best last model comes first.
+    Accuracy is in percent: mean ± standard deviation over seeds. Samples and tokens are means over seeds of all rounds.
+
+    Args:
+        ahead: as `differences` gives it.
+    """
+    test, rows, base = metrics[metrics.split == "test"], [], base_of(config)
     iterations = sorted(set(test.iteration) - {0})
+    against = {row.method: row for row in ahead[ahead.against == base].itertuples()}
+    used = spent.groupby(["method", "seed"])[[*SPENT]].sum().groupby("method").mean()
     for method, own in test.groupby("method", sort=False):
-        last = own[own.iteration == own.iteration.max()]
-        row: dict[str, Any] = {"method": config.recipe(method).label, "seeds": own.seed.nunique()}
-        row |= {f"M_{t}": percent(own[own.iteration == t].greedy) for t in [0, *iterations]}
+        last, recipe, row = own[own.iteration == own.iteration.max()], config.recipe(method), against.get(method)
+        cells: dict[str, Any] = {"trained on": material(recipe), "method": recipe.label}
+        cells[f"unlike {base}"] = ", ".join(unlike(recipe, config.recipe(base)))
+        cells |= {f"M_{t}": percent(own[own.iteration == t].greedy) for t in iterations}
+        cells[f"points ahead of {base}"] = ("" if row.told_apart else "≈ ") + certainty(row) if row else ""
         if last.steps_right.notna().any():
-            row |= {"steps (last)": percent(last.steps_right), "lucky (last)": percent(last.right_for_wrong_reason)}
-        rows.append((last.greedy.mean(), row))
-    return pd.DataFrame([row for _, row in sorted(rows, key=lambda pair: -pair[0])])
-
-
-def budget_table(spent: pd.DataFrame, config: Config) -> pd.DataFrame:
-    """What each method used up in all its rounds, in thousands, mean over seeds."""
-    whole = spent.groupby(["method", "seed"], sort=False)[SPENT].sum()
-    whole["forward passes"] = forward_passes(whole)
-    mean = whole.groupby("method", sort=False).mean() / 1000
-    names = {"drawn": "tokens drawn", "trained": "tokens trained on"}
-    table = mean.rename(columns=lambda name: f"{names.get(name, name)} (k)").map("{:,.0f}".format).reset_index()
-    rounds = spent.groupby("method", sort=False).iteration.max()
-    table.insert(1, "rounds", [rounds[m] for m in table.method])
-    table["method"] = [config.recipe(m).label for m in table.method]
+            cells |= {"steps (last)": percent(last.steps_right), "lucky (last)": percent(last.right_for_wrong_reason)}
+        cells |= {name: f"{used[column][method]:,.0f}" for column, name in SPENT.items()}
+        rows.append((last.greedy.mean(), cells))
+    # The best method's group, then the best of those that are left, and so on: a group is where its first one is.
+    rows.sort(key=lambda row: -row[0])
+    groups = list(dict.fromkeys(cells["trained on"] for _, cells in rows))
+    table = pd.DataFrame(sorted((cells for _, cells in rows), key=lambda cells: groups.index(cells["trained on"])))
+    table["trained on"] = table["trained on"].mask(table["trained on"].duplicated(), "")
     return table
 
 
@@ -158,41 +202,30 @@ def trained_on(run: Path, config: Config) -> pd.DataFrame | None:
     return table
 
 
-def neighbours(config: Config) -> list[tuple[str, str, str]]:
-    """(method, another, in what they differ): those of `NEIGHBOURS`, and all whose recipes differ in one choice."""
-    found = [row for row in NEIGHBOURS if {*row[:2]} <= {*config.methods}]
-    for one, other in combinations(config.methods, 2):
-        both = [config.recipe(method).rounds for method in (one, other)]
-        if len(both[0]) == len(both[1]) and not any({one, other} == {*row[:2]} for row in found):
-            pairs = {(c, getattr(a, c), getattr(b, c)) for a, b in zip(*both, strict=True) for c in CHOICES}
-            apart = [f"{choice}: {here} or {there}" for choice, here, there in pairs if here != there]
-            found += [(one, other, *apart)] if len(apart) == 1 else []
-    return found
+def differences_in_words(run: Path, metrics: pd.DataFrame, ahead: pd.DataFrame, config: Config) -> list[str]:
+    """The best and the worst, which methods IRPO is ahead of, how many pairs can be told apart, and the judge.
 
-
-def differences_in_words(run: Path, metrics: pd.DataFrame, config: Config) -> list[str]:
-    """What the figures say: the best and the worst, each pair of methods that differ in one part, and the judge."""
-    test = metrics[metrics.split == "test"].set_index(MODEL).greedy * 100
-    final = {m: [test[m, s, config.rounds(m)] for s in range(config.seeds)] for m in config.methods}
-    mean = {m: sum(values) / len(values) for m, values in final.items()}
+    Args:
+        ahead: as `differences` gives it.
+    """
+    test = metrics[metrics.split == "test"]
+    last = test[test.iteration == test.method.map(config.rounds)].groupby("method", sort=False).greedy.mean() * 100
     label = {m: config.recipe(m).label for m in config.methods}
-    best, worst = max(mean, key=mean.get), min(mean, key=mean.get)
-    m0 = sum(test[config.methods[0], s, 0] for s in range(config.seeds)) / config.seeds
+    best, worst = last.idxmax(), last.idxmin()
     ranked = (
-        f"The last model of {label[best]} solves the most, {mean[best]:.1f} %, "
-        f"that of {label[worst]} the fewest, {mean[worst]:.1f} %."
+        f"The last model of {label[best]} solves the most, {last[best]:.1f} %, "
+        f"that of {label[worst]} the fewest, {last[worst]:.1f} %."
     )
-    if mean[best] == mean[worst]:
-        ranked = f"The last models of all methods solve {mean[best]:.1f} %."
-    texts = [f"M_0 solves {m0:.1f} % of the test problems. {ranked}"]
-    for one, other, what in neighbours(config):
-        apart = [a - b for a, b in zip(final[one], final[other], strict=True)]
-        ahead = sum(d > 0 for d in apart)
-        every = ", ".join(f"{d:+.1f}" for d in apart)
-        texts.append(
-            f"{label[one]} against {label[other]} ({what}): {mean[one]:.1f} and {mean[other]:.1f} %, "
-            f"ahead in {ahead} of {len(apart)} seeds ({every} points)."
-        )
+    if last[best] == last[worst]:
+        ranked = f"The last models of all methods solve {last[best]:.1f} %."
+    texts = [f"M_0 solves {test[test.iteration == 0].greedy.mean() * 100:.1f} % of the test problems. {ranked}"]
+    base, pairs = base_of(config), len(ahead) // 2
+    for verb, sign in (("is ahead of", 1), ("is behind", -1), ("cannot be told apart from", 0)):
+        others = ahead[(ahead.method == base) & (ahead.told_apart * np.sign(ahead.points) == sign)].itertuples()
+        named = "; ".join(f"{label[row.against]}, {certainty(row)}" for row in others)
+        texts += [f"{label[base]} {verb}: {named}."] if named else []
+    if pairs > 1:
+        texts.append(f"Pairs of methods that can be told apart: {ahead.told_apart.sum() // 2} of {pairs}.")
     for method in config.methods:
         if config.recipe(method).round(1).has_reward_stage:
             texts += _judge_in_words(run, config, method)

@@ -14,7 +14,9 @@ from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 import matplotlib.pyplot as plt
+import numpy as np
 from IPython.display import display
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
 from ..metrics import bootstrap, pass_at_k
@@ -234,6 +236,41 @@ def error_heatmap(rows: list[Record], names: list[str]) -> Figure:
         ax.set(xticks=range(len(own)), xticklabels=[r["iteration"] for r in own], yticks=range(len(kinds)))
         ax.set(yticklabels=kinds, xlabel="iteration")
         ax.set_title(f"{method}: steps wrong (%)", fontsize=9)
+    return fig
+
+
+def differences(table: pd.DataFrame) -> Figure:
+    """How many points each method is ahead of each other: a row's of a column's, the best method first.
+
+    A cell has a colour where the two can be told apart, and a mark where they cannot.
+
+    Args:
+        table: as `comparison.differences` gives it.
+    """
+    names = list(dict.fromkeys(table.method))
+    count, most = len(names), table.points.abs().max() or 1
+    shades = LinearSegmentedColormap.from_list("ahead", [ORANGE, "white", BLUE])
+    fig, ax = plt.subplots(figsize=(WIDE, 1 + 0.34 * count), layout="constrained")
+    cells = np.full((count, count, 3), 0.85)
+    for row in table.itertuples():
+        at = names.index(row.method), names.index(row.against)
+        # Never so pale that it passes for white, nor so dark that black is hard to read.
+        shade = (0.3 + 0.6 * abs(row.points) / most) * np.sign(row.points) * row.told_apart
+        cells[at] = shades(0.5 + shade / 2)[:3]
+        value = f"{row.points:+.1f}" if count <= 10 else f"{round(row.points)}"
+        text = value if row.told_apart else f"{value}\n≈"
+        ax.text(at[1], at[0], text, ha="center", va="center", fontsize=8.5, linespacing=0.9)
+    ax.imshow(cells, aspect="auto")
+    ax.set_xticks(range(count), range(1, count + 1), fontsize=9)
+    ax.set_yticks(range(count), [f"{name} {i}" for i, name in enumerate(names, 1)], fontsize=9)
+    ax.set_xticks([i + 0.5 for i in range(count - 1)], minor=True)
+    ax.set_yticks([i + 0.5 for i in range(count - 1)], minor=True)
+    ax.grid(which="minor", color="0.8")
+    ax.tick_params(which="both", length=0, labeltop=True)
+    ax.set_title("Points by which a row's method is ahead of a column's", fontsize=10)
+    for label, color in (("row ahead", BLUE), ("row behind", ORANGE), ("≈ cannot be told apart", "white")):
+        ax.scatter([], [], s=60, marker="s", color=color, edgecolor="grey", label=label)
+    fig.legend(ncols=3, **BELOW)
     return fig
 
 

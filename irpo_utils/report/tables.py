@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -164,37 +164,51 @@ def gains_in_words(run: Path, config: Config) -> list[str]:
 def _gain(run: Path, config: Config, method: str) -> tuple[str, list[dict[str, float]]]:
     """What changed from M_0 to the last model; and of each seed, which test problems the latter solves."""
     last = config.rounds(method)
-    both: list[tuple[bool, bool]] = []  # of every seed's problems: right before, right after
-    changes: list[dict[str, float]] = []  # of every seed
-    last_right: list[dict[str, float]] = []
-    for seed in range(config.seeds):
-        before, after = (_right_problems(run, config, method, seed, t) for t in (0, last))
-        both += [(before[name], after[name]) for name in before]
-        changes.append({name: float(after[name]) - before[name] for name in before})
-        last_right.append({name: float(right) for name, right in after.items()})
-    total, gained, lost = len(both), both.count((False, True)), both.count((True, False))
+    before, after = (right_problems(run, config, method, t) for t in (0, last))
+    both = [(old[name], new[name]) for old, new in zip(before, after, strict=True) for name in old]
+    total, gained, lost = len(both), both.count((0, 1)), both.count((1, 0))
     right_before, right_after = (sum(column) for column in zip(*both, strict=True))
-    if config.seeds == 1:
-        p = sign_test(gained, lost)
-        shown, how = p < 0.05, f"sign test, p = {p:.2g}"
-    else:
-        gain, low, high = over_seeds(changes)
-        shown = low > 0 or high < 0
-        how = f"{100 * gain:+.1f} points, {100 * low:+.1f} to {100 * high:+.1f} over seeds and problems"
+    found = paired(after, before)
+    how = "{points:+.1f} points, {low:+.1f} to {high:+.1f} over seeds and problems".format(**found)
+    if found["p"] is not None:
+        how = f"sign test, p = {found['p']:.2g}"
     verdict = "a gain" if gained > lost else "a loss"
-    verdict = verdict if shown else f"no change can be shown with {total} answers"
+    verdict = verdict if found["told_apart"] else f"no change can be shown with {total} answers"
     text = (
         f"{config.recipe(method).label}: {right_before / total:.1%} of the test answers are right before (M_0), "
         f"{right_after / total:.1%} after (M_{last}). "
         f"{gained} turned right and {lost} wrong: {verdict} ({how})."
     )
-    return text, last_right
+    return text, after
 
 
-def _right_problems(run: Path, config: Config, method: str, seed: int, t: int) -> dict[str, bool]:
-    """Test problem -> whether the greedy answer of M_t is right."""
-    rows = read_jsonl(EvaluateStage(run, method, seed, t, config).path("responses.jsonl"), "04_evaluate.ipynb")
-    return {r["problem"]: r["greedy"] == 1 for r in rows if r["split"] == "test"}
+def paired(after: Sequence[dict[str, float]], before: Sequence[dict[str, float]]) -> dict[str, Any]:
+    """How far one model is ahead of another on the same problems, in points, and whether that can be shown.
+
+    For one seed an exact sign test decides, at 5 %, over the problems that only one of the two solves. For several the
+    95 % interval does, in which a problem counts once.
+
+    Args:
+        after, before: of each seed, problem -> 1.0 where the model solves it, else 0.0.
+
+    Returns:
+        `points`, `low`, `high`; `p` (None for several seeds); `told_apart`.
+    """
+    changes = [{name: own[name] - other[name] for name in other} for own, other in zip(after, before, strict=True)]
+    points, low, high = (100 * value for value in over_seeds(changes))
+    found = {"points": points, "low": low, "high": high, "p": None, "told_apart": low > 0 or high < 0}
+    if len(changes) == 1:
+        gained, lost = (list(changes[0].values()).count(change) for change in (1, -1))
+        found["p"] = sign_test(gained, lost)
+        found["told_apart"] = found["p"] < 0.05
+    return found
+
+
+def right_problems(run: Path, config: Config, method: str, t: int) -> list[dict[str, float]]:
+    """Of each seed, test problem -> 1.0 where the greedy answer of M_t is right, else 0.0."""
+    stages = [EvaluateStage(run, method, seed, t, config) for seed in range(config.seeds)]
+    found = [read_jsonl(stage.path("responses.jsonl"), "04_evaluate.ipynb") for stage in stages]
+    return [{r["problem"]: float(r["greedy"] == 1) for r in rows if r["split"] == "test"} for rows in found]
 
 
 def _against_chance(run: Path, config: Config, method: str, right: list[dict[str, float]]) -> str:
