@@ -230,6 +230,7 @@ class TrainConfig(Section):
     warmup: Share = 0.1  # share of the steps
     max_grad_norm: Positive = 1.0  # gradients are clipped to this norm
     # Optimizer steps between fresh draws of the policy that is trained (online: 1); 0: the policy is sampled once, before.
+    # Where it is above 0 there are max_steps steps, and max_epochs and pairs_together have nothing to say.
     sync_every: Size = 0
     eval_every: Count = 50  # steps between dev scores; the best step becomes M_{t+1}
     retrain_with_dev: bool = (
@@ -318,6 +319,10 @@ class Settings(Section):
             raise ValueError(
                 "train.shard: for an adapter on a base that is not quantized; "
                 "set model.quantize=none and model.tuning=lora"
+            )
+        if self.pairs.max_pairs and self.train.sync_every:
+            raise ValueError(
+                "pairs.max_pairs: a round with train.sync_every draws as many as it trains on; leave it at 0"
             )
         if self.sampling.engine != "transformers" and self.train.sync_every:
             raise ValueError(

@@ -1,6 +1,7 @@
 """Online rounds: advantages, the policy gradient against TRL's GRPOTrainer, and a policy that draws while it is trained."""
 
 import json
+import math
 import random
 from dataclasses import replace
 
@@ -173,16 +174,17 @@ def test_every_draw_is_of_the_policy_as_it_is_then(online, tokenizer, task, tmp_
     assert gaps[0] < 1e-3 < min(gaps[1:])
     # The first step of the second draw: the policy that drew it is the one that is trained, two steps from its reference.
     steps = read_jsonl(tmp_path / "steps.jsonl")
-    mean = sum(pair.chosen_logp for pair in order_of(drawn[1], online)) / 4
+    mean = sum(pair.chosen_logp for pair in drawn[1][:4]) / 4
     assert steps[2]["chosen_logp"] == pytest.approx(mean, abs=1e-4)
     assert steps[3]["chosen_logp"] != pytest.approx(sum(p.chosen_logp for p in drawn[1][4:]) / 4, abs=1e-4)
-    reference = sum(logp for logp, _ in training.reference_logps(m_0, order_of(drawn[1], online))) / 4
-    assert abs(reference - mean) > 1e-3
-
-
-def order_of(pairs, config):
-    """The pairs of a draw's first step."""
-    return pairs[: config.train.batch]
+    # Its DPO terms, by hand: held against M_0, and not against the policy that drew.
+    first = drawn[1][:4]
+    terms = []
+    for pair, (chosen, rejected) in zip(first, training.reference_logps(m_0, first), strict=True):
+        margin = 0.1 * ((pair.chosen_logp - chosen) - (pair.rejected_logp - rejected))
+        terms.append(math.log(1 + math.exp(-margin)))
+    assert steps[2]["dpo"] == pytest.approx(sum(terms) / 4, abs=1e-5)
+    assert abs(steps[2]["dpo"] - training.LN2) > 1e-4
 
 
 def test_a_training_killed_between_draws_ends_the_same(online, tokenizer, task, tmp_path):
@@ -213,9 +215,17 @@ def test_problems_are_asked_in_turn_and_pairs_repeated_where_they_are_too_few(
     problems = task.problems("train")[:10]
     sampler = Sampler.of(seed_model, tokenizer, task, online)
     draws = Draws(sampler, problems, "pairs", 4, 1.0, 0, tmp_path)
-    assert sorted(p.id for p in draws.asked(0, 10)) == sorted(p.id for p in problems)
-    turn = [p.id for start in range(0, 10, 3) for p in draws.asked(start, min(3, 10 - start))]
-    assert turn == [p.id for p in draws.asked(0, 10)] != [p.id for p in draws.asked(10, 10)]
+
+    def ids(place, count, asked=()):
+        found, behind = draws.next_problems(place, count, set(asked))
+        return [p.id for p in found], behind
+
+    whole, behind = ids(0, 10)
+    assert sorted(whole) == sorted(p.id for p in problems) and behind == 10
+    assert [name for start in range(0, 10, 3) for name in ids(start, min(3, 10 - start))[0]] == whole != ids(10, 10)[0]
+    across, behind = ids(7, 6, asked=whole[:5])  # the end of a pass, and the next one without those asked already
+    assert across[:3] == whole[7:] and len(across) == len({*across, *whole[:5]}) - 5 == 5
+    assert behind > 10
     few = replace(draws, batch=40)  # 80 pairs are wanted, of 10 problems with one pair each at most
     pairs, counted = few.fresh(0)
     assert len(pairs) == 80 and counted["made"] < 10 and counted["asked"] == 10
@@ -233,15 +243,12 @@ def test_nothing_to_learn_from_is_said(online, seed_model, tokenizer, task, tmp_
 
 
 def test_the_switch_changes_the_stages_of_rounds_that_draw_and_no_other_s_key(tmp_path):
-    on, off = (
-        load_preset("micro", [f"train.sync_every={s}", "methods=irpo,sft_gold,dpo_st", "iterations=3"]) for s in (2, 0)
-    )
+    on, off = (load_preset("micro", [f"train.sync_every={s}", "methods=irpo,sft_gold", "iterations=3"]) for s in (2, 0))
 
     def names(config, method):
         return [stage.name for stage in plan(config, tmp_path, method, 0)][1:]
 
     assert names(on, "irpo") == ["03c_online", "04_evaluate"] * 3
-    assert names(on, "dpo_st")[:3] == names(off, "dpo_st")[:3] and "03c_online" in names(on, "dpo_st")
     assert names(on, "sft_gold") == names(off, "sft_gold")
     assert "train.sync_every" in OnlineStage(tmp_path, config=on).parameters()
     assert "train.sync_every" not in TrainStage(tmp_path, "sft_gold", config=on).parameters()
@@ -256,6 +263,8 @@ def test_the_switch_changes_the_stages_of_rounds_that_draw_and_no_other_s_key(tm
         (["sampling.engine=vllm"], "train.sync_every: .*sampling.engine=transformers"),
         (["methods=scpo"], "train.sync_every: round 1 of scpo"),
         (["methods=orpo", "iterations=3"], "train.sync_every: round 2 of orpo"),
+        (["methods=sft_chosen"], "train.sync_every: round 2 of sft_chosen .* M_t"),
+        (["pairs.max_pairs=9"], "pairs.max_pairs: .*train.sync_every"),
     ],
 )
 def test_what_cannot_draw_while_it_trains_is_refused(settings, message):
@@ -303,3 +312,15 @@ def test_the_sync_notebook_holds_each_interval_against_one_draw(runs, tmp_path):
     assert table.gain["irpo", 2] == pytest.approx(by_hand) and table.gain["irpo", 6] == 0
     drawn = pd.read_csv(tmp_path / "syncs.csv").groupby(["method", "every"]).drawn.max()
     assert (drawn > 0).all() and drawn["irpo", 6] == OnlineStage(runs[6]).result()["draws"][0]["drawn_tokens"]
+
+
+def test_one_method_may_draw_while_others_do_not():
+    config = load_preset("micro", ["methods=rloo,scpo,sft_chosen", "rloo.train.sync_every=1"])
+    assert config.for_round("rloo", 1).train.sync_every == 1 and config.for_round("scpo", 1).train.sync_every == 0
+
+
+def test_a_loss_that_ignores_advantages_is_refused(tmp_path):
+    chosen = {"reward": "answer", "selection": "group", "loss": "nll", "start": "M_t", "reference": "none"}
+    (tmp_path / "mine.yaml").write_text(json.dumps({"mine": {"label": "mine", "rounds": [chosen]}}))
+    with pytest.raises(ConfigError, match="'group' gives advantages, which the loss 'nll' ignores"):
+        load_preset("micro", [f"recipes={tmp_path / 'mine.yaml'}", "methods=mine"])

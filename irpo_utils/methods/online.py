@@ -20,6 +20,7 @@ from ..files import write_json
 from ..model.records import Pair, Record, Sample
 from ..model.schedule import sorted_in_batches
 from ..tasks.base import Problem
+from . import parts
 from .sampler import Sampler, opened
 from .select import audited, made
 from .trainer import Training, dev_score
@@ -58,15 +59,16 @@ class Draws:
             ValueError: a pass over all problems makes none.
         """
         config, earlier, counted = self.sampler.config, sum(self.counted(step).values(), Counter()), Counter()
-        wanted, pairs = config.train.sync_every * self.batch, []
-        while len(pairs) < wanted and counted["asked"] < len(self.problems):
+        wanted, pairs, asked = config.train.sync_every * self.batch, [], set()
+        most = config.sampling.n if parts.part("selection", self.selection).signed else config.pairs.k
+        while len(pairs) < wanted and len(asked) < len(self.problems):
             both = earlier + counted
-            rate = max(both["made"] / both["asked"], 1 / len(self.problems)) if both["asked"] else 1.0
-            count = min(math.ceil((wanted - len(pairs)) / rate), len(self.problems) - counted["asked"])
-            part = self.asked(both["asked"], count)
+            rate = max(both["made"] / both["asked"], 1 / len(self.problems)) if both["asked"] else most
+            part, place = self.next_problems(both["place"], math.ceil((wanted - len(pairs)) / rate), asked)
             own, found = self.drawn(part, step)
             pairs += own
-            counted += found + Counter(asked=count, made=len(own))
+            counted += found + Counter(asked=len(part), place=place - both["place"], made=len(own))
+            asked |= {p.id for p in part}
         if not pairs:
             raise ValueError(
                 f"no pair can be made of {counted['samples']} samples after step {step}: {counted['all_right']} problems "
@@ -94,16 +96,17 @@ class Draws:
         counted["drawn_tokens"] = sum(len(s.token_ids) for own in samples.values() for s in own)
         return pairs, counted
 
-    def asked(self, first: int, count: int) -> list[Problem]:
-        """The problems that are asked as numbers `first` to `first + count`, each once."""
-        found: dict[str, Problem] = {}
-        while count:
-            turn, place = divmod(first, len(self.problems))
+    def next_problems(self, place: int, count: int, asked: set[str]) -> tuple[list[Problem], int]:
+        """Up to `count` problems from `place` on in the passes over all, none of those `asked`; and the place behind them."""
+        found, count = {}, min(count, len(self.problems) - len(asked))
+        while len(found) < count:
+            turn, first = divmod(place, len(self.problems))
             order = random.Random(f"{self.seed}/{turn}").sample(self.problems, len(self.problems))
-            part = order[place : place + count]
-            found |= {p.id: p for p in part}
-            first, count = first + len(part), count - len(part)
-        return list(found.values())
+            for problem in order[first:]:
+                if len(found) < count:
+                    place += 1
+                    found |= {problem.id: problem} if problem.id not in asked else {}
+        return list(found.values()), place
 
 
 @dataclass(frozen=True)
@@ -138,6 +141,7 @@ class OnlineTraining(Training):
                 **self.options(show),
             )
         pairs = [pair for step in range(0, facts["steps"], train.sync_every) for pair in draws(step)]
+        pairs = pairs[: facts["steps"] * draws.batch]
         each = draws.counted(before=facts["steps"])
         total = sum(each.values(), Counter())
         Record.write(self.folder / "pairs.jsonl", pairs)

@@ -53,6 +53,7 @@ class Selection(Part):
     gold: bool = False  # whether it is nothing without gold solutions
     rewards: bool = True  # whether it looks at what samples are worth
     numbers: bool = True  # whether rewards may be any numbers, or just right and wrong
+    signed: bool = False  # whether a response may be there to become less likely, by a reward gap below 0
     hint: str = ""  # what to change where it makes nothing
 
 
@@ -62,6 +63,7 @@ class Loss(Part):
 
     pairs: bool = True
     reference: bool = True  # whether the reference's log-probabilities are needed
+    gaps: bool = False  # whether it looks at reward gaps
     trains: bool = True  # or makes M_t of earlier models, and has no selection
     parameters: tuple[str, ...] = ()  # of the `train` section
 
@@ -94,8 +96,8 @@ SELECTIONS = {
         "irpo_utils.methods.select:best_against_worst_of", hint="where all rewards of a problem are one"
     ),
     "voted": Selection("irpo_utils.methods.select:voted_of", hint="lower pairs.least_votes"),
-    "group": Selection("irpo_utils.methods.select:group_of", pairs=False),
-    "group_scaled": Selection("irpo_utils.methods.select:group_scaled_of", pairs=False),
+    "group": Selection("irpo_utils.methods.select:group_of", pairs=False, signed=True),
+    "group_scaled": Selection("irpo_utils.methods.select:group_scaled_of", pairs=False, signed=True),
     "margin": Selection("irpo_utils.methods.select:margin_of", hint="lower pairs.eta"),
 }
 LOSSES = {
@@ -103,15 +105,15 @@ LOSSES = {
     "dpo": Loss("irpo_utils.model.losses:dpo", parameters=("beta",)),
     "nll": Loss("irpo_utils.model.losses:nll", pairs=False, reference=False),
     "orpo": Loss("irpo_utils.model.losses:orpo", reference=False, parameters=("odds_weight",)),
-    "weighted dpo+nll": Loss("irpo_utils.model.losses:weighted_dpo_nll", parameters=("beta", "alpha")),
+    "weighted dpo+nll": Loss("irpo_utils.model.losses:weighted_dpo_nll", gaps=True, parameters=("beta", "alpha")),
     "cpo": Loss("irpo_utils.model.losses:cpo", reference=False, parameters=("beta", "alpha")),
     "simpo": Loss("irpo_utils.model.losses:simpo", reference=False, parameters=("beta", "gamma")),
     "dpo_norm": Loss("irpo_utils.model.losses:dpo_norm", parameters=("beta",)),
     "dpo_positive": Loss("irpo_utils.model.losses:dpo_positive", parameters=("beta", "bar")),
     "exmate": Loss("irpo_utils.model.losses:exmate", reference=False, parameters=("penalty",)),
     "dpo+exmate": Loss("irpo_utils.model.losses:dpo_exmate", parameters=("beta", "alpha", "penalty")),
-    "policy_gradient": Loss("irpo_utils.model.losses:policy_gradient", pairs=False, reference=False),
-    "policy_gradient_mean": Loss("irpo_utils.model.losses:policy_gradient_mean", pairs=False, reference=False),
+    "policy_gradient": Loss("irpo_utils.model.losses:policy_gradient", pairs=False, reference=False, gaps=True),
+    "policy_gradient_mean": Loss("irpo_utils.model.losses:policy_gradient_mean", pairs=False, reference=False, gaps=True),
     "extrapolate": Loss("irpo_utils.extras.expo:extrapolated", pairs=False, reference=False, trains=False, parameters=("extrapolation",)),
 }  # fmt: skip
 KINDS: dict[str, tuple[dict[str, Any], type[Part]]] = {

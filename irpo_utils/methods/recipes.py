@@ -41,6 +41,8 @@ class Round(Section):
             raise ValueError(
                 f"the loss {self.loss!r} needs pairs, which the selection {self.selection!r} does not make"
             )
+        if selection.signed and not loss.gaps:
+            raise ValueError(f"the selection {self.selection!r} gives advantages, which the loss {self.loss!r} ignores")
         if loss.reference and self.reference == "none":
             raise ValueError(f"the loss {self.loss!r} needs a reference: moving or M_0")
         if self.reference != "none" and not loss.reference:

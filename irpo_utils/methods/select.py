@@ -121,7 +121,8 @@ def voted_of(samples: list[Sample], gold: Sample | None, config: PairsConfig, rn
 def group_of(samples: list[Sample], gold: Sample | None, config: PairsConfig, rng: random.Random) -> Chosen:
     """Every sample with its advantage as its reward: by how much it is above the mean of the others (RLOO, arXiv 2402.14740).
 
-    Dr. GRPO's (arXiv 2503.20783) is (N - 1) / N of it. None where all samples are worth the same. Unparsed counts as 0.
+    Dr. GRPO's (arXiv 2503.20783) is (N - 1) / N of it. Unparsed counts as 0. Samples that never ended are not there, so
+    the mean is over the others. A problem whose samples are all worth the same gives none.
     """
     worth = [s.reward or 0.0 for s in samples]
     if len(set(worth)) < 2:

@@ -227,8 +227,8 @@ def policy_gradient(scores: Scores) -> PairLosses:
 
         L = -A(y) * log M_th(y|x)
 
-    It is the policy gradient where one optimizer step follows a draw: the ratio to the model that drew is 1 there, and
-    GRPO's clipping never acts. Further steps on the same draw go without a correction.
+    It is the policy gradient where one optimizer step follows a draw at temperature 1: the ratio to the model that drew
+    is 1 there, and GRPO's clipping never acts. Another temperature and further steps go without a correction.
     """
     advantages = 1.0 if scores.reward_gaps is None else scores.reward_gaps
     return PairLosses(-advantages * scores.chosen, None, nll_term(scores.chosen, scores.chosen_lengths), None, None)

@@ -404,8 +404,8 @@ def train(
             )
         examples = [pairs[i] for i in order]
     else:
-        steps, start_weights = config.max_steps, {name: weight.clone() for name, weight in trained(model).items()}
-        examples = list(range(steps * batch))
+        steps, examples = config.max_steps, list(range(config.max_steps * batch))
+        start_weights = {name: weight.clone() for name, weight in trained(model).items() if own_reference}
 
         def referenced(step: int) -> list[Pair]:
             drawn = draw(step) if step else pairs

@@ -191,6 +191,7 @@ def trained_on(run: Path, config: Config) -> pd.DataFrame | None:
             continue
         task, problems = drawn(config.for_seed(seed).task)
         pairs = Pair.read(PairsStage(run, method, seed, t, config).path("pairs.jsonl"), "02_pairs.ipynb")
+        pairs = [pair for pair in pairs if pair.reward_gap > 0]  # those that are to become more likely
         checked = [task.check_steps(problems[pair.problem], pair.chosen) for pair in pairs]
         clean = sum(all(verdict == "right" for _, verdict in steps) for steps in checked)
         rows.append({"method": method, "iteration": t, "records": len(pairs), "clean": clean / len(pairs)})

@@ -15,7 +15,7 @@ EXPORT = "export: used as export RUN FOLDER [method=irpo] [seed=0] [iteration=1]
 EXTRAPOLATE = "extrapolate: used as extrapolate TH1 TH0|base TARGET [a=0.3] [model.path=... model.dtype=...]"
 TABLES = ("*.csv", "*.png", "table.txt", "methods.txt", "config.yaml", "*.ipynb")  # beside the methods' folders
 FACTS = ("evaluation", "audit", "training", "reward")
-WITHOUT_PROBLEMS = ("03_train", "05_report", "20_real_model")  # notebooks that show none, or quote a few
+WITHOUT_PROBLEMS = ("03_train", "03c_online", "05_report", "20_real_model")  # notebooks that show none, or quote a few
 LARGEST_ADAPTER = 12e6  # bytes, before it is rounded
 
 

@@ -104,7 +104,7 @@ def training_curves(run: Path, config: Config) -> dict[str, list[dict[str, float
     curves = {}
     for method in config.methods:
         first, *others = config.recipe(method).rounds
-        if not others and first.draws and first.reward == "answer":
+        if not others and first.draws and first.reward == "answer" and not first.part("selection").signed:
             curves[method] = TrainStage(run, method, 0, 1, config).curve()
     return curves
 
@@ -233,6 +233,10 @@ def _right_samples(audits: pd.DataFrame, config: Config, method: str) -> str:
     """How many samples were right round by round (seed 0), where every round sampled at the same temperature."""
     own = audits[(audits.method == method) & (audits.seed == 0)]
     shares = list(own["right samples"])
+    if any(
+        config.recipe(method).round(t).is_online(config.for_round(method, t).train.sync_every) for t in own.iteration
+    ):
+        return ""  # those of a round are of many policies
     temperatures = {config.temperature(t) for t in range(1, config.rounds(method) + 1)}
     if len(shares) < 2 or not all(shares) or len(temperatures) > 1:
         return ""

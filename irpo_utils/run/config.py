@@ -58,8 +58,6 @@ class Config(Settings):
                 raise ValueError(
                     f"iterations: {name} needs {least} rounds before it repeats; set iterations={least}, or leave it out of methods"
                 )
-        for name in self.methods:
-            self._trainable(name)
         for name, own in self.method_settings.items():
             try:
                 changed(self, {**own, "method_settings": {}})
@@ -67,22 +65,25 @@ class Config(Settings):
                 raise ValueError(f"{name}: {error}") from None
         return self
 
-    def _trainable(self, method: str) -> None:
-        """Raise a ValueError for a method that its training engine cannot train."""
-        for t, choices in enumerate(self.catalogue[method].rounds, 1):
-            engine = self.method_settings.get(method, {}).get("train.engine", self.train.engine)
-            known = TRAINERS[engine].losses
-            other = choices.reference_is_start or choices.reference == "none"
-            if choices.trains and known and (choices.loss not in known or not other):
-                raise ValueError(
-                    f"train.engine: {engine} cannot train round {t} of {method} ({choices.loss}, {choices.reference} "
-                    "reference); set train.engine=own, or leave the method out"
+    def check_trainable(self, method: str) -> None:
+        """Raise a ConfigError for a method with a round that cannot be trained as its parameters say."""
+        for t in range(1, self.rounds(method) + 1):
+            choices, train = self.recipe(method).round(t), self.for_round(method, t).train
+            known = TRAINERS[train.engine].losses
+            at_start = choices.reference_is_start or choices.reference == "none"
+            if choices.trains and known and (choices.loss not in known or not at_start):
+                raise ConfigError(
+                    f"train.engine: {train.engine} cannot train round {t} of {method} ({choices.loss}, {choices.reference} "
+                    f"reference); set {method}.train.engine=own, or leave the method out"
                 )
-            own = self.method_settings.get(method, {}).get("train.sync_every", self.train.sync_every)
-            if choices.is_online(own) and (choices.has_reward_stage or choices.accumulate or not other):
-                raise ValueError(
+            again = choices.start == "M_0" and t > 1  # would not look at M_{t-1} at all
+            if choices.is_online(train.sync_every) and (
+                choices.has_reward_stage or choices.accumulate or again or not at_start
+            ):
+                raise ConfigError(
                     f"train.sync_every: round {t} of {method} cannot draw while it trains; that takes rewards by the answer, "
-                    "no earlier pairs, and a reference that is the model it starts from; set it to 0, or leave the method out"
+                    "no earlier pairs, a start at M_t and a reference that is the model it starts from; "
+                    f"set {method}.train.sync_every=0, or leave the method out"
                 )
 
     def recipe(self, method: str) -> Method:
@@ -199,6 +200,8 @@ def configured(base: dict[str, Any], overrides: Iterable[tuple[str, str]] = ()) 
     if "all" in (wanted if isinstance(wanted, list | tuple) else [wanted]):
         values["methods"] = list(methods)
     config = changed(Config(), values | {"method_settings": {name: found for name, found in own.items() if found}})
+    for method in config.methods:
+        config.check_trainable(method)
     return resolve_auto(config)
 
 

@@ -82,10 +82,12 @@ def sampling_bytes(shape: Shape, config: Settings, prompt: int, free_bytes: floa
 
 
 def dev_score_bytes(shape: Shape, config: Settings, prompt: int) -> dict[str, float]:
-    """Memory of a dev score, by part: greedy decoding beside all that training keeps."""
-    rows = min(DEV_SCORE_ROWS, config.sampling.max_rows)
+    """Memory of a dev score, by part: decoding beside all that training keeps; greedy, but where a round draws meanwhile."""
+    rows, n = min(DEV_SCORE_ROWS, config.sampling.max_rows), 1
+    if config.train.sync_every:
+        rows, n = config.sampling.max_rows, config.sampling.n
     parts = {"weights": base_bytes(shape, config), "trained": trained_bytes(shape, config)}
-    return parts | drawing_bytes(shape, config, prompt, rows, 1)
+    return parts | drawing_bytes(shape, config, prompt, rows, n)
 
 
 def training_bytes(shape: Shape, config: Settings) -> dict[str, float]:

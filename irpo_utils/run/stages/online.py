@@ -23,15 +23,17 @@ class OnlineStage(TrainStage):
         return (*super().writes(), "pairs.jsonl", "audit.json")
 
     def parameters(self) -> dict[str, Any]:
-        return (
+        chosen = (
             super().parameters()
             | self.task_parameters(unused="test")
             | self.section("warm_start", only=["problems"])
             | self.section("sampling")
             | {"sampling.temperature": self.config.temperature(self.iteration)}
-            | self.section("pairs")
+            | self.section("pairs", without=["max_pairs"])
             | {"selection": self.choices.selection}
         )
+        # Of rounds whose pairs are there before they train.
+        return {k: v for k, v in chosen.items() if k not in ("train.max_epochs", "train.pairs_together")}
 
     def uses(self) -> list[str]:
         return [*super().uses(), parts.part("selection", self.choices.selection).where]
