@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import shutil
+import socket
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -177,7 +178,7 @@ def lock_at(path: Path) -> FileLock:
 
 
 def take(lock: FileLock, patience: float) -> None:
-    """Take a lock. Raises Busy, which names its holder, if another process holds it for `patience` seconds."""
+    """Take a lock. Raises Busy, which names its holder, if another process holds it for `patience` seconds (-1: waits)."""
     path = Path(lock.lock_file)
     holder = path.with_name(f"{path.name}.holder")
     try:
@@ -186,7 +187,7 @@ def take(lock: FileLock, patience: float) -> None:
         name = holder.read_text() if holder.exists() else "another process"
         hint = "shut its kernel down (Kernel, Shut Down)" if ".ipynb" in name else "wait for it or stop it"
         raise Busy(f"{name} is at work in {relative(path.parent)}; {hint}, or choose another run=") from None
-    write_text(holder, f"process {os.getpid()} ({own_name()})")
+    write_text(holder, f"process {os.getpid()} of {socket.gethostname()} ({own_name()})")
 
 
 def own_name() -> str:
@@ -199,10 +200,19 @@ def own_name() -> str:
     return " ".join(["./run_all.sh" if program.parent == PACKAGE else program.name, *sys.argv[1:]])
 
 
+_own_names: set[str] = set()
+
+
+def own_modules() -> list[ModuleType]:
+    """The modules that were made of files of the user's."""
+    return [sys.modules[name] for name in sorted(_own_names) if name in sys.modules]
+
+
 @cache
 def _own_module(path: Path, digest: str) -> ModuleType:
     """A Python file of the user's, run once for each content that it has."""
     name = f"{path.stem}_{digest[:12]}"
+    _own_names.add(name)
     spec = importlib.util.spec_from_file_location(name, path)
     module = sys.modules[name] = importlib.util.module_from_spec(spec)  # where dataclasses look for it
     try:

@@ -15,6 +15,7 @@ import torch
 from conftest import ROOT
 
 from irpo_utils.files import ConfigError, read_jsonl, write_text
+from irpo_utils.methods.parts import LOSSES
 from irpo_utils.methods.sampler import Sampler
 from irpo_utils.methods.trainer import dev_score
 from irpo_utils.model import load, logprobs, processes, training
@@ -28,10 +29,8 @@ from irpo_utils.tasks import get_task
 
 HALF_WAY = {"lr": 1e-3, "eval_every": 2}  # a checkpoint after two steps of four
 CASES = {
-    "dpo+nll": {},
-    "dpo": {"settings": {"micro_batch": 4}},  # nothing is accumulated in two processes
-    "nll": {},
-    "orpo": {},
+    **{name: {} for name, row in LOSSES.items() if row.trains},
+    "dpo, at once": {"settings": {"micro_batch": 4}},  # nothing is accumulated in two processes
     "dpo+nll, checkpointed": {"settings": {"gradient_checkpointing": True}},
     "dpo+nll, float32": {"dtype": torch.float32, "settings": HALF_WAY},
 }

@@ -21,8 +21,8 @@ from typing import Any
 from ..files import ConfigError
 from ..settings import Settings
 
-# Of one actor, besides those for machines that were given notice. Its work is tried again as often: Ray tries several
-# times to reach an actor before it sees that its machine is gone.
+# How often an actor is started anew; an announced loss of its machine does not count. Its work is tried again without a
+# limit of its own, so this is the limit.
 RESTARTS = 10
 STORE = 1 << 28  # bytes of a local cluster's memory for what travels
 
@@ -38,6 +38,12 @@ def check(config: Settings, jobs: int = 1) -> None:
     if jobs > 1 and workers > 1:
         raise ConfigError(
             "jobs: the workers of one method and seed would wait for what the others hold; set jobs=1 or sampling.workers=1"
+        )
+    gpus = config.sampling.gpus_per_worker
+    if jobs > 1 and gpus and config.train.processes > gpus:
+        raise ConfigError(
+            f"train.processes: a job has sampling.gpus_per_worker={gpus:g} of a GPU, and each process wants one; "
+            "set train.processes=1, or jobs=1"
         )
 
 
@@ -59,7 +65,9 @@ def connected(cpus: int) -> Iterator[Any]:
             start.enter_context(quick_imports(Path(folder)))
         try:
             ray.init(**options)
-        except ConnectionError as error:
+        except (ConnectionError, RuntimeError) as error:
+            if "RAY_ADDRESS" not in os.environ:
+                raise
             raise ConfigError(f"RAY_ADDRESS: {error}") from None
         start.close()
         if threading.current_thread() is threading.main_thread():
@@ -93,7 +101,7 @@ def results(actors: list[Any], calls: list[tuple]) -> Iterator[Any]:
     Raises:
         RuntimeError: an actor ended again and again. An error in one is raised as it was there.
     """
-    from ray.exceptions import RayActorError, RayTaskError
+    from ray.exceptions import RayError, RayTaskError
     from ray.util import ActorPool
 
     pool = ActorPool(actors)
@@ -107,8 +115,8 @@ def results(actors: list[Any], calls: list[tuple]) -> Iterator[Any]:
             while pool.has_free():
                 pool.pop_idle()
     except RayTaskError as error:
-        raise error.cause from None
-    except RayActorError as error:
+        raise error.cause from error
+    except RayError as error:
         raise RuntimeError(
             f"a worker ended {RESTARTS + 1} times, often for want of memory (sampling.max_rows says how much it takes); "
             f"the same command goes on from the chunks that are done\n{error}"
@@ -116,11 +124,21 @@ def results(actors: list[Any], calls: list[tuple]) -> Iterator[Any]:
 
 
 def actor(ray: Any, kind: type, config: Settings) -> Any:
-    """`kind` as an actor with the threads and GPUs of one worker. Raises ConfigError if it would leave GPUs alone."""
-    gpus, there = config.sampling.gpus_per_worker, ray.cluster_resources().get("GPU", 0)
-    if there and not gpus:
+    """`kind` as an actor with the threads and GPUs of one worker.
+
+    Raises:
+        ConfigError: it would leave GPUs alone, or no machine has as many; it would wait for one for ever.
+    """
+    gpus = config.sampling.gpus_per_worker
+    there = [node["Resources"].get("GPU", 0) for node in ray.nodes() if node["Alive"]]
+    if sum(there) and not gpus:
         raise ConfigError(
-            f"sampling.gpus_per_worker: the cluster has {there:.0f} GPUs and none would be used; set it to 1"
+            f"sampling.gpus_per_worker: the cluster has {sum(there):.0f} GPUs and none would be used; set it to 1"
+        )
+    if gpus > max(there):
+        raise ConfigError(
+            f"sampling.gpus_per_worker: it is {gpus:g}, and the machine with the most GPUs has {max(there):.0f}; lower it, "
+            "or start the cluster with such a machine"
         )
     # Sums depend on the number of threads, and Ray chooses one where none is set.
     environment = {"env_vars": {"OMP_NUM_THREADS": str(config.threads)}}

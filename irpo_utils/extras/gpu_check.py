@@ -290,6 +290,9 @@ def run_micro(now: Work) -> Iterator[Row]:
     yield row("the last model, greedy on test", stage.result()[0]["test"]["greedy"], "of the problems")
 
 
+MODEL = "irpo-gpu-check-"  # how the folder of a model with random weights begins
+
+
 class TimedTrainer(PreferenceTrainer):
     """Notes when each micro-batch begins."""
 
@@ -303,7 +306,7 @@ class TimedTrainer(PreferenceTrainer):
 def train_in_four_bits(now: Work) -> Iterator[Row]:
     """NF4 + LoRA + paged 8-bit AdamW on the large model: loaded from its files, scored, trained."""
     peaks, longest = Peaks.measured(), int(1.2 * now.shape.response) + 1 + now.shape.prompt + 5
-    with tempfile.TemporaryDirectory(dir=roomy()) as folder:
+    with tempfile.TemporaryDirectory(prefix=MODEL, dir=roomy()) as folder:
         model_folder = Path(folder) / "model"
         started = finished()
         now.large.model(torch.bfloat16).save_pretrained(model_folder)
@@ -429,6 +432,7 @@ def perform(name: str, target: Path) -> None:
     try:
         for made in PARTS[name].run(work()):
             found["rows"].append(made)
+            write_json(target, found)
     except Exception as error:
         found["reason"] = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
     write_json(target, found)
@@ -445,13 +449,16 @@ def apart(name: str, patience: float) -> dict[str, Any]:
         done = subprocess.run(
             command, cwd=ROOT, env=os.environ | quiet, capture_output=True, text=True, timeout=patience
         )
-    except subprocess.TimeoutExpired:
-        return {"rows": [], "reason": f"it was ended after {patience:.0f} s"}
-    if not target.exists():
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        return {"rows": [], "reason": f"it ended with exit code {done.returncode}: {last}"}
-    found = json.loads(target.read_text())
-    target.unlink()
+        ended = f"it ended with exit code {done.returncode}: {last}" if done.returncode else ""
+    except subprocess.TimeoutExpired:
+        ended = f"it was ended after {patience:.0f} s"
+    found = json.loads(target.read_text()) if target.exists() else {"rows": []}
+    target.unlink(missing_ok=True)
+    if ended:
+        found["reason"] = ended
+    for left in Path(roomy() or tempfile.gettempdir()).glob(f"{MODEL}*"):
+        shutil.rmtree(left, ignore_errors=True)  # of a part that was killed
     return found
 
 

@@ -8,15 +8,17 @@ goes on with any other number.
 
 from __future__ import annotations
 
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ..files import load_object, source_of
+from ..files import PACKAGE, ConfigError, file_hash, own_modules
 from ..methods.parts import SAMPLERS
 from ..methods.sampler import Sampler, Work
 from ..model.records import Record
@@ -33,9 +35,17 @@ class Worker:
 
     @cached_property
     def sampler(self) -> Sampler:
-        config, policy, task, problems = self.given
+        config, policy, task, problems, code = self.given
+        if code != (here := code_here()):
+            raise ConfigError(
+                f"sampling.workers: {socket.gethostname()} has other code or packages than the machine of the command "
+                f"({', '.join(sorted(k for k in code if code[k] != here[k]))}); make them the same"
+            )
         engine = SAMPLERS[config.sampling.engine]
         return self.stack.enter_context(engine.load()(config, policy, task, problems))
+
+    def __ray_shutdown__(self) -> None:
+        self.stack.close()
 
     def do(self, given: tuple, work: Work, path: Path, chunk: Any) -> tuple[Path, list[Record]]:
         """The records of one chunk, and where they go. `given`: what opens the sampler, the same in every call."""
@@ -45,6 +55,12 @@ class Worker:
         if more := self.sampler.task.undecided - before:
             print(f"{path.stem}: {more} answers took the symbolic check too long and are unparsed", file=sys.stderr)
         return path, records
+
+
+def code_here() -> dict[str, str]:
+    """What a draw depends on beside the configuration, on this machine: versions, and a hash of the package's code."""
+    versions = {name: version(name) for name in ("torch", "transformers", "tokenizers", "peft")}
+    return versions | {"irpo_utils": file_hash(PACKAGE, (".py",))}
 
 
 @contextmanager
@@ -61,11 +77,11 @@ def opened(config: Settings, policy: Path | None, task: Task, problems: list[Pro
             if not chunks:
                 return
             ray = stack.enter_context(connected(sampling.workers * config.threads))
-            if source_of(config.task.name):  # a file of the user's, which is no module elsewhere
-                ray.cloudpickle.register_pickle_by_value(sys.modules[load_object(config.task.name).__module__])
+            for module in own_modules():  # files of the user's, which are no modules elsewhere
+                ray.cloudpickle.register_pickle_by_value(module)
             kind = actor(ray, Worker, config)
             # With the chunks and not with the actor, which could not be started anew where its arguments are gone.
-            given = ray.put((config, policy, task, problems))
+            given = ray.put((config, policy, task, problems, code_here()))
             actors = [kind.remote() for _ in range(min(sampling.workers, len(chunks)))]
             yield from results(actors, [(given, work, path, chunk) for path, chunk in chunks.items()])
 

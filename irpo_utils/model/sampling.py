@@ -31,7 +31,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from ..progress import counting
-from .load import causal_model, free_bytes
+from .load import causal_model, free_bytes, shards
 from .shape import cache_numbers
 from .shared_prompt import SampleCache, numbered, pad_after, repeated, run_prefix, shared_attention, shares_prompts
 
@@ -393,7 +393,8 @@ def sample(
                 )
                 batch = [before + new for before, new in zip(batch, drawn, strict=False)]
         except RuntimeError as error:
-            if max_rows == 1 or not should_reduce_batch_size(error):
+            # The processes of a sharded model go through it together, so none can go on with fewer rows alone.
+            if max_rows == 1 or shards() or not should_reduce_batch_size(error):
                 raise
             drawn = None
         if drawn is None:  # not in the handler: its error holds the tensors of the batch that did not fit

@@ -70,7 +70,7 @@ def run_stages(stages: list[Stage], after: int = 0, watch: bool = True) -> None:
     spent: list[float] = []
     for i, stage in enumerate(stages):
         # M_0's stages are shared: whoever comes first does them, the others wait and then find them done.
-        with locked(stage.folder / f".{stage.name}.turn", patience=7200.0):
+        with locked(stage.folder / f".{stage.name}.turn", patience=-1):
             # A run killed between the manifest and the page has the artefacts but not their notebook.
             found = stage.why_not_done()
             if not found and executed(stage).exists():

@@ -24,7 +24,7 @@ class WarmStartStage(TrainStage):
         # Of the run and not of a method: all methods share M_0.
         changes = whole.warm_start.model_dump(exclude={"problems"}) | {"engine": "own", "retrain_with_dev": False}
         changes["max_epochs"] = 2 * whole.train.batch * whole.warm_start.max_steps  # so that the steps decide
-        self.config = whole.but(train=whole.train.but(**changes))
+        self.config = whole.but(train=whole.train.but(**changes)).for_seed(self.seed)
 
     def reads(self) -> dict[str, tuple[Path, str]]:
         return {}
