@@ -69,6 +69,7 @@ GOLD = sample(40, 1.0, logp=None)
     [
         ("pairs", {"k": 4}, [("r5", "r8"), ("r6", "r9"), ("r7", "r8"), ("r5", "r9")]),
         ("pairs", {"k": 2, "gold": True}, [("r40", "r8"), ("r5", "r9")]),
+        ("diverse", {"k": 4}, [("r6", "r8")]),  # r5 was drawn twice, r7 comes later
         ("chosen", {"k": 4}, ["r5", "r6", "r7", "r5"]),
         ("gold", {}, ["r40"]),
         ("correct", {}, ["r5", "r5", "r6", "r7"]),
@@ -113,6 +114,15 @@ def test_dpo_st_drops_what_is_seven_tenths_alike():
 
 def test_spin_does_not_hold_gold_against_itself():
     assert made("gold_against_own", [sample(40, 1.0), sample(5, 1.0)], GOLD) == [("r40", "r5")]
+
+
+def test_divpo_counts_tokens_not_answers_and_wants_both_sides():
+    often = [sample(8, 0.0), sample(9, None), sample(5, 1.0), sample(9, 0.0), sample(5, 1.0), sample(6, 1.0)]
+    assert made("diverse", often) == [("r6", "r9")]  # wrong: 9 twice, once unparsed
+    assert made("diverse", often[:4]) == [("r5", "r9")]
+    for one_sided in (often[:2], often[4:]):
+        with pytest.raises(ValueError, match="no pair can be made"):
+            made("diverse", one_sided)
 
 
 def test_self_rewarding_takes_the_best_against_the_worst_and_drops_ties():

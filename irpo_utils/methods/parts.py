@@ -79,6 +79,7 @@ REWARDS = {
 SELECTIONS = {
     "none": Selection("", pairs=False, samples=False, rewards=False),
     "pairs": Selection("irpo_utils.methods.select:pairs_of", numbers=False),
+    "diverse": Selection("irpo_utils.methods.select:diverse_of", numbers=False),
     "chosen": Selection("irpo_utils.methods.select:chosen_of", pairs=False, numbers=False),
     "gold": Selection(
         "irpo_utils.methods.select:gold_of", pairs=False, samples=False, gold=True, rewards=False, numbers=False

@@ -104,6 +104,17 @@ def best_against_worst_of(
     return [(best, worst)] if scored and best.reward > worst.reward else []
 
 
+def diverse_of(samples: list[Sample], gold: Sample | None, config: PairsConfig, rng: random.Random) -> Chosen:
+    """The rarest right sample against the commonest wrong one, the first of those that tie (DivPO, arXiv 2501.18101).
+
+    What is counted is how often a sample's tokens were drawn: right samples have one answer, which cannot tell them apart.
+    """
+    drawn = Counter(s.token_ids for s in samples)
+    rarest = min(right(samples), key=lambda s: drawn[s.token_ids], default=None)
+    commonest = max((s for s in samples if s.reward != 1), key=lambda s: drawn[s.token_ids], default=None)
+    return [(rarest, commonest)] if rarest and commonest else []
+
+
 def margin_of(samples: list[Sample], gold: Sample | None, config: PairsConfig, rng: random.Random) -> Chosen:
     """K random ones of the pairs whose rewards differ by at least eta (SIPF, arXiv 2412.08393); unparsed counts as 0."""
     worth = [(s.reward or 0.0, s) for s in distinct(samples)]
