@@ -29,6 +29,7 @@ TABLE = {
     "sipf": ["none gold nll M_0 none", *["process margin orpo M_0 none"] * 3],
     "expo": ["answer pairs dpo+nll M_t moving", "none none extrapolate M_t none"],
     "divpo": ["answer diverse dpo M_t moving"] * 4,
+    "rationalized_pairs": ["rationalized pairs dpo+nll M_t moving"] * 4,
     "scpo": ["votes voted weighted dpo+nll M_t moving"] * 4,
     **{name: [f"answer pairs {name} M_t none"] * 4 for name in ("cpo", "simpo", "exmate")},
     **{name: [f"answer pairs {name} M_t moving"] * 4 for name in ("dpo_norm", "dpo_positive")},

@@ -196,6 +196,15 @@ def test_rationalized_samples_are_trained_on_but_not_counted_as_drawn():
     assert (audit["samples"], audit["right"], audit["none_right"]) == (1, 0, 1)
 
 
+def test_a_rationalized_sample_wins_against_what_was_drawn_and_only_the_latter_has_the_sampler_s_log_probability():
+    failed = [sample(5, 0.0, logp=-4.0), sample(6, 1.0, extra=True, logp=None), sample(7, None, logp=-6.0)]
+    pairs, audit = select("pairs", {"a": failed}, PROMPTS, PairsConfig(max_tokens=10))
+    assert [(p.chosen, p.rejected) for p in pairs] == [("r6", "r5"), ("r6", "r7")]
+    assert [(p.chosen_logp, p.rejected_logp) for p in pairs] == [(None, -4.0), (None, -6.0)]
+    assert {p.prompt_ids for p in pairs} == {PROMPTS["a"].prompt_ids}  # the one without the hint
+    assert (audit["none_right"], audit["problems_with_pairs"]) == (1, 1)  # IRPO makes nothing of such a problem
+
+
 def test_the_audit_counts_answers_where_the_reward_is_another():
     judged = [sample(5, 4.0, answer_reward=0.0), sample(6, 1.0, answer_reward=1.0)]
     _, audit = select("best_against_worst", {"a": judged}, PROMPTS, PairsConfig(max_tokens=10))
