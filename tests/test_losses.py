@@ -210,6 +210,7 @@ def test_equal_odds_cost_ln2_and_orpo_has_no_reference():
     scores = Scores(logps, logps, None, None, lengths, lengths)
     terms = orpo(scores, 0.1)
     assert terms.dpo is None and torch.allclose(terms.total, 1 + 0.1 * terms.odds)
+    assert torch.equal(orpo(scores, 0.0).total, nll(scores).total)  # without the odds ratio
     for missing in (torch.tensor([3, 0]), None):
         with pytest.raises(ValueError, match="needs a rejected response"):
             orpo(scores._replace(rejected_lengths=missing), 0.1)

@@ -27,6 +27,7 @@ TABLE = {
     ],
     "orpo": ["none gold nll M_0 none", *["answer margin orpo M_0 none"] * 3],
     "sipf": ["none gold nll M_0 none", *["process margin orpo M_0 none"] * 3],
+    "sipf_without_or": ["none gold nll M_0 none", *["process margin nll M_0 none"] * 3],
     "expo": ["answer pairs dpo+nll M_t moving", "none none extrapolate M_t none"],
     "divpo": ["answer diverse dpo M_t moving"] * 4,
     "rationalized_pairs": ["rationalized pairs dpo+nll M_t moving"] * 4,
@@ -72,6 +73,7 @@ def test_stages_start_from_and_read_what_the_recipe_says(family):
     assert stage("02_pairs", "sft_gold", 1) == {}
     assert stage("02_pairs", "sipf", 2) == {"samples": at("sipf", 2, "rewarded.jsonl")}  # the warm start's are not kept
     assert stage("02_pairs", "sipf", 3)["earlier"] == at("sipf", 2, "pairs.jsonl")
+    assert stage("02_pairs", "sipf_without_or", 3)["earlier"] == at("sipf_without_or", 2, "pairs.jsonl")
     assert stage("03_train", "spin", 2)["policy"] == at("spin", 1, "adapter")
     assert stage("02_pairs", "irpo", 3) == {"samples": at("irpo", 3, "samples.jsonl")}
     assert stage("03b_extrapolate", "expo", 2) == {"policy": at("expo", 1, "adapter")}  # away from the base
