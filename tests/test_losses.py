@@ -20,6 +20,7 @@ from irpo_utils.model.losses import (
     dpo_norm,
     dpo_positive,
     exmate,
+    latro,
     nll,
     orpo,
     orpo_term,
@@ -148,6 +149,18 @@ def test_what_each_of_the_kin_of_dpo_changes():
         exmate(at._replace(rejected=likely), 0.05).total.sum().backward()
         pulls.append(likely.grad.item())
     assert pulls[0] > 1e-3 and 0 <= pulls[1] < 1e-9
+
+
+def test_latro_pulls_a_thought_by_its_advantage_and_its_answer_always():
+    """A thought of log-probability -6 or -5, its answer -3 or -1, advantages 2 and -0.5."""
+    whole, thought = (torch.tensor(x, requires_grad=True) for x in ([-9.0, -6.0], [-6.0, -5.0]))
+    scores = Scores(whole, thought, None, None, torch.ones(2), torch.ones(2), torch.tensor([2.0, -0.5]))
+    terms = latro(scores)
+    assert terms.total.tolist() == [2 * 6 + 3, -0.5 * 5 + 1] and terms.nll.tolist() == [3, 1] and terms.dpo is None
+    terms.total.sum().backward()
+    # The gradient of A log p(z) + log p(y|z), where log p(y|z) is the whole minus the thought.
+    assert whole.grad.tolist() == [-1, -1] and thought.grad.tolist() == [-2 + 1, 0.5 + 1]
+    assert latro(scores._replace(rejected=torch.zeros(2))).total.tolist() == [9, 6]  # no thought: the answer's NLL
 
 
 def test_unknown_loss_is_named():

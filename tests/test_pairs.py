@@ -8,13 +8,16 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from small_models import FAMILIES, build
 
+from irpo_utils.methods.likelihood import answered
 from irpo_utils.methods.parts import KINDS
 from irpo_utils.methods.rewards import Job
 from irpo_utils.methods.select import cyclic_pairs, distinct, margin_of, select
 from irpo_utils.methods.votes import votes
+from irpo_utils.model.load import load_tokenizer
 from irpo_utils.model.records import Pair, Prompt, Sample
-from irpo_utils.settings import PairsConfig, Settings, TaskConfig
+from irpo_utils.settings import ModelConfig, PairsConfig, Settings, TaskConfig
 from irpo_utils.tasks import get_task
 
 
@@ -145,6 +148,51 @@ def test_votes_choose_the_most_agreed_with_and_weigh_the_pair_by_how_much():
     assert (pair.chosen, pair.rejected) == ("r5", "r7") and pair.reward_gap == pytest.approx(0.4)
     with pytest.raises(ValueError, match="lower pairs.least_votes"):
         select("voted", {"a": voted}, PROMPTS, PairsConfig(max_tokens=10, least_votes=0.7))
+
+
+def test_a_thought_is_held_against_the_others_of_its_problem():
+    rewards = {5: -1.0, 6: -2.0, 7: -6.0}
+    whole = [
+        sample(t, r, length=4, thought=2, extra=True, logp=None, answer_reward=1.0, response=f"r{t}\nFinal answer: 8")
+        for t, r in rewards.items()
+    ]
+    pairs, audit = select("thoughts", {"a": [sample(9, -1.0, answer_reward=0.0), *whole]}, PROMPTS, PairsConfig(k=1))
+    assert [p.reward_gap for p in pairs] == [3.0, 1.5, -4.5]  # as -1 - (-2 - 6) / 2
+    assert [(p.chosen_ids, p.rejected_ids) for p in pairs] == [((t, t, t, 2), (t, t)) for t in rewards]
+    assert [(p.chosen, p.rejected) for p in pairs] == [(f"r{t}\nFinal answer: 8", f"r{t}\n") for t in rewards]
+    assert {(p.chosen_logp, p.rejected_logp) for p in pairs} == {(None, None)}
+    assert (audit["samples"], audit["right"]) == (1, 0)  # what was drawn
+    twice, _ = select("thoughts", {"a": [whole[0], *whole[:2]]}, PROMPTS, PairsConfig())
+    assert [p.reward_gap for p in twice] == [0.5, 0.5, -1.0]  # what is drawn twice counts twice
+    for alone in ([sample(9, -1.0), whole[0]], SIX):
+        with pytest.raises(ValueError, match="take the reward likelihood"):
+            select("thoughts", {"a": alone}, PROMPTS, PairsConfig())
+
+
+@pytest.mark.parametrize(
+    ("drawn", "finished", "thought", "wanted"),
+    [
+        ("Half: 12 / 2 = 6\nFinal answer: 6", True, "Half: 12 / 2 = 6\n", "Half: 12 / 2 = 6\nFinal answer: 7"),
+        ("Final answer: 5\nHalf: 6\nFinal answer: 6", True, "Final answer: 5\nHalf: 6\n", "Final answer: 5\nHalf: 6\nFinal answer: 7"),
+        ("Half: 12 / 2", False, "Half: 12 / 2", "Half: 12 / 2\nFinal answer: 7"),
+        ("Final answer: 6", True, "", "Final answer: 7"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("family", ["seed", *FAMILIES])
+def test_the_gold_answer_takes_the_place_of_a_response_s_own(tokenizer, tmp_path, family, drawn, finished, thought, wanted):  # fmt: skip
+    if family != "seed":
+        built = build(family, tmp_path, [f"Half: {i} / 2 = {i}. Final answer {i}" for i in range(99)])
+        tokenizer = load_tokenizer(ModelConfig(path=str(built)))
+    ids = tuple(tokenizer(drawn, add_special_tokens=False).input_ids)
+    own = sample(5, 0.0, response=tokenizer.decode(ids), token_ids=(*ids, 2) if finished else ids, finished=finished)
+    whole = answered(tokenizer, own, "7", end=2)
+    assert whole.token_ids[: whole.thought] == ids[: whole.thought] and whole.token_ids[-1] == 2
+    assert tokenizer.decode(ids[: whole.thought]) == thought
+    assert tokenizer.decode(whole.token_ids[:-1]) == whole.response == wanted
+    assert whole.extra and whole.finished and whole.logp is None and (whole.answer, whole.answer_reward) == ("7", 1.0)
+    for answer in ("", "print(1)\nprint(2)"):
+        with pytest.raises(ValueError, match="needs a gold answer of one line, and problem a has"):
+            answered(tokenizer, own, answer, end=2)
 
 
 def test_a_judge_that_says_nothing_is_named():

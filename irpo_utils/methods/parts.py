@@ -42,6 +42,7 @@ class Reward(Part):
     number: bool = True  # not just right or wrong
     settings: tuple[str, ...] = ()  # that it looks at: whole sections ("judge"), or parameters ("train.micro_batch")
     files: tuple[str, ...] = ()  # what it leaves beside the samples
+    m0: bool = False  # whether it looks at M_0 as well
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Selection(Part):
     gold: bool = False  # whether it is nothing without gold solutions
     rewards: bool = True  # whether it looks at what samples are worth
     numbers: bool = True  # whether rewards may be any numbers, or just right and wrong
+    continues: bool = False  # whether the chosen response goes on from the rejected one
     hint: str = ""  # what to change where it makes nothing
 
 
@@ -62,6 +64,7 @@ class Loss(Part):
 
     pairs: bool = True
     reference: bool = True  # whether the reference's log-probabilities are needed
+    continues: bool = False  # whether the chosen response is to go on from the rejected one
     trains: bool = True  # or makes M_t of earlier models, and has no selection
     parameters: tuple[str, ...] = ()  # of the `train` section
 
@@ -74,6 +77,7 @@ REWARDS = {
     "rationalized": Reward("irpo_utils.methods.rationalize:rationalized", number=False),
     "process": Reward("irpo_utils.extras.process.labels:process", settings=PROCESS, files=("labels.jsonl", "reward_model")),
     "votes": Reward("irpo_utils.methods.votes:votes"),
+    "likelihood": Reward("irpo_utils.methods.likelihood:likelihood", settings=("train.beta", "train.micro_batch"), m0=True),
     "judge": Reward("irpo_utils.extras.judge:judged", settings=("judge", "train.micro_batch")),
 }  # fmt: skip
 SELECTIONS = {
@@ -95,6 +99,7 @@ SELECTIONS = {
         "irpo_utils.methods.select:best_against_worst_of", hint="where all rewards of a problem are one"
     ),
     "voted": Selection("irpo_utils.methods.select:voted_of", hint="lower pairs.least_votes"),
+    "thoughts": Selection("irpo_utils.methods.select:thoughts_of", continues=True, hint="take the reward likelihood"),
     "margin": Selection("irpo_utils.methods.select:margin_of", hint="lower pairs.eta"),
 }
 LOSSES = {
@@ -109,6 +114,7 @@ LOSSES = {
     "dpo_positive": Loss("irpo_utils.model.losses:dpo_positive", parameters=("beta", "bar")),
     "exmate": Loss("irpo_utils.model.losses:exmate", reference=False, parameters=("penalty",)),
     "dpo+exmate": Loss("irpo_utils.model.losses:dpo_exmate", parameters=("beta", "alpha", "penalty")),
+    "latro": Loss("irpo_utils.model.losses:latro", reference=False, continues=True),
     "extrapolate": Loss("irpo_utils.extras.expo:extrapolated", pairs=False, reference=False, trains=False, parameters=("extrapolation",)),
 }  # fmt: skip
 KINDS: dict[str, tuple[dict[str, Any], type[Part]]] = {

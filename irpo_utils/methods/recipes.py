@@ -41,6 +41,11 @@ class Round(Section):
             raise ValueError(
                 f"the loss {self.loss!r} needs pairs, which the selection {self.selection!r} does not make"
             )
+        if loss.continues != selection.continues:
+            raise ValueError(
+                f"the loss {self.loss!r} and the selection {self.selection!r} do not fit: only for one of them "
+                "the chosen response goes on from the rejected one"
+            )
         if loss.reference and self.reference == "none":
             raise ValueError(f"the loss {self.loss!r} needs a reference: moving or M_0")
         if self.reference != "none" and not loss.reference:

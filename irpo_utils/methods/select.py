@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from dataclasses import replace
 from itertools import product
 from statistics import mean
 from typing import Any
@@ -126,6 +127,22 @@ def voted_of(samples: list[Sample], gold: Sample | None, config: PairsConfig, rn
     """A sample with the most votes against one with the fewest, where the former has at least `least_votes` (ScPO, arXiv 2411.04109)."""
     best = best_against_worst_of(samples, gold, config, rng)
     return [pair for pair in best if pair[0].reward >= config.least_votes]
+
+
+def thoughts_of(samples: list[Sample], gold: Sample | None, config: PairsConfig, rng: random.Random) -> Chosen:
+    """Every thought with the gold answer behind it, against the thought alone (LaTRO, arXiv 2411.04282).
+
+    The pair's reward gap is the advantage: the thought's reward minus the mean of the others'. One alone has none.
+    """
+    whole = [s for s in samples if s.thought is not None]
+    others, pairs = len(whole) - 1, []
+    for s in whole if others else ():
+        advantage = s.reward - (sum(w.reward for w in whole) - s.reward) / others
+        text = s.response.rpartition("Final answer:")[0]
+        pairs.append(
+            (replace(s, reward=advantage), replace(s, response=text, token_ids=s.token_ids[: s.thought], reward=0.0))
+        )
+    return pairs
 
 
 def select(

@@ -1,4 +1,4 @@
-"""The losses as pure functions of sequence log-probabilities: `dpo_nll` (IRPO), `dpo`, `nll`, `orpo`, and seven of their kin.
+"""The losses as pure functions of sequence log-probabilities: `dpo_nll` (IRPO), `dpo`, `nll`, `orpo`, seven of their kin, and `latro`.
 
 Each takes `Scores` and its own parameters, and gives `PairLosses`. A loss of your own has the same form.
 
@@ -220,3 +220,16 @@ def dpo_exmate(scores: Scores, beta: float, alpha: float, penalty: float) -> Pai
     """DPO and `alpha` times ExMATE in place of the NLL (arXiv 2408.16751). Raises as `dpo` and `simpo`."""
     plain, other = dpo(scores, beta), exmate(scores, penalty)
     return plain._replace(total=plain.dpo + alpha * other.total)
+
+
+def latro(scores: Scores) -> PairLosses:
+    """LaTRO (arXiv 2411.04282): a policy gradient for the thought z, and the NLL of the gold answer y after it.
+
+        L = -A * log M_th(z|x) - log M_th(y|x, z)
+
+    The chosen response is thought and answer, the rejected one the thought alone, and `reward_gaps` are the advantages A.
+    There is no ratio to the model that drew the thought, and nothing bounds the first term: short rounds, small steps.
+    """
+    answer = scores.chosen - scores.rejected
+    advantage = 1.0 if scores.reward_gaps is None else scores.reward_gaps
+    return PairLosses(-advantage * scores.rejected - answer, None, -answer, None, None)
