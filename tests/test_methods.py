@@ -25,6 +25,7 @@ TABLE = {
         "answer pseudo nll M_0 none",
         "answer pairs dpo M_t moving",
     ],
+    "self_refine": ["none gold nll M_0 none", *["answer pairs dpo M_t moving"] * 3],
     "orpo": ["none gold nll M_0 none", *["answer margin orpo M_0 none"] * 3],
     "sipf": ["none gold nll M_0 none", *["process margin orpo M_0 none"] * 3],
     "sipf_without_or": ["none gold nll M_0 none", *["process margin nll M_0 none"] * 3],
@@ -74,6 +75,7 @@ def test_stages_start_from_and_read_what_the_recipe_says(family):
     assert stage("02_pairs", "sft_gold", 1) == {}
     assert stage("02_pairs", "sipf", 2) == {"samples": at("sipf", 2, "rewarded.jsonl")}  # the warm start's are not kept
     assert stage("02_pairs", "sipf", 3)["earlier"] == at("sipf", 2, "pairs.jsonl")
+    assert stage("03_train", "self_refine", 2)["policy"] == at("self_refine", 1, "adapter")  # from what gold has taught
     assert stage("02_pairs", "sipf_without_or", 3)["earlier"] == at("sipf_without_or", 2, "pairs.jsonl")
     assert stage("03_train", "spin", 2)["policy"] == at("spin", 1, "adapter")
     assert stage("02_pairs", "irpo", 3) == {"samples": at("irpo", 3, "samples.jsonl")}
