@@ -122,7 +122,7 @@ def test_the_reward_model_on_disk_gives_the_rewards_that_made_the_pairs(run):
     ids = encode_prompts(task, tokenizer, task.problems("train"))
     prompts = {name: Prompt(name, "", tuple(prompt)) for name, prompt in ids.items()}
     rewarded = Sample.read(stage.path("rewarded.jsonl"), "01b_reward")[:64]
-    unscored = [replace(s, reward=s.answer_reward, step_scores=()) for s in rewarded]
+    unscored = [replace(s, reward=s.answer_reward, step_scores=(), step_ends=()) for s in rewarded]
     again = score_samples(model, tokenizer, prompts, unscored, "mean")
     assert [s.reward for s in again] == pytest.approx([s.reward for s in rewarded], abs=1e-5)
     worth = {(r["problem"], tuple(r["token_ids"])): r["reward"] for r in read_jsonl(stage.path("rewarded.jsonl"))}

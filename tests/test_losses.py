@@ -151,6 +151,19 @@ def test_what_each_of_the_kin_of_dpo_changes():
     assert pulls[0] > 1e-3 and 0 <= pulls[1] < 1e-9
 
 
+def test_what_two_responses_share_cancels_in_dpo_as_if_it_were_part_of_the_prompt(seed_model, tokenizer):
+    prompt = tuple(tokenizer("Question: Ann has 12 pens.\nAnswer:\n").input_ids)
+    begin, win, lose = ((tokenizer(s, add_special_tokens=False).input_ids) for s in ("Half: 12", " / 2", " - 2 = 10"))
+    with torch.no_grad():
+        totals = [
+            batch_losses(
+                seed_model, pair_batch([replace(p, reference_chosen=0.0, reference_rejected=-1.0)]), dpo, {"beta": 0.5}
+            )[0].total
+            for p in (pair(prompt, begin + win, begin + lose), pair((*prompt, *begin), win, lose))
+        ]
+    assert torch.allclose(*totals, atol=1e-5) and abs(totals[0] - math.log(2)) > 0.1
+
+
 def test_latro_pulls_a_thought_by_its_advantage_and_its_answer_always():
     """A thought of log-probability -6 or -5, its answer -3 or -1, advantages 2 and -0.5."""
     whole, thought = (torch.tensor(x, requires_grad=True) for x in ([-9.0, -6.0], [-6.0, -5.0]))

@@ -28,6 +28,7 @@ TABLE = {
     "self_refine": ["none gold nll M_0 none", *["answer pairs dpo M_t moving"] * 3],
     "orpo": ["none gold nll M_0 none", *["answer margin orpo M_0 none"] * 3],
     "sipf": ["none gold nll M_0 none", *["process margin orpo M_0 none"] * 3],
+    "step_dpo": ["process first_wrong_step dpo M_t moving"] * 4,
     "sipf_without_or": ["none gold nll M_0 none", *["process margin nll M_0 none"] * 3],
     "expo": ["answer pairs dpo+nll M_t moving", "none none extrapolate M_t none"],
     "divpo": ["answer diverse dpo M_t moving"] * 4,

@@ -150,6 +150,29 @@ def test_votes_choose_the_most_agreed_with_and_weigh_the_pair_by_how_much():
         select("voted", {"a": voted}, PROMPTS, PairsConfig(max_tokens=10, least_votes=0.7))
 
 
+def test_step_dpo_takes_the_first_wrong_step_and_a_right_one_from_the_same_place():
+    def steps(ids, scores, right):  # a step a token, EOS behind the last
+        text = "\n".join(f"s{i}" for i in ids)
+        own = {"response": text, "token_ids": (*ids, 2), "step_scores": scores, "step_ends": tuple(range(len(ids)))}
+        return sample(0, sum(scores) / len(scores), answer_reward=float(right), **own)
+
+    right = steps((5, 6, 7), (0.9, 0.8, 0.9), True)
+    lucky = steps((5, 9, 7), (0.9, 0.1, 0.2), True)  # its second step is no model to follow
+    early, late = steps((8, 6), (0.4, 0.3), False), steps((5, 6, 9), (0.9, 0.8, 0.2), False)
+    short = steps((5,), (0.9,), True)  # it ends where the next step would be
+    sound = steps((5, 6, 7, 4), (0.9, 0.8, 0.9, 0.5), False)  # no step of it is wrong
+    drawn = [lucky, short, late, right, early, late, sound]
+    pairs, _ = select("first_wrong_step", {"a": drawn}, PROMPTS, PairsConfig(max_tokens=10))
+    assert [(p.chosen_ids, p.rejected_ids) for p in pairs] == [((5, 6, 7), (5, 6, 9)), ((5,), (8,))]
+    assert [(p.chosen, p.rejected) for p in pairs] == [("s5\ns6\ns7", "s5\ns6\ns9"), ("s5", "s8")]
+    assert [p.reward_gap for p in pairs] == pytest.approx([0.9 - 0.2, 0.9 - 0.4])  # of the step
+    assert {(p.chosen_logp, p.rejected_logp) for p in pairs} == {(None, None)}
+    assert len(select("first_wrong_step", {"a": drawn}, PROMPTS, PairsConfig(max_tokens=10, k=1))[0]) == 1
+    for none in ([lucky, late], SIX):
+        with pytest.raises(ValueError, match="no pair can be made.*take the reward process"):
+            select("first_wrong_step", {"a": none}, PROMPTS, PairsConfig(max_tokens=10))
+
+
 def test_a_thought_is_held_against_the_others_of_its_problem():
     rewards = {5: -1.0, 6: -2.0, 7: -6.0}
     whole = [

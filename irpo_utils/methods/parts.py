@@ -99,6 +99,10 @@ SELECTIONS = {
         "irpo_utils.methods.select:best_against_worst_of", hint="where all rewards of a problem are one"
     ),
     "voted": Selection("irpo_utils.methods.select:voted_of", hint="lower pairs.least_votes"),
+    "first_wrong_step": Selection(
+        "irpo_utils.methods.select:first_wrong_step_of",
+        hint="take the reward process, train its model longer (process.max_epochs)",
+    ),
     "thoughts": Selection("irpo_utils.methods.select:thoughts_of", continues=True, hint="take the reward likelihood"),
     "margin": Selection("irpo_utils.methods.select:margin_of", hint="lower pairs.eta"),
 }

@@ -129,6 +129,29 @@ def voted_of(samples: list[Sample], gold: Sample | None, config: PairsConfig, rn
     return [pair for pair in best if pair[0].reward >= config.least_votes]
 
 
+def first_wrong_step_of(samples: list[Sample], gold: Sample | None, config: PairsConfig, rng: random.Random) -> Chosen:
+    """A right next step against the one where a wrong solution first goes wrong, at most K pairs (Step-DPO, arXiv 2406.18629).
+
+    A step whose score is below a half is wrong. The right one is from a right solution that begins with the same tokens.
+    Both responses end with the step: what they share cancels in DPO's log-ratios, as if it were part of the prompt.
+    """
+
+    def cut(s: Sample, steps: int) -> Sample:
+        text = "\n".join([line for line in s.response.split("\n") if line.strip()][:steps])
+        ids = s.token_ids[: s.step_ends[steps - 1] + 1] if steps else ()
+        return replace(s, response=text, token_ids=ids, logp=None, reward=s.step_scores[steps - 1])
+
+    pairs: dict[Any, tuple[Sample, Sample]] = {}
+    for loser in (s for s in samples if s.answer_reward != 1):
+        good = next((i for i, score in enumerate(loser.step_scores) if score < 0.5), None)
+        for s in samples if good is not None else ():
+            next_right = s.answer_reward == 1 and len(s.step_scores) > good and s.step_scores[good] >= 0.5
+            if next_right and cut(s, good).token_ids == cut(loser, good).token_ids:
+                pair = cut(s, good + 1), cut(loser, good + 1)
+                pairs.setdefault(tuple(end.token_ids for end in pair), pair)
+    return list(pairs.values())[: config.k]
+
+
 def thoughts_of(samples: list[Sample], gold: Sample | None, config: PairsConfig, rng: random.Random) -> Chosen:
     """Every thought with the gold answer behind it, against the thought alone (LaTRO, arXiv 2411.04282).
 
