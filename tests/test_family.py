@@ -21,7 +21,7 @@ from irpo_utils.run.stages import STAGES, plan
 from irpo_utils.run.store import open_run
 from irpo_utils.tasks import get_task
 
-SETTINGS = ["methods=star,sipf,expo", "iterations=3", "pairs.eta=0.001", "process.continuations=4", "process.max_steps=8", "sft_gold.train.max_steps=3"]  # fmt: skip
+SETTINGS = ["methods=star,sipf,expo", "iterations=3", "pairs.eta=0.001", "process.continuations=4", "process.max_steps=8", "sft_gold.train.max_steps=3", "latro.train.beta=10.0"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +73,37 @@ def test_self_rewarding_trains_on_its_own_scores_and_says_what_they_are_worth(ru
     assert "the judge" in facts["verdict"] and facts["auc"] is not None
 
 
+def test_latro_rewards_a_thought_by_the_answer_and_by_what_m0_says_of_it(run):
+    make(run, "latro", 2)
+    stage = STAGES["01b_reward"](run, "latro", 0, 2)
+    config, prompts = stage.config, stage.prompts()
+    rewarded = Sample.read(stage.path("rewarded.jsonl"), "01b_reward")
+    drawn, whole = ([s for s in rewarded if s.extra == extra] for extra in (False, True))
+    assert [(s.problem, s.sample, s.reward) for s in drawn] == [(s.problem, s.sample, s.reward) for s in whole]
+    answers = {p.id: p.answer for p in get_task(config.task).problems("train")}
+    own, first = (load_policy(config.model, policy) for policy in (stage.input("policy"), None))
+
+    def logps(model, ids):
+        with torch.no_grad():
+            steps = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        return [0.0] + [steps[i - 1, ids[i]].item() for i in range(1, len(ids))]
+
+    for s in whole[:40:5]:
+        prompt = prompts[s.problem].prompt_ids
+        begin, cut = len(prompt), len(prompt) + s.thought
+        here, there = (logps(model, prompt + s.token_ids) for model in (own, first))
+        ratio = sum(here[begin:cut]) - sum(there[begin:cut])
+        assert s.reward == pytest.approx(sum(here[cut:]) - 10 * ratio, abs=1e-3)
+        assert abs(ratio) > 1e-3 and s.response.endswith(f"Final answer: {answers[s.problem]}")  # M_1 is not M_0
+    pairs, advantages = rows(run, "latro", 2, "pairs.jsonl"), Counter()
+    for p in pairs:
+        assert p["chosen_ids"][: len(p["rejected_ids"])] == p["rejected_ids"] and p["chosen_logp"] is None
+        advantages[p["problem"]] += p.get("reward_gap", 1.0)
+    assert len(pairs) == len(whole) and max(map(abs, advantages.values())) < 1e-6  # a problem's cancel
+    facts = json.loads(STAGES["03_train"](run, "latro", 0, 2).path("training.json").read_text())
+    assert facts["dpo_at_start"] is None and facts["sampler_gap"] is None  # there is nothing to check
+
+
 def test_process_feedback_accumulates_pairs_and_starts_from_m0_with_a_fresh_adapter(run):
     make(run, "sipf", 3)
     second, third = rows(run, "sipf", 2, "pairs.jsonl"), rows(run, "sipf", 3, "pairs.jsonl")
@@ -91,7 +122,7 @@ def test_the_reward_model_on_disk_gives_the_rewards_that_made_the_pairs(run):
     ids = encode_prompts(task, tokenizer, task.problems("train"))
     prompts = {name: Prompt(name, "", tuple(prompt)) for name, prompt in ids.items()}
     rewarded = Sample.read(stage.path("rewarded.jsonl"), "01b_reward")[:64]
-    unscored = [replace(s, reward=s.answer_reward, step_scores=()) for s in rewarded]
+    unscored = [replace(s, reward=s.answer_reward, step_scores=(), step_ends=()) for s in rewarded]
     again = score_samples(model, tokenizer, prompts, unscored, "mean")
     assert [s.reward for s in again] == pytest.approx([s.reward for s in rewarded], abs=1e-5)
     worth = {(r["problem"], tuple(r["token_ids"])): r["reward"] for r in read_jsonl(stage.path("rewarded.jsonl"))}

@@ -188,7 +188,9 @@ def test_changed_code_reruns_what_runs_it_and_comments_change_nothing(without_ex
             "training losses",
         ),  # its reward model has a loss of its own
         ("01b_reward", "star", "sampling", "schedule training losses"),
+        ("01b_reward", "latro", "sampling logprobs", "schedule training losses"),
         ("01b_reward", "self_rewarding", "sampling logprobs", "schedule training losses"),
+        ("02_pairs", "latro", "records", "load sampling schedule training losses"),
         ("02_pairs", "sipf", "records", "load sampling schedule training losses"),
         ("03_train", "sipf", "sampling schedule training losses", ""),
         ("03b_extrapolate", "expo", "load", "sampling schedule training losses"),

@@ -20,6 +20,7 @@ from irpo_utils.model.losses import (
     dpo_norm,
     dpo_positive,
     exmate,
+    latro,
     nll,
     orpo,
     orpo_term,
@@ -150,6 +151,31 @@ def test_what_each_of_the_kin_of_dpo_changes():
     assert pulls[0] > 1e-3 and 0 <= pulls[1] < 1e-9
 
 
+def test_what_two_responses_share_cancels_in_dpo_as_if_it_were_part_of_the_prompt(seed_model, tokenizer):
+    prompt = tuple(tokenizer("Question: Ann has 12 pens.\nAnswer:\n").input_ids)
+    begin, win, lose = ((tokenizer(s, add_special_tokens=False).input_ids) for s in ("Half: 12", " / 2", " - 2 = 10"))
+    with torch.no_grad():
+        totals = [
+            batch_losses(
+                seed_model, pair_batch([replace(p, reference_chosen=0.0, reference_rejected=-1.0)]), dpo, {"beta": 0.5}
+            )[0].total
+            for p in (pair(prompt, begin + win, begin + lose), pair((*prompt, *begin), win, lose))
+        ]
+    assert torch.allclose(*totals, atol=1e-5) and abs(totals[0] - math.log(2)) > 0.1
+
+
+def test_latro_pulls_a_thought_by_its_advantage_and_its_answer_always():
+    """A thought of log-probability -6 or -5, its answer -3 or -1, advantages 2 and -0.5."""
+    whole, thought = (torch.tensor(x, requires_grad=True) for x in ([-9.0, -6.0], [-6.0, -5.0]))
+    scores = Scores(whole, thought, None, None, torch.ones(2), torch.ones(2), torch.tensor([2.0, -0.5]))
+    terms = latro(scores)
+    assert terms.total.tolist() == [2 * 6 + 3, -0.5 * 5 + 1] and terms.nll.tolist() == [3, 1] and terms.dpo is None
+    terms.total.sum().backward()
+    # The gradient of A log p(z) + log p(y|z), where log p(y|z) is the whole minus the thought.
+    assert whole.grad.tolist() == [-1, -1] and thought.grad.tolist() == [-2 + 1, 0.5 + 1]
+    assert latro(scores._replace(rejected=torch.zeros(2))).total.tolist() == [9, 6]  # no thought: the answer's NLL
+
+
 def test_unknown_loss_is_named():
     with pytest.raises(ValueError, match="'rpo'.*dpo\\+nll"):
         part("loss", "rpo")
@@ -210,6 +236,7 @@ def test_equal_odds_cost_ln2_and_orpo_has_no_reference():
     scores = Scores(logps, logps, None, None, lengths, lengths)
     terms = orpo(scores, 0.1)
     assert terms.dpo is None and torch.allclose(terms.total, 1 + 0.1 * terms.odds)
+    assert torch.equal(orpo(scores, 0.0).total, nll(scores).total)  # without the odds ratio
     for missing in (torch.tensor([3, 0]), None):
         with pytest.raises(ValueError, match="needs a rejected response"):
             orpo(scores._replace(rejected_lengths=missing), 0.1)

@@ -25,11 +25,17 @@ TABLE = {
         "answer pseudo nll M_0 none",
         "answer pairs dpo M_t moving",
     ],
+    "self_refine": ["none gold nll M_0 none", *["answer pairs dpo M_t moving"] * 3],
     "orpo": ["none gold nll M_0 none", *["answer margin orpo M_0 none"] * 3],
     "sipf": ["none gold nll M_0 none", *["process margin orpo M_0 none"] * 3],
+    "step_dpo": ["process first_wrong_step dpo M_t moving"] * 4,
+    "sipf_without_or": ["none gold nll M_0 none", *["process margin nll M_0 none"] * 3],
     "expo": ["answer pairs dpo+nll M_t moving", "none none extrapolate M_t none"],
     "rloo": ["answer group policy_gradient M_t none"] * 4,
     "grpo": ["answer group_scaled policy_gradient_mean M_t none"] * 4,
+    "divpo": ["answer diverse dpo M_t moving"] * 4,
+    "rationalized_pairs": ["rationalized pairs dpo+nll M_t moving"] * 4,
+    "latro": ["likelihood thoughts latro M_t none"] * 4,
     "scpo": ["votes voted weighted dpo+nll M_t moving"] * 4,
     **{name: [f"answer pairs {name} M_t none"] * 4 for name in ("cpo", "simpo", "exmate")},
     **{name: [f"answer pairs {name} M_t moving"] * 4 for name in ("dpo_norm", "dpo_positive")},
@@ -72,6 +78,8 @@ def test_stages_start_from_and_read_what_the_recipe_says(family):
     assert stage("02_pairs", "sft_gold", 1) == {}
     assert stage("02_pairs", "sipf", 2) == {"samples": at("sipf", 2, "rewarded.jsonl")}  # the warm start's are not kept
     assert stage("02_pairs", "sipf", 3)["earlier"] == at("sipf", 2, "pairs.jsonl")
+    assert stage("03_train", "self_refine", 2)["policy"] == at("self_refine", 1, "adapter")  # from what gold has taught
+    assert stage("02_pairs", "sipf_without_or", 3)["earlier"] == at("sipf_without_or", 2, "pairs.jsonl")
     assert stage("03_train", "spin", 2)["policy"] == at("spin", 1, "adapter")
     assert stage("02_pairs", "irpo", 3) == {"samples": at("irpo", 3, "samples.jsonl")}
     assert stage("03b_extrapolate", "expo", 2) == {"policy": at("expo", 1, "adapter")}  # away from the base
@@ -123,6 +131,16 @@ GOOD = "m:\n  label: M\n  rounds: [{reward: answer, selection: pairs, loss: dpo,
         ("reference: moving", "reference: M_1", "rounds.reference: one of moving, M_0, none, got 'M_1'"),
         ("selection: pairs", "selection: nowhere.py:mine", "nowhere.py:mine: .* is missing"),
         ("m:", "train:", "'train' is no name for a method"),
+        (
+            "reward: answer, selection: pairs",
+            "reward: likelihood, selection: thoughts",
+            "'dpo' and the selection 'thoughts' do not fit",
+        ),
+        (
+            "loss: dpo, start: M_t, reference: moving",
+            "loss: latro, start: M_t, reference: none",
+            "'latro' and the selection 'pairs' do not fit",
+        ),
         ("}]", "}]\n  repeat: true", "repeat: expected a whole number, got True"),
         (
             "loss: dpo, start: M_t, reference: moving",

@@ -8,13 +8,16 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from small_models import FAMILIES, build
 
+from irpo_utils.methods.likelihood import answered
 from irpo_utils.methods.parts import KINDS
 from irpo_utils.methods.rewards import Job
 from irpo_utils.methods.select import cyclic_pairs, distinct, margin_of, select
 from irpo_utils.methods.votes import votes
+from irpo_utils.model.load import load_tokenizer
 from irpo_utils.model.records import Pair, Prompt, Sample
-from irpo_utils.settings import PairsConfig, Settings, TaskConfig
+from irpo_utils.settings import ModelConfig, PairsConfig, Settings, TaskConfig
 from irpo_utils.tasks import get_task
 
 
@@ -69,6 +72,7 @@ GOLD = sample(40, 1.0, logp=None)
     [
         ("pairs", {"k": 4}, [("r5", "r8"), ("r6", "r9"), ("r7", "r8"), ("r5", "r9")]),
         ("pairs", {"k": 2, "gold": True}, [("r40", "r8"), ("r5", "r9")]),
+        ("diverse", {"k": 4}, [("r6", "r8")]),  # r5 was drawn twice, r7 comes later
         ("chosen", {"k": 4}, ["r5", "r6", "r7", "r5"]),
         ("gold", {}, ["r40"]),
         ("correct", {}, ["r5", "r5", "r6", "r7"]),
@@ -115,6 +119,15 @@ def test_spin_does_not_hold_gold_against_itself():
     assert made("gold_against_own", [sample(40, 1.0), sample(5, 1.0)], GOLD) == [("r40", "r5")]
 
 
+def test_divpo_counts_tokens_not_answers_and_wants_both_sides():
+    often = [sample(8, 0.0), sample(9, None), sample(5, 1.0), sample(9, 0.0), sample(5, 1.0), sample(6, 1.0)]
+    assert made("diverse", often) == [("r6", "r9")]  # wrong: 9 twice, once unparsed
+    assert made("diverse", often[:4]) == [("r5", "r9")]
+    for one_sided in (often[:2], often[4:]):
+        with pytest.raises(ValueError, match="no pair can be made"):
+            made("diverse", one_sided)
+
+
 def test_self_rewarding_takes_the_best_against_the_worst_and_drops_ties():
     scored = [sample(5, 2.0), sample(6, 4.5), sample(7, None), sample(8, 1.0), sample(9, 4.5)]
     assert made("best_against_worst", scored) == [("r6", "r8")]
@@ -135,6 +148,74 @@ def test_votes_choose_the_most_agreed_with_and_weigh_the_pair_by_how_much():
     assert (pair.chosen, pair.rejected) == ("r5", "r7") and pair.reward_gap == pytest.approx(0.4)
     with pytest.raises(ValueError, match="lower pairs.least_votes"):
         select("voted", {"a": voted}, PROMPTS, PairsConfig(max_tokens=10, least_votes=0.7))
+
+
+def test_step_dpo_takes_the_first_wrong_step_and_a_right_one_from_the_same_place():
+    def steps(ids, scores, right):  # a step a token, EOS behind the last
+        text = "\n".join(f"s{i}" for i in ids)
+        own = {"response": text, "token_ids": (*ids, 2), "step_scores": scores, "step_ends": tuple(range(len(ids)))}
+        return sample(0, sum(scores) / len(scores), answer_reward=float(right), **own)
+
+    right = steps((5, 6, 7), (0.9, 0.8, 0.9), True)
+    lucky = steps((5, 9, 7), (0.9, 0.1, 0.2), True)  # its second step is no model to follow
+    early, late = steps((8, 6), (0.4, 0.3), False), steps((5, 6, 9), (0.9, 0.8, 0.2), False)
+    short = steps((5,), (0.9,), True)  # it ends where the next step would be
+    sound = steps((5, 6, 7, 4), (0.9, 0.8, 0.9, 0.5), False)  # no step of it is wrong
+    drawn = [lucky, short, late, right, early, late, sound]
+    pairs, _ = select("first_wrong_step", {"a": drawn}, PROMPTS, PairsConfig(max_tokens=10))
+    assert [(p.chosen_ids, p.rejected_ids) for p in pairs] == [((5, 6, 7), (5, 6, 9)), ((5,), (8,))]
+    assert [(p.chosen, p.rejected) for p in pairs] == [("s5\ns6\ns7", "s5\ns6\ns9"), ("s5", "s8")]
+    assert [p.reward_gap for p in pairs] == pytest.approx([0.9 - 0.2, 0.9 - 0.4])  # of the step
+    assert {(p.chosen_logp, p.rejected_logp) for p in pairs} == {(None, None)}
+    assert len(select("first_wrong_step", {"a": drawn}, PROMPTS, PairsConfig(max_tokens=10, k=1))[0]) == 1
+    for none in ([lucky, late], SIX):
+        with pytest.raises(ValueError, match="no pair can be made.*take the reward process"):
+            select("first_wrong_step", {"a": none}, PROMPTS, PairsConfig(max_tokens=10))
+
+
+def test_a_thought_is_held_against_the_others_of_its_problem():
+    rewards = {5: -1.0, 6: -2.0, 7: -6.0}
+    whole = [
+        sample(t, r, length=4, thought=2, extra=True, logp=None, answer_reward=1.0, response=f"r{t}\nFinal answer: 8")
+        for t, r in rewards.items()
+    ]
+    pairs, audit = select("thoughts", {"a": [sample(9, -1.0, answer_reward=0.0), *whole]}, PROMPTS, PairsConfig(k=1))
+    assert [p.reward_gap for p in pairs] == [3.0, 1.5, -4.5]  # as -1 - (-2 - 6) / 2
+    assert [(p.chosen_ids, p.rejected_ids) for p in pairs] == [((t, t, t, 2), (t, t)) for t in rewards]
+    assert [(p.chosen, p.rejected) for p in pairs] == [(f"r{t}\nFinal answer: 8", f"r{t}\n") for t in rewards]
+    assert {(p.chosen_logp, p.rejected_logp) for p in pairs} == {(None, None)}
+    assert (audit["samples"], audit["right"]) == (1, 0)  # what was drawn
+    twice, _ = select("thoughts", {"a": [whole[0], *whole[:2]]}, PROMPTS, PairsConfig())
+    assert [p.reward_gap for p in twice] == [0.5, 0.5, -1.0]  # what is drawn twice counts twice
+    for alone in ([sample(9, -1.0), whole[0]], SIX):
+        with pytest.raises(ValueError, match="take the reward likelihood"):
+            select("thoughts", {"a": alone}, PROMPTS, PairsConfig())
+
+
+@pytest.mark.parametrize(
+    ("drawn", "finished", "thought", "wanted"),
+    [
+        ("Half: 12 / 2 = 6\nFinal answer: 6", True, "Half: 12 / 2 = 6\n", "Half: 12 / 2 = 6\nFinal answer: 7"),
+        ("Final answer: 5\nHalf: 6\nFinal answer: 6", True, "Final answer: 5\nHalf: 6\n", "Final answer: 5\nHalf: 6\nFinal answer: 7"),
+        ("Half: 12 / 2", False, "Half: 12 / 2", "Half: 12 / 2\nFinal answer: 7"),
+        ("Final answer: 6", True, "", "Final answer: 7"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("family", ["seed", *FAMILIES])
+def test_the_gold_answer_takes_the_place_of_a_response_s_own(tokenizer, tmp_path, family, drawn, finished, thought, wanted):  # fmt: skip
+    if family != "seed":
+        built = build(family, tmp_path, [f"Half: {i} / 2 = {i}. Final answer {i}" for i in range(99)])
+        tokenizer = load_tokenizer(ModelConfig(path=str(built)))
+    ids = tuple(tokenizer(drawn, add_special_tokens=False).input_ids)
+    own = sample(5, 0.0, response=tokenizer.decode(ids), token_ids=(*ids, 2) if finished else ids, finished=finished)
+    whole = answered(tokenizer, own, "7", end=2)
+    assert whole.token_ids[: whole.thought] == ids[: whole.thought] and whole.token_ids[-1] == 2
+    assert tokenizer.decode(ids[: whole.thought]) == thought
+    assert tokenizer.decode(whole.token_ids[:-1]) == whole.response == wanted
+    assert whole.extra and whole.finished and whole.logp is None and (whole.answer, whole.answer_reward) == ("7", 1.0)
+    for answer in ("", "print(1)\nprint(2)"):
+        with pytest.raises(ValueError, match="needs a gold answer of one line, and problem a has"):
+            answered(tokenizer, own, answer, end=2)
 
 
 def test_a_judge_that_says_nothing_is_named():
@@ -184,6 +265,15 @@ def test_rationalized_samples_are_trained_on_but_not_counted_as_drawn():
     rows, audit = select("correct", {"a": failed}, PROMPTS, PairsConfig(max_tokens=10))
     assert [p.chosen for p in rows] == ["r6"]
     assert (audit["samples"], audit["right"], audit["none_right"]) == (1, 0, 1)
+
+
+def test_a_rationalized_sample_wins_against_what_was_drawn_and_only_the_latter_has_the_sampler_s_log_probability():
+    failed = [sample(5, 0.0, logp=-4.0), sample(6, 1.0, extra=True, logp=None), sample(7, None, logp=-6.0)]
+    pairs, audit = select("pairs", {"a": failed}, PROMPTS, PairsConfig(max_tokens=10))
+    assert [(p.chosen, p.rejected) for p in pairs] == [("r6", "r5"), ("r6", "r7")]
+    assert [(p.chosen_logp, p.rejected_logp) for p in pairs] == [(None, -4.0), (None, -6.0)]
+    assert {p.prompt_ids for p in pairs} == {PROMPTS["a"].prompt_ids}  # the one without the hint
+    assert (audit["none_right"], audit["problems_with_pairs"]) == (1, 1)  # IRPO makes nothing of such a problem
 
 
 def test_the_audit_counts_answers_where_the_reward_is_another():

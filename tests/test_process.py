@@ -364,7 +364,10 @@ def test_feedback_end_to_end(small, job, tmp_path):
     drawn = [s for of_problem in samples.values() for s in of_problem]
     for before, after in zip(drawn, scored, strict=True):
         assert after.reward == labels.path_reward(after.step_scores, "mean")
-        assert replace(after, reward=before.reward, step_scores=()) == before  # the answer's reward, too, stays
+        assert len(after.step_ends) == len(after.step_scores)
+        assert (
+            replace(after, reward=before.reward, step_scores=(), step_ends=()) == before
+        )  # the answer's reward, too, stays
     assert next(s for s in scored if s.token_ids == (5, 6)).reward == 0  # no whole step
     assert facts["solutions"] > 8 and 0 < facts["labelled_right"] < 1
     assert facts["trained_tokens"] == facts["reward_model"]["trained_tokens"] > 0

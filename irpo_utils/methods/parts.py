@@ -42,6 +42,7 @@ class Reward(Part):
     number: bool = True  # not just right or wrong
     settings: tuple[str, ...] = ()  # that it looks at: whole sections ("judge"), or parameters ("train.micro_batch")
     files: tuple[str, ...] = ()  # what it leaves beside the samples
+    m0: bool = False  # whether it looks at M_0 as well
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class Selection(Part):
     rewards: bool = True  # whether it looks at what samples are worth
     numbers: bool = True  # whether rewards may be any numbers, or just right and wrong
     signed: bool = False  # whether a response may be there to become less likely, by a reward gap below 0
+    continues: bool = False  # whether the chosen response goes on from the rejected one
     hint: str = ""  # what to change where it makes nothing
 
 
@@ -64,6 +66,7 @@ class Loss(Part):
     pairs: bool = True
     reference: bool = True  # whether the reference's log-probabilities are needed
     gaps: bool = False  # whether it looks at reward gaps
+    continues: bool = False  # whether the chosen response is to go on from the rejected one
     trains: bool = True  # or makes M_t of earlier models, and has no selection
     parameters: tuple[str, ...] = ()  # of the `train` section
 
@@ -76,11 +79,13 @@ REWARDS = {
     "rationalized": Reward("irpo_utils.methods.rationalize:rationalized", number=False),
     "process": Reward("irpo_utils.extras.process.labels:process", settings=PROCESS, files=("labels.jsonl", "reward_model")),
     "votes": Reward("irpo_utils.methods.votes:votes"),
+    "likelihood": Reward("irpo_utils.methods.likelihood:likelihood", settings=("train.beta", "train.micro_batch"), m0=True),
     "judge": Reward("irpo_utils.extras.judge:judged", settings=("judge", "train.micro_batch")),
 }  # fmt: skip
 SELECTIONS = {
     "none": Selection("", pairs=False, samples=False, rewards=False),
     "pairs": Selection("irpo_utils.methods.select:pairs_of", numbers=False),
+    "diverse": Selection("irpo_utils.methods.select:diverse_of", numbers=False),
     "chosen": Selection("irpo_utils.methods.select:chosen_of", pairs=False, numbers=False),
     "gold": Selection(
         "irpo_utils.methods.select:gold_of", pairs=False, samples=False, gold=True, rewards=False, numbers=False
@@ -98,6 +103,11 @@ SELECTIONS = {
     "voted": Selection("irpo_utils.methods.select:voted_of", hint="lower pairs.least_votes"),
     "group": Selection("irpo_utils.methods.select:group_of", pairs=False, signed=True),
     "group_scaled": Selection("irpo_utils.methods.select:group_scaled_of", pairs=False, signed=True),
+    "first_wrong_step": Selection(
+        "irpo_utils.methods.select:first_wrong_step_of",
+        hint="take the reward process, train its model longer (process.max_epochs)",
+    ),
+    "thoughts": Selection("irpo_utils.methods.select:thoughts_of", continues=True, hint="take the reward likelihood"),
     "margin": Selection("irpo_utils.methods.select:margin_of", hint="lower pairs.eta"),
 }
 LOSSES = {
@@ -114,6 +124,7 @@ LOSSES = {
     "dpo+exmate": Loss("irpo_utils.model.losses:dpo_exmate", parameters=("beta", "alpha", "penalty")),
     "policy_gradient": Loss("irpo_utils.model.losses:policy_gradient", pairs=False, reference=False, gaps=True),
     "policy_gradient_mean": Loss("irpo_utils.model.losses:policy_gradient_mean", pairs=False, reference=False, gaps=True),
+    "latro": Loss("irpo_utils.model.losses:latro", reference=False, continues=True),
     "extrapolate": Loss("irpo_utils.extras.expo:extrapolated", pairs=False, reference=False, trains=False, parameters=("extrapolation",)),
 }  # fmt: skip
 KINDS: dict[str, tuple[dict[str, Any], type[Part]]] = {

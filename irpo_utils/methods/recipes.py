@@ -43,6 +43,11 @@ class Round(Section):
             )
         if selection.signed and not loss.gaps:
             raise ValueError(f"the selection {self.selection!r} gives advantages, which the loss {self.loss!r} ignores")
+        if loss.continues != selection.continues:
+            raise ValueError(
+                f"the loss {self.loss!r} and the selection {self.selection!r} do not fit: only for one of them "
+                "the chosen response goes on from the rejected one"
+            )
         if loss.reference and self.reference == "none":
             raise ValueError(f"the loss {self.loss!r} needs a reference: moving or M_0")
         if self.reference != "none" and not loss.reference:

@@ -24,6 +24,7 @@ class Job:
     temperature: float
     seed: int  # of this round; add to it what tells your draws from others'
     folder: Path  # to work in; a stage that was killed finds it as it left it
+    m0: Path | None = None  # the folder of M_0, for a reward that looks at it; None is the base
 
     def sampler(self, config: Settings | None = None, task: Task | None = None, problems: list[Problem] | None = None):
         """A sampler of the policy, of another task or with other settings if they are given. Use it in a `with` block."""

@@ -105,6 +105,17 @@ def best_against_worst_of(
     return [(best, worst)] if scored and best.reward > worst.reward else []
 
 
+def diverse_of(samples: list[Sample], gold: Sample | None, config: PairsConfig, rng: random.Random) -> Chosen:
+    """The rarest right sample against the commonest wrong one, the first of those that tie (DivPO, arXiv 2501.18101).
+
+    What is counted is how often a sample's tokens were drawn: right samples have one answer, which cannot tell them apart.
+    """
+    drawn = Counter(s.token_ids for s in samples)
+    rarest = min(right(samples), key=lambda s: drawn[s.token_ids], default=None)
+    commonest = max((s for s in samples if s.reward != 1), key=lambda s: drawn[s.token_ids], default=None)
+    return [(rarest, commonest)] if rarest and commonest else []
+
+
 def margin_of(samples: list[Sample], gold: Sample | None, config: PairsConfig, rng: random.Random) -> Chosen:
     """K random ones of the pairs whose rewards differ by at least eta (SIPF, arXiv 2412.08393); unparsed counts as 0."""
     worth = [(s.reward or 0.0, s) for s in distinct(samples)]
@@ -139,6 +150,45 @@ def group_scaled_of(samples: list[Sample], gold: Sample | None, config: PairsCon
     return [
         (replace(s, reward=(own - mean(worth)) / stdev(worth)), None) for s, own in zip(samples, worth, strict=True)
     ]
+
+
+def first_wrong_step_of(samples: list[Sample], gold: Sample | None, config: PairsConfig, rng: random.Random) -> Chosen:
+    """A right next step against the one where a wrong solution first goes wrong, at most K pairs (Step-DPO, arXiv 2406.18629).
+
+    A step whose score is below a half is wrong. The right one is from a right solution that begins with the same tokens.
+    Both responses end with the step: what they share cancels in DPO's log-ratios, as if it were part of the prompt.
+    """
+
+    def cut(s: Sample, steps: int) -> Sample:
+        text = "\n".join([line for line in s.response.split("\n") if line.strip()][:steps])
+        ids = s.token_ids[: s.step_ends[steps - 1] + 1] if steps else ()
+        return replace(s, response=text, token_ids=ids, logp=None, reward=s.step_scores[steps - 1])
+
+    pairs: dict[Any, tuple[Sample, Sample]] = {}
+    for loser in (s for s in samples if s.answer_reward != 1):
+        good = next((i for i, score in enumerate(loser.step_scores) if score < 0.5), None)
+        for s in samples if good is not None else ():
+            next_right = s.answer_reward == 1 and len(s.step_scores) > good and s.step_scores[good] >= 0.5
+            if next_right and cut(s, good).token_ids == cut(loser, good).token_ids:
+                pair = cut(s, good + 1), cut(loser, good + 1)
+                pairs.setdefault(tuple(end.token_ids for end in pair), pair)
+    return list(pairs.values())[: config.k]
+
+
+def thoughts_of(samples: list[Sample], gold: Sample | None, config: PairsConfig, rng: random.Random) -> Chosen:
+    """Every thought with the gold answer behind it, against the thought alone (LaTRO, arXiv 2411.04282).
+
+    The pair's reward gap is the advantage: the thought's reward minus the mean of the others'. One alone has none.
+    """
+    whole = [s for s in samples if s.thought is not None]
+    others, pairs = len(whole) - 1, []
+    for s in whole if others else ():
+        advantage = s.reward - (sum(w.reward for w in whole) - s.reward) / others
+        text = s.response.rpartition("Final answer:")[0]
+        pairs.append(
+            (replace(s, reward=advantage), replace(s, response=text, token_ids=s.token_ids[: s.thought], reward=0.0))
+        )
+    return pairs
 
 
 def select(

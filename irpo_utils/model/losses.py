@@ -1,4 +1,4 @@
-"""The losses as pure functions of sequence log-probabilities: `dpo_nll` (IRPO), `dpo`, `nll`, `orpo`, seven of their kin, and policy gradients.
+"""The losses as pure functions of sequence log-probabilities: `dpo_nll` (IRPO), `dpo`, `nll`, `orpo`, seven of their kin, policy gradients and `latro`.
 
 Each takes `Scores` and its own parameters, and gives `PairLosses`. A loss of your own has the same form.
 
@@ -20,7 +20,8 @@ takes the NLL over the prompt's tokens as well as the chosen response's.
 
 The kin differ from DPO by little: no reference (`cpo`), no reference and lengths (`simpo`), lengths alone (`dpo_norm`), a
 bar below the winner (`dpo_positive`), another way to push the loser down (`exmate`, `dpo_exmate`), or IRPO's loss with a
-weight for each pair (`weighted_dpo_nll`). The policy gradients look at single responses and their advantages.
+weight for each pair (`weighted_dpo_nll`). The policy gradients look at single responses and their advantages, `latro`
+at thoughts and the gold answers behind them.
 """
 
 from __future__ import annotations
@@ -238,3 +239,16 @@ def policy_gradient_mean(scores: Scores) -> PairLosses:
     """GRPO (arXiv 2402.03300), without its KL term: `policy_gradient` over each response's length."""
     terms = policy_gradient(scores)
     return terms._replace(total=terms.total / scores.chosen_lengths)
+
+
+def latro(scores: Scores) -> PairLosses:
+    """LaTRO (arXiv 2411.04282): a policy gradient for the thought z, and the NLL of the gold answer y after it.
+
+        L = -A * log M_th(z|x) - log M_th(y|x, z)
+
+    The chosen response is thought and answer, the rejected one the thought alone, and `reward_gaps` are the advantages A.
+    There is no ratio to the model that drew the thought, and nothing bounds the first term: short rounds, small steps.
+    """
+    answer = scores.chosen - scores.rejected
+    advantage = 1.0 if scores.reward_gaps is None else scores.reward_gaps
+    return PairLosses(-advantage * scores.rejected - answer, None, -answer, None, None)

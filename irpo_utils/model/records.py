@@ -73,6 +73,8 @@ class Sample(Record):
     answer_reward: float | None = _SAME  # in a line only where it is not the reward
     extra: bool = False  # drawn on top of the N
     step_scores: tuple[float, ...] = ()
+    step_ends: tuple[int, ...] = ()  # numbers of the tokens that end those steps
+    thought: int | None = None  # how many of its tokens come before the gold answer that took the place of its own
 
     def __post_init__(self):
         if self.answer_reward is _SAME:

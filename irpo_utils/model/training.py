@@ -356,10 +356,9 @@ def train(
             as many as there are `pairs`, which are the first draw. There are `config.max_steps` steps then.
 
     Returns:
-        step and score of the best policy, the DPO term at the start (None where it is not checked), the gap of
-        `check_sampled` (None unless `sampled_by_start`), the number of steps, the tokens of prompts and responses
-        trained on, and the watched pairs' mean log-probabilities before the first step (the steps' records have those
-        after them).
+        step and score of the best policy, the DPO term at the start and the gap of `check_sampled` (each None where it
+        is not checked), the number of steps, the tokens of prompts and responses trained on, and the watched pairs' mean
+        log-probabilities before the first step (the steps' records have those after them).
 
     Raises:
         ValueError: the pairs should bring the reference's log-probabilities, and do not.
@@ -426,7 +425,7 @@ def train(
     )
     terms = dpo_at_start(trainer, pairs) if own_reference else None
     start = None if terms is None else check_start(terms, tolerance)
-    gap = check_sampled(pairs, start_logps, tolerance, exact) if sampled_by_start else None
+    gap = check_sampled(pairs, start_logps, tolerance, exact) if sampled else None
     recorder.trainer = trainer
     checkpoint = from_first(lambda: last_checkpoint(folder / "checkpoints"))
     if checkpoint is None or int(checkpoint.rpartition("-")[2]) < min(steps, stop_after or steps):

@@ -139,7 +139,7 @@ def score_samples(
     how: str,
     max_rows: int = 64,
 ) -> list[Sample]:
-    """`samples` with `step_scores` [steps] and, as `reward`, the path reward. `answer_reward` stays the answer's.
+    """`samples` with `step_scores` and `step_ends` [steps] and, as `reward`, the path reward. `answer_reward` stays the answer's.
 
     An unfinished sample gets the reward of the steps that it has.
 
@@ -151,8 +151,11 @@ def score_samples(
     different = {(s.problem, s.token_ids): s for s in samples}
     solutions = {key: solution_of(tokenizer, prompts[s.problem], s) for key, s in different.items()}
     scores = dict(zip(solutions, reward_model.score(model, list(solutions.values()), max_rows), strict=True))
-    with_steps = [(s, scores[s.problem, s.token_ids]) for s in samples]
-    return [replace(s, step_scores=tuple(steps), reward=path_reward(steps, how)) for s, steps in with_steps]
+    keyed = [(s, (s.problem, s.token_ids)) for s in samples]
+    return [
+        replace(s, step_scores=tuple(scores[k]), step_ends=solutions[k].ends, reward=path_reward(scores[k], how))
+        for s, k in keyed
+    ]
 
 
 def process(job: Job) -> tuple[list[Sample], dict[str, Any]]:

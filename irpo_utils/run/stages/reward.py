@@ -1,4 +1,4 @@
-"""01b: other rewards than the answer's: STaR's rationalization, a process reward model, a judge, or a function of your own."""
+"""01b: other rewards than the answer's, as a process reward model, a judge, or a function of your own."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ class RewardStage(Stage):
     def reads(self) -> dict[str, tuple[Path, str]]:
         drawn = self.samples_folder()
         files = {name: (drawn / f"{name}.jsonl", "01_sample.ipynb") for name in ("samples", "prompts")}
-        return files | self.policy_input(self.iteration - 1)
+        files |= self.policy_input(self.iteration - 1)
+        return files | (self.policy_input(0, "m0") if self.part.m0 else {})
 
     def writes(self) -> tuple[str, ...]:
         return ("rewarded.jsonl", "reward.json", *self.part.files)
@@ -60,6 +61,7 @@ class RewardStage(Stage):
                 temperature=self.config.temperature(self.iteration),
                 seed=self.random_seed(),
                 folder=self.partial,
+                m0=self.input("m0"),
             )
         )
         rows = (sample.as_row() | {"answer_reward": sample.answer_reward} for sample in found)
