@@ -1,17 +1,20 @@
-"""What leaves a run: its small artefacts for the repository (`publish`), and models (`export`, `extrapolate`)."""
+"""What leaves a run: small artefacts for the repository (`publish`), models (`export`, `extrapolate`), preference data (`pairs`)."""
 
 from __future__ import annotations
 
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
-from ..files import NOTEBOOKS, OUTPUTS, ConfigError, MissingArtefact, load_object, relative, write_text
+from ..files import NOTEBOOKS, OUTPUTS, ConfigError, MissingArtefact, load_object, relative, write_jsonl, write_text
+from ..model.records import Pair
 from ..run.config import configured, read_config
 from ..run.presets import key_values
 from ..run.store import Stage, run_folder
 
 EXPORT = "export: used as export RUN FOLDER [method=irpo] [seed=0] [iteration=1]"
+PAIRS = "pairs: used as pairs RUN FILE [method=irpo] [seed=0] [iteration=1] [form=text|messages|sharegpt]"
 EXTRAPOLATE = "extrapolate: used as extrapolate TH1 TH0|base TARGET [a=0.3] [model.path=... model.dtype=...]"
 TABLES = ("*.csv", "*.png", "table.txt", "methods.txt", "config.yaml", "*.ipynb")  # beside the methods' folders
 FACTS = ("evaluation", "audit", "training", "reward")
@@ -25,26 +28,57 @@ def export(arguments: list[str]) -> int:
     Raises:
         ConfigError: an argument is wrong, or the folder is not empty. MissingArtefact: there is no such run or model.
     """
-    names, settings = split(arguments)
-    if len(names) != 2 or not set(settings) <= {"method", "seed", "iteration"}:
-        raise ConfigError(EXPORT)
-    run, target = run_folder(names[0]), Path(names[1]).expanduser().resolve()
-    if not (run / "config.yaml").is_file():
-        raise MissingArtefact(f"{relative(run)} is no run; see outputs/ for those there are")
-    config = read_config(run / "config.yaml")
-    method = settings.get("method", config.methods[0])
-    try:
-        seed, t = (int(settings.get(k, v)) for k, v in (("seed", 0), ("iteration", config.rounds(method))))
-    except ValueError:
-        raise ConfigError(f"export: no such method, seed or iteration: {settings}") from None
-    policy = Stage(run, method, seed, t, config).folder_of(t) / "adapter"
+    stage, target, _ = round_of(EXPORT, arguments)
+    policy = stage.folder / "adapter"
     if not policy.is_dir():
         raise MissingArtefact(f"{relative(policy)} is missing; run that iteration first")
     check_new("export", target)
     # By name, so that publishing does not wait for torch.
-    load_object("irpo_utils.model.load:export")(config.for_seed(seed).model, policy, target)
+    load_object("irpo_utils.model.load:export")(stage.config.model, policy, target)
     print(f'{target}: load it with AutoModelForCausalLM.from_pretrained("{target}", dtype="bfloat16")')
     return 0
+
+
+def pairs(arguments: list[str]) -> int:
+    """`pairs RUN FILE [method=...] [seed=...] [iteration=...] [form=...]`: write a round's pairs as preference data.
+
+    Raises:
+        ConfigError: an argument is wrong, the file is there already, or the round rejects nothing. MissingArtefact:
+            there is no such run, or the round has no pairs.
+    """
+    stage, target, settings = round_of(PAIRS, arguments, "form")
+    if (form := settings.get("form", "text")) not in FORMS:
+        raise ConfigError(f"pairs: form: one of {', '.join(FORMS)}, got {form!r}")
+    if target.exists():
+        raise ConfigError(f"pairs: {target} is there already; name a new file")
+    found = Pair.read(stage.folder / "pairs.jsonl", "02_pairs.ipynb")
+    if not all(pair.rejected_ids for pair in found):
+        raise ConfigError(
+            f"pairs: round {stage.iteration} of {stage.method} trains on single responses; take a method that has pairs"
+        )
+    write_jsonl(target, map(FORMS[form], found))
+    print(f"{target}: {len(found)} pairs, form={form}")
+    return 0
+
+
+def text_row(pair: Pair) -> dict[str, Any]:
+    """TRL's standard form: the prompt is the text before the chat template, a response has no EOS."""
+    return {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
+
+
+def messages_row(pair: Pair) -> dict[str, Any]:
+    """TRL's conversational form; whoever reads it applies the chat template."""
+    roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
+    return {name: [{"role": roles[name], "content": text}] for name, text in text_row(pair).items()}
+
+
+def sharegpt_row(pair: Pair) -> dict[str, Any]:
+    """LLaMA-Factory's ShareGPT form of preference data (its data/README.md)."""
+    chosen, rejected = ({"from": "gpt", "value": text} for text in (pair.chosen, pair.rejected))
+    return {"conversations": [{"from": "human", "value": pair.prompt}], "chosen": chosen, "rejected": rejected}
+
+
+FORMS = {"text": text_row, "messages": messages_row, "sharegpt": sharegpt_row}
 
 
 def extrapolate(arguments: list[str]) -> int:
@@ -69,6 +103,28 @@ def extrapolate(arguments: list[str]) -> int:
     write(model, th_1, None if names[1] == "base" else th_0, a, target)
     print(f"{target}: {names[0]} + {a:g} ({names[0]} - {names[1]})")
     return 0
+
+
+def round_of(usage: str, arguments: list[str], *more: str) -> tuple[Stage, Path, dict[str, str]]:
+    """The round that `RUN TARGET [method=...] [seed=...] [iteration=...]` names, the target, and the settings.
+
+    Args:
+        usage: the command and how it is used, for the error. more: settings that it takes besides.
+    """
+    names, settings = split(arguments)
+    if len(names) != 2 or not set(settings) <= {"method", "seed", "iteration", *more}:
+        raise ConfigError(usage)
+    run, target = run_folder(names[0]), Path(names[1]).expanduser().resolve()
+    if not (run / "config.yaml").is_file():
+        raise MissingArtefact(f"{relative(run)} is no run; see outputs/ for those there are")
+    config = read_config(run / "config.yaml")
+    method = settings.get("method", config.methods[0])
+    try:
+        seed, t = (int(settings.get(k, v)) for k, v in (("seed", 0), ("iteration", config.rounds(method))))
+    except ValueError:
+        command = usage.partition(":")[0]
+        raise ConfigError(f"{command}: no such method, seed or iteration: {settings}") from None
+    return Stage(run, method, seed, t, config), target, settings
 
 
 def split(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
