@@ -162,6 +162,7 @@ class SamplingConfig(Section):
 
 
 class PairsConfig(Section):
+    file: str = ""  # preference data, a file or a hub data set, that is trained on in place of the model's own samples
     k: Count = 8  # K: pairs of each problem, at most
     eta: Positive = 0.2  # least difference of two rewards that makes a pair, where rewards are not just right and wrong
     least_votes: Share = 0.5  # least share of a problem's samples that a winner by votes has

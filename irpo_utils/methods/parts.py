@@ -94,6 +94,8 @@ SELECTIONS = {
         "irpo_utils.methods.select:best_against_worst_of", hint="where all rewards of a problem are one"
     ),
     "voted": Selection("irpo_utils.methods.select:voted_of", hint="lower pairs.least_votes"),
+    # What `pairs.file` makes of every method; the function reads the whole file, and is called by the stage itself.
+    "file": Selection("irpo_utils.methods.preferences:read", samples=False, rewards=False),
     "margin": Selection("irpo_utils.methods.select:margin_of", hint="lower pairs.eta"),
 }
 LOSSES = {

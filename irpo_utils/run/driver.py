@@ -25,7 +25,7 @@ from ..files import (
     source_of,
     write_text,
 )
-from ..methods.parts import COMMANDS, SAMPLERS, WORKERS
+from ..methods.parts import COMMANDS, SAMPLERS, SELECTIONS, WORKERS
 from ..model.packaged import EMBEDDED
 from ..tasks import check_task, get_task
 from ..tasks.base import Problem, Task
@@ -108,11 +108,12 @@ def check_inputs(config: Config, jobs: int = 1) -> list[str]:
     if check := SAMPLERS[config.sampling.engine].check:
         load_object(check)(config.for_seed(0), jobs)
     check_simulator(config)
-    if (config.task.name, config.model.path) in (("word_problems", "seed"), ("stories", "stories")):
-        return []
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     try:
+        check_pairs(config)
+        if (config.task.name, config.model.path) in (("word_problems", "seed"), ("stories", "stories")):
+            return []
         task = get_task(config.task)
         problems = check_task(task, config.task.name)
         lines = [", ".join(f"{len(p)} {split} problems" for split, p in problems.items())]
@@ -168,6 +169,13 @@ def check_simulator(config: Config) -> None:
         raise ConfigError(
             f"process.simulator: {name} is no folder with an adapter_config.json or a config.json; name an adapter, a model or a hub name"
         )
+
+
+def check_pairs(config: Config) -> None:
+    """Raise a ValueError for preference data that cannot be trained on."""
+    for name in config.methods:
+        if config.recipe(name).round(1).selection == "file":
+            load_object(SELECTIONS["file"].where)(config.for_round(name, 1).for_seed(0))
 
 
 def check_gold(config: Config, problems: dict[str, list[Problem]]) -> list[str]:
