@@ -232,6 +232,10 @@ def test_a_missing_stage_names_its_notebook(tmp_path):
         ),
         (["run=x", "micro"], "a preset's name comes first"),
         (["micro", "jobs=0"], "jobs: expected a number"),
+        (
+            ["micro", "train.report_to=paper"],
+            "train.report_to: paper is none of tensorboard, wandb, trackio, or leave it out",
+        ),
         (["--tset"], "unrecognized arguments: --tset; see ./run_all.sh --help"),
     ],
 )

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
+from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 
@@ -108,6 +109,7 @@ def check_inputs(config: Config, jobs: int = 1) -> list[str]:
     if check := SAMPLERS[config.sampling.engine].check:
         load_object(check)(config.for_seed(0), jobs)
     check_simulator(config)
+    check_reports(config)
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     try:
@@ -176,6 +178,14 @@ def check_pairs(config: Config) -> None:
     for name in config.methods:
         if config.recipe(name).round(1).selection == "file":
             load_object(SELECTIONS["file"].where)(config.for_round(name, 1).for_seed(0))
+
+
+def check_reports(config: Config) -> None:
+    """Raise a ConfigError for a place to show training at that is not known, or whose package is not there."""
+    for name in sorted({name for m in config.methods for name in config.for_round(m, 1).train.report_to}):
+        if name not in REPORTERS or find_spec(name) is None:
+            why = f"is not installed; pip install {name}" if name in REPORTERS else f"is none of {', '.join(REPORTERS)}"
+            raise ConfigError(f"train.report_to: {name} {why}, or leave it out")
 
 
 def check_gold(config: Config, problems: dict[str, list[Problem]]) -> list[str]:
@@ -278,6 +288,7 @@ def run_in_turn(plans: list[list[Stage]]) -> list[str]:
 
 
 OPEN_FILES = 256
+REPORTERS = ("tensorboard", "wandb", "trackio")  # packages that transformers has a callback for, by its own name
 LONG = 600.0  # seconds of finished work that are not replaced without being asked for
 
 
