@@ -234,7 +234,7 @@ def test_a_missing_stage_names_its_notebook(tmp_path):
         (["micro", "jobs=0"], "jobs: expected a number"),
         (
             ["micro", "train.report_to=paper"],
-            "train.report_to: paper is none of tensorboard, wandb, trackio, or leave it out",
+            "train.report_to: paper is not installed, but one of tensorboard, wandb, trackio can be",
         ),
         (["--tset"], "unrecognized arguments: --tset; see ./run_all.sh --help"),
     ],

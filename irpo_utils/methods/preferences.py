@@ -63,11 +63,8 @@ def read(config: Settings, imitates: bool = False, seed: int = 0) -> tuple[list[
             )
             pairs.append(Pair(f"pair-{number}", text, answers[0], other[0], prompt, chosen, other[1], None, None))
     if not pairs:
-        raise ConfigError(
-            f"pairs.file: no pair of {source} is left of {len(rows)}: {audit['over_long']} exceed pairs.max_tokens "
-            f"(it is {limit}; raise it), {audit['held_out']} ask a question of dev or test, "
-            f"{audit['duplicates']} have the same response twice"
-        )
+        why = f"{audit['over_long']} exceed pairs.max_tokens (it is {limit}; raise it), {audit['held_out']} ask a question of dev or test"
+        raise ConfigError(f"pairs.file: no pair of {source} is left of {len(rows)}: {why}")
     if 0 < cap < len(pairs):
         audit["capped"] = len(pairs) - cap
         pairs = random.Random(seed).sample(pairs, cap)
@@ -76,7 +73,8 @@ def read(config: Settings, imitates: bool = False, seed: int = 0) -> tuple[list[
 
 def conversation(row: Any) -> tuple[Turns, str, str]:
     """What was said, and the chosen and the rejected answer to it. Raises ValueError for a line that is neither form."""
-    prompt, chosen, rejected = (turns_of(row, name) for name in ROLES)
+    fields = {"prompt": [], **row} if isinstance(row, dict) else {}
+    prompt, chosen, rejected = (turns_of(fields.get(name), name, role) for name, role in ROLES.items())
     said = chosen[:-1] or prompt
     if chosen[:-1] != rejected[:-1]:
         raise ValueError("chosen and rejected answer different conversations; they may differ in the last turn alone")
@@ -85,10 +83,9 @@ def conversation(row: Any) -> tuple[Turns, str, str]:
     return said, chosen[-1]["content"], rejected[-1]["content"]
 
 
-def turns_of(row: Any, name: str) -> Turns:
-    """A field as turns, of which a text is one; `prompt` may be missing where the conversation is in the others."""
-    found = row.get(name, [] if name == "prompt" else None) if isinstance(row, dict) else None
-    found = [{"role": ROLES[name], "content": found}] if isinstance(found, str) else found
+def turns_of(found: Any, name: str, role: str) -> Turns:
+    """A field as turns, of which a text is one."""
+    found = [{"role": role, "content": found}] if isinstance(found, str) else found
     if isinstance(found, list) and (found or name == "prompt"):
         texts = [turn.get("content") if isinstance(turn, dict) else None for turn in found]
         if all(isinstance(text, str) and text.strip() for text in texts):

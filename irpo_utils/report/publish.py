@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,12 @@ from ..model.records import Pair
 from ..run.config import configured, read_config
 from ..run.presets import key_values
 from ..run.store import Stage, run_folder
+from .cards import model_card, pairs_card
 
-EXPORT = "export: used as export RUN FOLDER [method=irpo] [seed=0] [iteration=1]"
-PAIRS = "pairs: used as pairs RUN FILE [method=irpo] [seed=0] [iteration=1] [form=text|messages|sharegpt]"
+EXPORT = "export: used as export RUN FOLDER [method=irpo] [seed=0] [iteration=1] [push=OWNER/NAME]"
+PAIRS = (
+    "pairs: used as pairs RUN FILE [method=irpo] [seed=0] [iteration=1] [form=text|messages|sharegpt] [push=OWNER/NAME]"
+)
 EXTRAPOLATE = "extrapolate: used as extrapolate TH1 TH0|base TARGET [a=0.3] [model.path=... model.dtype=...]"
 TABLES = ("*.csv", "*.png", "table.txt", "methods.txt", "config.yaml", "*.ipynb")  # beside the methods' folders
 FACTS = ("evaluation", "audit", "training", "reward")
@@ -23,62 +27,63 @@ LARGEST_ADAPTER = 12e6  # bytes, before it is rounded
 
 
 def export(arguments: list[str]) -> int:
-    """`export RUN FOLDER [method=...] [seed=...] [iteration=...]`: write M_t as one whole model.
+    """`export RUN FOLDER [method=...] [seed=...] [iteration=...] [push=...]`: write M_t as one whole model, with a card.
 
     Raises:
         ConfigError: an argument is wrong, or the folder is not empty. MissingArtefact: there is no such run or model.
     """
-    stage, target, _ = round_of(EXPORT, arguments)
+    stage, target, settings = round_of(EXPORT, arguments, "push")
     policy = stage.folder / "adapter"
     if not policy.is_dir():
         raise MissingArtefact(f"{relative(policy)} is missing; run that iteration first")
     check_new("export", target)
     # By name, so that publishing does not wait for torch.
     load_object("irpo_utils.model.load:export")(stage.config.model, policy, target)
+    model_card(stage, target / "README.md")
+    if "push" in settings:
+        push(settings["push"], "model", {path.name: path for path in sorted(target.iterdir())})
     print(f'{target}: load it with AutoModelForCausalLM.from_pretrained("{target}", dtype="bfloat16")')
     return 0
 
 
 def pairs(arguments: list[str]) -> int:
-    """`pairs RUN FILE [method=...] [seed=...] [iteration=...] [form=...]`: write a round's pairs as preference data.
+    """`pairs RUN FILE [method=...] [seed=...] [iteration=...] [form=...] [push=...]`: write a round's pairs, with a card.
 
     Raises:
         ConfigError: an argument is wrong, the file is there already, or the round rejects nothing. MissingArtefact:
             there is no such run, or the round has no pairs.
     """
-    stage, target, settings = round_of(PAIRS, arguments, "form")
+    stage, target, settings = round_of(PAIRS, arguments, "form", "push")
     if (form := settings.get("form", "text")) not in FORMS:
         raise ConfigError(f"pairs: form: one of {', '.join(FORMS)}, got {form!r}")
-    if target.exists():
-        raise ConfigError(f"pairs: {target} is there already; name a new file")
+    about = target.with_suffix(".md")
+    if target.exists() or about.exists():
+        raise ConfigError(f"pairs: {target} or {about.name} is there already; name a new file")
     found = Pair.read(stage.folder / "pairs.jsonl", "02_pairs.ipynb")
     if not all(pair.rejected_ids for pair in found):
         raise ConfigError(
             f"pairs: round {stage.iteration} of {stage.method} trains on single responses; take a method that has pairs"
         )
     write_jsonl(target, map(FORMS[form], found))
+    pairs_card(stage, about, form)
+    if "push" in settings:
+        push(settings["push"], "dataset", {"train.jsonl": target, "README.md": about})
     print(f"{target}: {len(found)} pairs, form={form}")
     return 0
 
 
-def text_row(pair: Pair) -> dict[str, Any]:
-    """TRL's standard form: the prompt is the text before the chat template, a response has no EOS."""
-    return {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
-
-
-def messages_row(pair: Pair) -> dict[str, Any]:
-    """TRL's conversational form; whoever reads it applies the chat template."""
-    roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
-    return {name: [{"role": roles[name], "content": text}] for name, text in text_row(pair).items()}
-
-
-def sharegpt_row(pair: Pair) -> dict[str, Any]:
-    """LLaMA-Factory's ShareGPT form of preference data (its data/README.md)."""
-    chosen, rejected = ({"from": "gpt", "value": text} for text in (pair.chosen, pair.rejected))
-    return {"conversations": [{"from": "human", "value": pair.prompt}], "chosen": chosen, "rejected": rejected}
-
-
-FORMS = {"text": text_row, "messages": messages_row, "sharegpt": sharegpt_row}
+# How a pair is written: TRL's two forms, and LLaMA-Factory's ShareGPT form. The prompt is the text before the chat template.
+FORMS: dict[str, Callable[[Pair], dict[str, Any]]] = {
+    "text": lambda p: {"prompt": p.prompt, "chosen": p.chosen, "rejected": p.rejected},
+    "messages": lambda p: {
+        name: [{"role": role, "content": getattr(p, name)}]
+        for name, role in (("prompt", "user"), ("chosen", "assistant"), ("rejected", "assistant"))
+    },
+    "sharegpt": lambda p: {
+        "conversations": [{"from": "human", "value": p.prompt}],
+        **{name: {"from": "gpt", "value": getattr(p, name)} for name in ("chosen", "rejected")},
+    },
+}
 
 
 def extrapolate(arguments: list[str]) -> int:
@@ -103,6 +108,19 @@ def extrapolate(arguments: list[str]) -> int:
     write(model, th_1, None if names[1] == "base" else th_0, a, target)
     print(f"{target}: {names[0]} + {a:g} ({names[0]} - {names[1]})")
     return 0
+
+
+def push(name: str, kind: str, files: dict[str, Path]) -> None:
+    """Upload files by their names to the repository OWNER/NAME of the hub, which is made, private, if there is none."""
+    hub, add = load_object("huggingface_hub:HfApi")(), load_object("huggingface_hub:CommitOperationAdd")
+    try:
+        hub.create_repo(name, repo_type=kind, private=True, exist_ok=True)
+        operations = [add(path_in_repo=as_named, path_or_fileobj=path) for as_named, path in files.items()]
+        print(hub.create_commit(name, operations, commit_message="From a run of irpo_utils", repo_type=kind).repo_url)
+    except Exception as error:  # of HTTP, of the connection, of a name that is none
+        folder = next(iter(files.values())).parent
+        hint = f"the files are in {folder}; `hf auth login`, then `hf upload` sends them"
+        raise ConfigError(f"push: {name}: {error}\n{hint}") from None
 
 
 def round_of(usage: str, arguments: list[str], *more: str) -> tuple[Stage, Path, dict[str, str]]:

@@ -109,11 +109,10 @@ def check_inputs(config: Config, jobs: int = 1) -> list[str]:
     if check := SAMPLERS[config.sampling.engine].check:
         load_object(check)(config.for_seed(0), jobs)
     check_simulator(config)
-    check_reports(config)
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     try:
-        check_pairs(config)
+        check_methods(config)
         if (config.task.name, config.model.path) in (("word_problems", "seed"), ("stories", "stories")):
             return []
         task = get_task(config.task)
@@ -173,19 +172,16 @@ def check_simulator(config: Config) -> None:
         )
 
 
-def check_pairs(config: Config) -> None:
-    """Raise a ValueError for preference data that cannot be trained on."""
+def check_methods(config: Config) -> None:
+    """Raise a ValueError for preference data that cannot be trained on, or a reporter of steps that is not there."""
     for name in config.methods:
+        own = config.for_round(name, 1).for_seed(0)
+        for tool in own.train.report_to:
+            if tool not in REPORTERS or find_spec(tool) is None:
+                hint = f"; pip install {tool}" if tool in REPORTERS else f", but one of {', '.join(REPORTERS)} can be"
+                raise ConfigError(f"train.report_to: {tool} is not installed{hint}")
         if config.recipe(name).round(1).selection == "file":
-            load_object(SELECTIONS["file"].where)(config.for_round(name, 1).for_seed(0))
-
-
-def check_reports(config: Config) -> None:
-    """Raise a ConfigError for a place to show training at that is not known, or whose package is not there."""
-    for name in sorted({name for m in config.methods for name in config.for_round(m, 1).train.report_to}):
-        if name not in REPORTERS or find_spec(name) is None:
-            why = f"is not installed; pip install {name}" if name in REPORTERS else f"is none of {', '.join(REPORTERS)}"
-            raise ConfigError(f"train.report_to: {name} {why}, or leave it out")
+            load_object(SELECTIONS["file"].where)(own)
 
 
 def check_gold(config: Config, problems: dict[str, list[Problem]]) -> list[str]:
