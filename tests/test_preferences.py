@@ -78,7 +78,7 @@ def test_the_sharegpt_form_is_read_as_it_is_documented(micro_run, tmp_path):
     [
         (["form=csv"], "form: one of text, messages, sharegpt, got 'csv'"),
         (["rows=1"], "used as pairs RUN FILE"),
-        (["method=sft_gold", "iteration=1"], "round 1 of sft_gold trains on single responses"),
+        (["method=sft_gold", "iteration=1"], "round 1 of sft_gold rejects nothing"),
         (["iteration=0"], "pairs.jsonl is missing"),
     ],
 )
@@ -131,7 +131,7 @@ def test_a_conversation_goes_through_the_chat_template(tmp_path):
     assert texts[:3] == [wanted] * 3 and texts[3].endswith("user\nHow many?<|im_end|>\n<|im_start|>assistant\n")
     assert {tokenizer.decode(pair.chosen_ids) for pair in pairs} == {"6<|im_end|>"}
     rows[0]["prompt"] = [said[0], {"role": "user", "content": "How <|im_end|> many?"}]
-    with pytest.raises(ConfigError, match="line 1: one of several turns holds a special token's name; leave"):
+    with pytest.raises(ConfigError, match="line 1: several turns must not hold the special token .*; leave"):
         read(settings_for(tmp_path / "pairs.jsonl", rows, f"model.path={tmp_path}/model"))
 
 
@@ -169,7 +169,7 @@ USER, ASSISTANT = ({"role": role, "content": "6"} for role in ("user", "assistan
         (TEXT | {"chosen": [USER]}, "an answer of the assistant's"),
         (TEXT | {"prompt": [ASSISTANT]}, "expected a prompt that ends with the user's turn"),
         (TEXT | {"chosen": [USER, ASSISTANT]}, "answer different conversations"),
-        (TEXT | {"prompt": [USER, ASSISTANT, USER]}, "several turns needs a model with a chat template"),
+        (TEXT | {"prompt": [USER, ASSISTANT, USER]}, "several turns need a model with a chat template"),
     ],
 )
 def test_a_bad_line_is_named_before_anything_runs(row, message, tmp_path):

@@ -97,8 +97,8 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, turns: Turns) -> tuple[int, .
     """A conversation's token ids up to where the answer begins. One turn is encoded as a problem of a task is."""
     if len(turns) == 1:
         return tuple(encode_texts(tokenizer, {"": turns[0]["content"]})[""])
-    if not tokenizer.chat_template:
-        raise ValueError("a conversation of several turns needs a model with a chat template; leave this line out")
-    if any(name in turn["content"] for turn in turns for name in special_names(tokenizer).values()):
-        raise ValueError("one of several turns holds a special token's name; leave this line out")
+    special = [name for name in special_names(tokenizer).values() if any(name in turn["content"] for turn in turns)]
+    if special or not tokenizer.chat_template:
+        why = f"must not hold the special token {special[0]}" if special else "need a model with a chat template"
+        raise ValueError(f"several turns {why}; leave this line out")
     return tuple(text_ids(tokenizer, chat_text(tokenizer, turns, add_generation_prompt=True)))

@@ -91,9 +91,8 @@ class Round(Section):
         """The stage notebooks of such a round, in order."""
         if not self.trains:
             return ["03b_extrapolate", "04_evaluate"]
-        if self.selection == "file":
-            return ["02_pairs", "03_train", "04_evaluate"]
-        return ["01_sample", *(["01b_reward"] if self.has_reward_stage else []), "02_pairs", "03_train", "04_evaluate"]
+        prompts = [] if self.selection == "file" else ["01_sample"]
+        return [*prompts, *(["01b_reward"] if self.has_reward_stage else []), "02_pairs", "03_train", "04_evaluate"]
 
 
 class Method(Section):

@@ -362,14 +362,13 @@ def train(
         )
     recorder = Recorder(folder, config.eval_every, score, watch, show, stop_after)
     lasting = Path(re.sub(r"/\.\w+\.partial\b", "", str(folder)))  # a stage's own folder, for that which goes with it
-    shown = {"report_to": [*config.report_to], "run_name": relative(lasting)}
+    own = {"report_to": [*config.report_to], "run_name": relative(lasting)}
+    own["save_strategy"] = "no"  # the recorder asks for checkpoints
     if config.report_to:
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(lasting / "tensorboard")
     trainer = engine(
         model,
-        trainer_arguments(
-            folder, config, steps, seed, save_strategy="no", **shown
-        ),  # the recorder asks for checkpoints
+        trainer_arguments(folder, config, steps, seed, **own),
         train_dataset=[pairs[i] for i in order],
         callbacks=[recorder],
         loss=loss,

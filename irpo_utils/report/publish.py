@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from ..files import NOTEBOOKS, OUTPUTS, ConfigError, MissingArtefact, load_object, relative, write_jsonl, write_text
 from ..model.records import Pair
@@ -16,9 +14,7 @@ from ..run.store import Stage, run_folder
 from .cards import model_card, pairs_card
 
 EXPORT = "export: used as export RUN FOLDER [method=irpo] [seed=0] [iteration=1] [push=OWNER/NAME]"
-PAIRS = (
-    "pairs: used as pairs RUN FILE [method=irpo] [seed=0] [iteration=1] [form=text|messages|sharegpt] [push=OWNER/NAME]"
-)
+PAIRS = "pairs: used as pairs RUN FILE [method= seed= iteration=] [form=text|messages|sharegpt] [push=OWNER/NAME]"
 EXTRAPOLATE = "extrapolate: used as extrapolate TH1 TH0|base TARGET [a=0.3] [model.path=... model.dtype=...]"
 TABLES = ("*.csv", "*.png", "table.txt", "methods.txt", "config.yaml", "*.ipynb")  # beside the methods' folders
 FACTS = ("evaluation", "audit", "training", "reward")
@@ -56,14 +52,12 @@ def pairs(arguments: list[str]) -> int:
     stage, target, settings = round_of(PAIRS, arguments, "form", "push")
     if (form := settings.get("form", "text")) not in FORMS:
         raise ConfigError(f"pairs: form: one of {', '.join(FORMS)}, got {form!r}")
-    about = target.with_suffix(".md")
+    about = target.with_name(f"{target.name}.md")
     if target.exists() or about.exists():
         raise ConfigError(f"pairs: {target} or {about.name} is there already; name a new file")
     found = Pair.read(stage.folder / "pairs.jsonl", "02_pairs.ipynb")
     if not all(pair.rejected_ids for pair in found):
-        raise ConfigError(
-            f"pairs: round {stage.iteration} of {stage.method} trains on single responses; take a method that has pairs"
-        )
+        raise ConfigError(f"pairs: round {stage.iteration} of {stage.method} rejects nothing; take one that has pairs")
     write_jsonl(target, map(FORMS[form], found))
     pairs_card(stage, about, form)
     if "push" in settings:
@@ -73,16 +67,16 @@ def pairs(arguments: list[str]) -> int:
 
 
 # How a pair is written: TRL's two forms, and LLaMA-Factory's ShareGPT form. The prompt is the text before the chat template.
-FORMS: dict[str, Callable[[Pair], dict[str, Any]]] = {
+FORMS = {
     "text": lambda p: {"prompt": p.prompt, "chosen": p.chosen, "rejected": p.rejected},
     "messages": lambda p: {
         name: [{"role": role, "content": getattr(p, name)}]
         for name, role in (("prompt", "user"), ("chosen", "assistant"), ("rejected", "assistant"))
     },
-    "sharegpt": lambda p: {
-        "conversations": [{"from": "human", "value": p.prompt}],
-        **{name: {"from": "gpt", "value": getattr(p, name)} for name in ("chosen", "rejected")},
-    },
+    "sharegpt": lambda p: (
+        {"conversations": [{"from": "human", "value": p.prompt}]}
+        | {name: {"from": "gpt", "value": getattr(p, name)} for name in ("chosen", "rejected")}
+    ),
 }
 
 
@@ -118,8 +112,7 @@ def push(name: str, kind: str, files: dict[str, Path]) -> None:
         operations = [add(path_in_repo=as_named, path_or_fileobj=path) for as_named, path in files.items()]
         print(hub.create_commit(name, operations, commit_message="From a run of irpo_utils", repo_type=kind).repo_url)
     except Exception as error:  # of HTTP, of the connection, of a name that is none
-        folder = next(iter(files.values())).parent
-        hint = f"the files are in {folder}; `hf auth login`, then `hf upload` sends them"
+        hint = f"the files are in {next(iter(files.values())).parent}; `hf auth login`, then `hf upload` sends them"
         raise ConfigError(f"push: {name}: {error}\n{hint}") from None
 
 

@@ -20,8 +20,8 @@ class PairsStage(Stage):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.on_file = self.choices.selection == "file"
-        self.reads_problems = self.loads_model = self.on_file  # to encode its texts, and to leave dev and test out
+        # Of a file texts are encoded, and questions of dev and test left out.
+        self.on_file = self.reads_problems = self.loads_model = self.choices.selection == "file"
 
     def reads(self) -> dict[str, tuple[Path, str]]:
         if self.on_file:
