@@ -27,7 +27,8 @@ HELP = """usage: ./run_all.sh [preset] [key=value ...]     run the loop, skip wh
        ./run_all.sh --site                        build the book of the project -> outputs/site/index.html
        ./run_all.sh --gpu-check                   what a GPU is to show, in nine minutes -> outputs/gpu/gpu.json
        ./run_all.sh --publish RUN                 copy a run's small artefacts to outputs/reference/RUN
-       ./run_all.sh export RUN FOLDER [method=irpo seed=0 iteration=3]   write M_t as one whole model in bfloat16
+       ./run_all.sh export RUN FOLDER [method=irpo seed=0 iteration=3 push=OWNER/NAME]   write M_t as one whole model
+       ./run_all.sh pairs RUN FILE [method=irpo seed=0 iteration=1 form=text]   write a round's pairs as preference data
        ./run_all.sh extrapolate TH1 TH0|base FOLDER [a=0.3]   ExPO: write TH1 + a (TH1 - TH0), both folders of policies
        ./run_all.sh grade --task gsm8k FILE.jsonl       grade any responses (see grade --help)
        ./run_all.sh --test                        run the tests
@@ -46,6 +47,7 @@ COMMANDS = {
     "lab": "irpo_utils.run.lab:main",
     "grade": "irpo_utils.run.grade:main",
     "export": "irpo_utils.report.publish:export",
+    "pairs": "irpo_utils.report.publish:pairs",
     "extrapolate": "irpo_utils.report.publish:extrapolate",
     "--site": "irpo_utils.site.build:main",
     "--gpu-check": "irpo_utils.extras.gpu_check:main",

@@ -16,8 +16,8 @@ from pydantic.fields import FieldInfo
 
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM has room for
 EXECUTIONS = ("isolated", "i-accept-the-risk")  # how sampled programs are run, see extras/code/sandbox.py
-# Parameters that say where something is computed and not what comes of it: they are in no stage's key.
-PLACES = {"sampling": ("url", "workers", "gpus_per_worker")}
+# Parameters that say where something is computed or shown, and not what comes of it: they are in no stage's key.
+PLACES = {"sampling": ("url", "workers", "gpus_per_worker"), "train": ("report_to",)}
 
 
 def _several(value: Any) -> Any:
@@ -162,6 +162,7 @@ class SamplingConfig(Section):
 
 
 class PairsConfig(Section):
+    file: str = ""  # preference data, a file or a hub data set, that is trained on in place of the model's own samples
     k: Count = 8  # K: pairs of each problem, at most
     eta: Positive = 0.2  # least difference of two rewards that makes a pair, where rewards are not just right and wrong
     least_votes: Share = 0.5  # least share of a problem's samples that a winner by votes has
@@ -238,6 +239,7 @@ class TrainConfig(Section):
     )
     optimizer: Literal["adamw", "paged_adamw_8bit", "auto"] = "adamw"  # "auto": the latter where CUDA is
     gradient_checkpointing: bool = False  # less memory, about a third more time
+    report_to: Names = ()  # where the steps are shown as they come: tensorboard, wandb, trackio; no result depends on it
 
     @model_validator(mode="after")
     def _divides(self) -> Self:

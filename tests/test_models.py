@@ -7,15 +7,19 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import TrainerCallback
+from transformers.integrations import integration_utils
 
-from irpo_utils.files import read_jsonl
+from irpo_utils.files import ConfigError, read_jsonl, relative
 from irpo_utils.methods.parts import LOSSES
 from irpo_utils.methods.sampler import Sampler
 from irpo_utils.methods.select import cyclic_pairs
 from irpo_utils.model import load, logprobs, losses, packaged, sampling, schedule, training
 from irpo_utils.model.prompts import encode_prompts, stop_ids
 from irpo_utils.model.records import Pair
+from irpo_utils.run import driver
 from irpo_utils.run.config import dump
+from irpo_utils.run.presets import load_preset
 from irpo_utils.run.stages import TrainStage
 from irpo_utils.settings import ModelConfig, TrainConfig
 from irpo_utils.tasks import get_task
@@ -85,6 +89,57 @@ def test_training_starts_at_ln2_learns_and_is_repeatable(config, pairs, tmp_path
     assert finals[0] == finals[1]
     steps = read_jsonl(tmp_path / "first" / "steps.jsonl")
     assert steps[-1]["margin"] > steps[0]["margin"]
+
+
+def reported(config, names):
+    """The configuration with training shown at `names`."""
+    return config.but(train=config.train.but(report_to=names, eval_every=3, max_steps=6))
+
+
+def test_steps_are_reported_through_the_callbacks_and_change_nothing(config, pairs, tmp_path, monkeypatch):
+    """transformers' callback of a name gets every step's record; the weights and the records are the same bytes."""
+    told = []
+
+    class Listener(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            told.append((args.run_name, state.global_step, dict(logs)))
+
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "wandb", Listener)
+    found = []
+    for names in ((), ("wandb",)):
+        folder = tmp_path / f"m{len(names)}" / ".03_train.partial"
+        run(fresh(config, threads=1), pairs, folder, reported(config, names), score=lambda policy: 0.5)
+        found.append([(folder / name).read_bytes() for name in ("best/adapter_model.safetensors", "steps.jsonl")])
+        assert told if names else not told
+    assert found[0] == found[1]
+    steps = [logs for _, _, logs in told if "dpo" in logs]
+    assert [{"step": i, **logs} for i, logs in enumerate(steps, 1)] == [
+        row | {"epoch": logs["epoch"]}
+        for row, logs in zip(map(json.loads, found[0][1].splitlines()), steps, strict=True)
+    ]
+    assert {"loss", "dpo", "nll", "margin", "chosen_logp", "rejected_logp", "dev_greedy"} <= set(steps[2])
+    assert {name for name, _, _ in told} == {relative(tmp_path / "m1")}
+
+
+def test_tensorboard_gets_the_steps(config, pairs, tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "")  # so that it is put back
+    folder = tmp_path / ".03_train.partial"
+    run(fresh(config, threads=1), pairs, folder, reported(config, ("tensorboard",)), score=lambda policy: 0.5)
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    written = [(event.step, event.value) for event in events.Scalars("train/loss")]
+    assert written == [(s["step"], pytest.approx(s["loss"])) for s in read_jsonl(folder / "steps.jsonl")]
+    assert [event.step for event in events.Scalars("train/dev_greedy")] == [3, 6]
+
+
+def test_who_is_told_is_in_no_key_and_a_missing_package_is_named(config, tmp_path, monkeypatch):
+    told, untold = (TrainStage(tmp_path, config=reported(load_preset("micro"), n)) for n in (("wandb",), ()))
+    assert told.parameters() == untold.parameters()
+    monkeypatch.setattr(driver, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="train.report_to: wandb is not installed; pip install wandb"):
+        driver.check_inputs(load_preset("micro", ["irpo.train.report_to=wandb"]))
 
 
 def test_a_run_killed_while_training_ends_the_same(config, pairs, tmp_path):

@@ -265,6 +265,7 @@ def test_the_switch_changes_the_stages_of_rounds_that_draw_and_no_other_s_key(tm
         (["methods=orpo", "iterations=3"], "train.sync_every: round 2 of orpo"),
         (["methods=sft_chosen"], "train.sync_every: round 2 of sft_chosen .* M_t"),
         (["pairs.max_pairs=9"], "pairs.max_pairs: .*train.sync_every"),
+        (["pairs.file=x.jsonl"], "pairs.file: .*train.sync_every"),
     ],
 )
 def test_what_cannot_draw_while_it_trains_is_refused(settings, message):

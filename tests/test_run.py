@@ -232,6 +232,10 @@ def test_a_missing_stage_names_its_notebook(tmp_path):
         ),
         (["run=x", "micro"], "a preset's name comes first"),
         (["micro", "jobs=0"], "jobs: expected a number"),
+        (
+            ["micro", "train.report_to=paper"],
+            "train.report_to: paper is not installed, but one of tensorboard, wandb, trackio can be",
+        ),
         (["--tset"], "unrecognized arguments: --tset; see ./run_all.sh --help"),
     ],
 )

@@ -108,6 +108,8 @@ SELECTIONS = {
         hint="take the reward process, train its model longer (process.max_epochs)",
     ),
     "thoughts": Selection("irpo_utils.methods.select:thoughts_of", continues=True, hint="take the reward likelihood"),
+    # What `pairs.file` makes of every method; the function reads the whole file, and is called by the stage itself.
+    "file": Selection("irpo_utils.methods.preferences:read", samples=False, rewards=False),
     "margin": Selection("irpo_utils.methods.select:margin_of", hint="lower pairs.eta"),
 }
 LOSSES = {

@@ -103,7 +103,8 @@ class Round(Section):
             return ["03b_extrapolate", "04_evaluate"]
         if self.is_online(sync_every):
             return ["03c_online", "04_evaluate"]
-        return ["01_sample", *(["01b_reward"] if self.has_reward_stage else []), "02_pairs", "03_train", "04_evaluate"]
+        prompts = [] if self.selection == "file" else ["01_sample"]
+        return [*prompts, *(["01b_reward"] if self.has_reward_stage else []), "02_pairs", "03_train", "04_evaluate"]
 
 
 class Method(Section):
@@ -135,6 +136,11 @@ class Method(Section):
         if t > last and not self.repeat:
             raise ConfigError(f"{self.label} makes {last} round{'s' * (last > 1)}, there is no round {t}")
         return self.rounds[t - 1 if t <= last else last - self.repeat + (t - last - 1) % self.repeat]
+
+    def on_file(self) -> Self:
+        """The same losses on pairs of a file: nothing is drawn, and reward and selection have no part in it."""
+        own = {"reward": "none", "selection": "file", "accumulate": False}
+        return self.but(rounds=tuple(choices.but(**own) if choices.trains else choices for choices in self.rounds))
 
     def count(self, iterations: int) -> int:
         """How many rounds it makes of so many iterations."""

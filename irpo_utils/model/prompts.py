@@ -14,11 +14,15 @@ from .load import base_path
 
 
 def encode_prompts(task: Task, tokenizer: PreTrainedTokenizerBase, problems: list[Problem]) -> dict[str, list[int]]:
-    """Problem id -> prompt token ids, through the chat template where there is one, else as plain text.
+    """Problem id -> prompt token ids."""
+    return encode_texts(tokenizer, {p.id: task.prompt(p) for p in problems})
+
+
+def encode_texts(tokenizer: PreTrainedTokenizerBase, prompts: dict[str, str]) -> dict[str, list[int]]:
+    """Name -> token ids of a prompt, through the chat template where there is one, else as plain text.
 
     Either way there is one BOS. What a problem says is text: a special token's name in it is no special token.
     """
-    prompts = {p.id: task.prompt(p) for p in problems}
     if not tokenizer.chat_template:
         return {name: text_ids(tokenizer, text, bos=True) for name, text in prompts.items()}
     around = chat_prompt(tokenizer, PLACE).split(PLACE)

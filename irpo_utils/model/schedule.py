@@ -47,13 +47,13 @@ def sorted_in_batches(order: list[int], batch: int, key: Callable[[int], Any]) -
     return [i for first in range(0, len(order), batch) for i in sorted(order[first : first + batch], key=key)]
 
 
-def trainer_arguments(folder: Path, config: TrainConfig, steps: int, seed: int, **saving: Any) -> TrainingArguments:
+def trainer_arguments(folder: Path, config: TrainConfig, steps: int, seed: int, **more: Any) -> TrainingArguments:
     """How every model here is trained: `steps` batches in the order given, at a rate that warms up and falls to 0.
 
     Several processes take a batch's micro-batches in turn.
 
     Args:
-        folder: gets `checkpoints/`. saving: when checkpoints are written, as `TrainingArguments` takes it.
+        folder: gets `checkpoints/`. more: when checkpoints are written, and who is told, as `TrainingArguments` takes it.
     """
     count = processes.world_size()
     micro_batch = config.own_micro_batch(count)
@@ -74,12 +74,11 @@ def trainer_arguments(folder: Path, config: TrainConfig, steps: int, seed: int, 
         train_sampling_strategy="sequential",  # the order is the shuffle, so that a resumed run sees the same batches
         save_total_limit=2,  # the one before goes only after the new one has its mark
         logging_strategy="no",
-        report_to=[],
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=False,
         seed=seed,
-        **saving,
+        **{"report_to": [], **more},
     )
     arguments._n_gpu = 1  # one process, one device: the Trainer would split batches over all GPUs that it sees
     return arguments

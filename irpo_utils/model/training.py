@@ -11,6 +11,8 @@ import contextlib
 import hashlib
 import json
 import math
+import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -22,7 +24,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, PrinterCallback, Trainer
 
-from ..files import write_json, write_jsonl
+from ..files import relative, write_json, write_jsonl
 from ..progress import counting
 from ..settings import TrainConfig
 from .load import save
@@ -183,6 +185,8 @@ class Recorder(Mark):
             return
         with open(self.folder / "steps.jsonl", "a") as f:
             f.write(json.dumps(row) + "\n")
+        if args.report_to:
+            self.trainer.log({name: value for name, value in row.items() if name != "step"})
         if "dev_greedy" in row:
             self.show(f"step {step}/{state.max_steps}  loss {row['loss']:.3f}  dev {row['dev_greedy']:.1%}")
 
@@ -415,9 +419,14 @@ def train(
 
         engine = partial(OnlineTrainer, draw=referenced, every=config.sync_every, count=len(pairs))
     recorder = Recorder(folder, config.eval_every, score, watch, show, stop_after)
+    lasting = Path(re.sub(r"/\.\w+\.partial\b", "", str(folder)))  # a stage's own folder, for that which goes with it
+    own = {"report_to": [*config.report_to], "run_name": relative(lasting)}
+    own["save_strategy"] = "no"  # the recorder asks for checkpoints
+    if config.report_to:
+        os.environ["TENSORBOARD_LOGGING_DIR"] = str(lasting / "tensorboard")
     trainer = engine(
         model,
-        trainer_arguments(folder, config, steps, seed, save_strategy="no"),  # the recorder asks for checkpoints
+        trainer_arguments(folder, config, steps, seed, **own),
         train_dataset=examples,
         callbacks=[recorder],
         loss=loss,

@@ -187,7 +187,7 @@ def trained_on(run: Path, config: Config) -> pd.DataFrame | None:
 
     rows = []
     for method, seed, t, choices in all_rounds(config):
-        if not choices.trains:
+        if not choices.trains or choices.selection == "file":  # whose problems the task does not know
             continue
         task, problems = drawn(config.for_seed(seed).task)
         pairs = Pair.read(PairsStage(run, method, seed, t, config).path("pairs.jsonl"), "02_pairs.ipynb")
@@ -195,6 +195,8 @@ def trained_on(run: Path, config: Config) -> pd.DataFrame | None:
         checked = [task.check_steps(problems[pair.problem], pair.chosen) for pair in pairs]
         clean = sum(all(verdict == "right" for _, verdict in steps) for steps in checked)
         rows.append({"method": method, "iteration": t, "records": len(pairs), "clean": clean / len(pairs)})
+    if not rows:
+        return None
     mean = pd.DataFrame(rows).groupby(["method", "iteration"], sort=False).mean().unstack("iteration")
     table = pd.DataFrame({"method": [config.recipe(m).label for m in mean.index]})
     for t in mean.clean:

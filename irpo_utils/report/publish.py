@@ -1,4 +1,4 @@
-"""What leaves a run: its small artefacts for the repository (`publish`), and models (`export`, `extrapolate`)."""
+"""What leaves a run: small artefacts for the repository (`publish`), models (`export`, `extrapolate`), preference data (`pairs`)."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import math
 import shutil
 from pathlib import Path
 
-from ..files import NOTEBOOKS, OUTPUTS, ConfigError, MissingArtefact, load_object, relative, write_text
+from ..files import NOTEBOOKS, OUTPUTS, ConfigError, MissingArtefact, load_object, relative, write_jsonl, write_text
+from ..model.records import Pair
 from ..run.config import configured, read_config
 from ..run.presets import key_values
 from ..run.store import Stage, run_folder
+from .cards import model_card, pairs_card
 
-EXPORT = "export: used as export RUN FOLDER [method=irpo] [seed=0] [iteration=1]"
+EXPORT = "export: used as export RUN FOLDER [method=irpo] [seed=0] [iteration=1] [push=OWNER/NAME]"
+PAIRS = "pairs: used as pairs RUN FILE [method= seed= iteration=] [form=text|messages|sharegpt] [push=OWNER/NAME]"
 EXTRAPOLATE = "extrapolate: used as extrapolate TH1 TH0|base TARGET [a=0.3] [model.path=... model.dtype=...]"
 TABLES = ("*.csv", "*.png", "table.txt", "methods.txt", "config.yaml", "*.ipynb")  # beside the methods' folders
 FACTS = ("evaluation", "audit", "training", "reward")
@@ -20,31 +23,61 @@ LARGEST_ADAPTER = 12e6  # bytes, before it is rounded
 
 
 def export(arguments: list[str]) -> int:
-    """`export RUN FOLDER [method=...] [seed=...] [iteration=...]`: write M_t as one whole model.
+    """`export RUN FOLDER [method=...] [seed=...] [iteration=...] [push=...]`: write M_t as one whole model, with a card.
 
     Raises:
         ConfigError: an argument is wrong, or the folder is not empty. MissingArtefact: there is no such run or model.
     """
-    names, settings = split(arguments)
-    if len(names) != 2 or not set(settings) <= {"method", "seed", "iteration"}:
-        raise ConfigError(EXPORT)
-    run, target = run_folder(names[0]), Path(names[1]).expanduser().resolve()
-    if not (run / "config.yaml").is_file():
-        raise MissingArtefact(f"{relative(run)} is no run; see outputs/ for those there are")
-    config = read_config(run / "config.yaml")
-    method = settings.get("method", config.methods[0])
-    try:
-        seed, t = (int(settings.get(k, v)) for k, v in (("seed", 0), ("iteration", config.rounds(method))))
-    except ValueError:
-        raise ConfigError(f"export: no such method, seed or iteration: {settings}") from None
-    policy = Stage(run, method, seed, t, config).folder_of(t) / "adapter"
+    stage, target, settings = round_of(EXPORT, arguments, "push")
+    policy = stage.folder / "adapter"
     if not policy.is_dir():
         raise MissingArtefact(f"{relative(policy)} is missing; run that iteration first")
     check_new("export", target)
     # By name, so that publishing does not wait for torch.
-    load_object("irpo_utils.model.load:export")(config.for_seed(seed).model, policy, target)
+    load_object("irpo_utils.model.load:export")(stage.config.model, policy, target)
+    model_card(stage, target / "README.md")
+    if "push" in settings:
+        push(settings["push"], "model", {path.name: path for path in sorted(target.iterdir())})
     print(f'{target}: load it with AutoModelForCausalLM.from_pretrained("{target}", dtype="bfloat16")')
     return 0
+
+
+def pairs(arguments: list[str]) -> int:
+    """`pairs RUN FILE [method=...] [seed=...] [iteration=...] [form=...] [push=...]`: write a round's pairs, with a card.
+
+    Raises:
+        ConfigError: an argument is wrong, the file is there already, or the round rejects nothing. MissingArtefact:
+            there is no such run, or the round has no pairs.
+    """
+    stage, target, settings = round_of(PAIRS, arguments, "form", "push")
+    if (form := settings.get("form", "text")) not in FORMS:
+        raise ConfigError(f"pairs: form: one of {', '.join(FORMS)}, got {form!r}")
+    about = target.with_name(f"{target.name}.md")
+    if target.exists() or about.exists():
+        raise ConfigError(f"pairs: {target} or {about.name} is there already; name a new file")
+    found = Pair.read(stage.folder / "pairs.jsonl", "02_pairs.ipynb")
+    if not all(pair.rejected_ids for pair in found):
+        raise ConfigError(f"pairs: round {stage.iteration} of {stage.method} rejects nothing; take one that has pairs")
+    write_jsonl(target, map(FORMS[form], found))
+    pairs_card(stage, about, form)
+    if "push" in settings:
+        push(settings["push"], "dataset", {"train.jsonl": target, "README.md": about})
+    print(f"{target}: {len(found)} pairs, form={form}")
+    return 0
+
+
+# How a pair is written: TRL's two forms, and LLaMA-Factory's ShareGPT form. The prompt is the text before the chat template.
+FORMS = {
+    "text": lambda p: {"prompt": p.prompt, "chosen": p.chosen, "rejected": p.rejected},
+    "messages": lambda p: {
+        name: [{"role": role, "content": getattr(p, name)}]
+        for name, role in (("prompt", "user"), ("chosen", "assistant"), ("rejected", "assistant"))
+    },
+    "sharegpt": lambda p: (
+        {"conversations": [{"from": "human", "value": p.prompt}]}
+        | {name: {"from": "gpt", "value": getattr(p, name)} for name in ("chosen", "rejected")}
+    ),
+}
 
 
 def extrapolate(arguments: list[str]) -> int:
@@ -69,6 +102,40 @@ def extrapolate(arguments: list[str]) -> int:
     write(model, th_1, None if names[1] == "base" else th_0, a, target)
     print(f"{target}: {names[0]} + {a:g} ({names[0]} - {names[1]})")
     return 0
+
+
+def push(name: str, kind: str, files: dict[str, Path]) -> None:
+    """Upload files by their names to the repository OWNER/NAME of the hub, which is made, private, if there is none."""
+    hub, add = load_object("huggingface_hub:HfApi")(), load_object("huggingface_hub:CommitOperationAdd")
+    try:
+        hub.create_repo(name, repo_type=kind, private=True, exist_ok=True)
+        operations = [add(path_in_repo=as_named, path_or_fileobj=path) for as_named, path in files.items()]
+        print(hub.create_commit(name, operations, commit_message="From a run of irpo_utils", repo_type=kind).repo_url)
+    except Exception as error:  # of HTTP, of the connection, of a name that is none
+        hint = f"the files are in {next(iter(files.values())).parent}; `hf auth login`, then `hf upload` sends them"
+        raise ConfigError(f"push: {name}: {error}\n{hint}") from None
+
+
+def round_of(usage: str, arguments: list[str], *more: str) -> tuple[Stage, Path, dict[str, str]]:
+    """The round that `RUN TARGET [method=...] [seed=...] [iteration=...]` names, the target, and the settings.
+
+    Args:
+        usage: the command and how it is used, for the error. more: settings that it takes besides.
+    """
+    names, settings = split(arguments)
+    if len(names) != 2 or not set(settings) <= {"method", "seed", "iteration", *more}:
+        raise ConfigError(usage)
+    run, target = run_folder(names[0]), Path(names[1]).expanduser().resolve()
+    if not (run / "config.yaml").is_file():
+        raise MissingArtefact(f"{relative(run)} is no run; see outputs/ for those there are")
+    config = read_config(run / "config.yaml")
+    method = settings.get("method", config.methods[0])
+    try:
+        seed, t = (int(settings.get(k, v)) for k, v in (("seed", 0), ("iteration", config.rounds(method))))
+    except ValueError:
+        command = usage.partition(":")[0]
+        raise ConfigError(f"{command}: no such method, seed or iteration: {settings}") from None
+    return Stage(run, method, seed, t, config), target, settings
 
 
 def split(arguments: list[str]) -> tuple[list[str], dict[str, str]]:

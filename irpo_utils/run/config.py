@@ -90,7 +90,8 @@ class Config(Settings):
         """Raises ConfigError for a method that there is not."""
         if method not in self.catalogue:
             raise ConfigError(f"method: no method is called {method!r}; there is: {', '.join(self.catalogue)}")
-        return self.catalogue[method]
+        file = self.method_settings.get(method, {}).get("pairs.file", self.pairs.file)
+        return self.catalogue[method].on_file() if file else self.catalogue[method]
 
     def rounds(self, method: str) -> int:
         return self.recipe(method).count(self.iterations)

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
+from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from ..files import (
     source_of,
     write_text,
 )
-from ..methods.parts import COMMANDS, SAMPLERS, WORKERS
+from ..methods.parts import COMMANDS, SAMPLERS, SELECTIONS, WORKERS
 from ..model.packaged import EMBEDDED
 from ..tasks import check_task, get_task
 from ..tasks.base import Problem, Task
@@ -108,11 +109,12 @@ def check_inputs(config: Config, jobs: int = 1) -> list[str]:
     if check := SAMPLERS[config.sampling.engine].check:
         load_object(check)(config.for_seed(0), jobs)
     check_simulator(config)
-    if (config.task.name, config.model.path) in (("word_problems", "seed"), ("stories", "stories")):
-        return []
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     try:
+        check_methods(config)
+        if (config.task.name, config.model.path) in (("word_problems", "seed"), ("stories", "stories")):
+            return []
         task = get_task(config.task)
         problems = check_task(task, config.task.name)
         lines = [", ".join(f"{len(p)} {split} problems" for split, p in problems.items())]
@@ -168,6 +170,18 @@ def check_simulator(config: Config) -> None:
         raise ConfigError(
             f"process.simulator: {name} is no folder with an adapter_config.json or a config.json; name an adapter, a model or a hub name"
         )
+
+
+def check_methods(config: Config) -> None:
+    """Raise a ValueError for preference data that cannot be trained on, or a reporter of steps that is not there."""
+    for name in config.methods:
+        own = config.for_round(name, 1).for_seed(0)
+        for tool in own.train.report_to:
+            if tool not in REPORTERS or find_spec(tool) is None:
+                hint = f"; pip install {tool}" if tool in REPORTERS else f", but one of {', '.join(REPORTERS)} can be"
+                raise ConfigError(f"train.report_to: {tool} is not installed{hint}")
+        if config.recipe(name).round(1).selection == "file":
+            load_object(SELECTIONS["file"].where)(own)
 
 
 def check_gold(config: Config, problems: dict[str, list[Problem]]) -> list[str]:
@@ -270,6 +284,7 @@ def run_in_turn(plans: list[list[Stage]]) -> list[str]:
 
 
 OPEN_FILES = 256
+REPORTERS = ("tensorboard", "wandb", "trackio")  # packages that transformers has a callback for, by its own name
 LONG = 600.0  # seconds of finished work that are not replaced without being asked for
 
 

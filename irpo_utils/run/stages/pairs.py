@@ -11,14 +11,21 @@ from ...files import write_json
 from ...methods import parts
 from ...methods.select import select
 from ...model.records import Pair, Record
-from ..store import Stage
+from ..store import Stage, problem_files
 
 
 class PairsStage(Stage):
     name = "02_pairs"
     reads_problems = loads_model = False  # prompts and samples say all that it needs of them
 
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        # Of a file texts are encoded, and questions of dev and test left out.
+        self.on_file = self.reads_problems = self.loads_model = self.choices.selection == "file"
+
     def reads(self) -> dict[str, tuple[Path, str]]:
+        if self.on_file:
+            return {}
         drawn = self.samples_folder()
         found = {"prompts": (drawn / "prompts.jsonl", "01_sample.ipynb")}
         if self.choices.has_reward_stage:
@@ -35,14 +42,24 @@ class PairsStage(Stage):
 
     def parameters(self) -> dict[str, Any]:
         chosen = {"selection": self.choices.selection, "accumulate": self.choices.accumulate}
+        if self.on_file:
+            chosen |= {"loss": self.choices.loss} | self.task_parameters(unused="train")
+            chosen |= self.section("model", only=["path", "trust_remote_code"])
         return self.section("pairs") | chosen | {"seed": self.seed, "iteration": self.iteration}
 
     def uses(self) -> list[str]:
         return [parts.part("selection", self.choices.selection).where]
 
+    def configured_files(self) -> dict[str, str]:
+        return super().configured_files() | problem_files((self.config.pairs.file,) if self.on_file else ())
+
     def make(self) -> None:
-        samples = self.samples()
-        pairs, audit = select(self.choices.selection, samples, self.prompts(), self.config.pairs, self.random_seed(1))
+        samples, settings, seed = self.samples(), self.config.pairs, self.random_seed(1)
+        if self.on_file:
+            read, imitates = self.choices.part("selection").load(), not self.choices.part("loss").pairs
+            pairs, audit = read(self.config, imitates, seed)
+        else:
+            pairs, audit = select(self.choices.selection, samples, self.prompts(), settings, seed)
         if samples:
             audit["drawn_tokens"] = sum(len(s.token_ids) for own in samples.values() for s in own if not s.extra)
         if "earlier" in self.reads():
