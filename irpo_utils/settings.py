@@ -322,10 +322,9 @@ class Settings(Section):
                 "train.shard: for an adapter on a base that is not quantized; "
                 "set model.quantize=none and model.tuning=lora"
             )
-        if self.pairs.max_pairs and self.train.sync_every:
-            raise ValueError(
-                "pairs.max_pairs: a round with train.sync_every draws as many as it trains on; leave it at 0"
-            )
+        if (self.pairs.max_pairs or self.pairs.file) and self.train.sync_every:
+            name = "pairs.file" if self.pairs.file else "pairs.max_pairs"
+            raise ValueError(f"{name}: a round with train.sync_every draws just what it trains on; set one of the two")
         if self.sampling.engine != "transformers" and self.train.sync_every:
             raise ValueError(
                 "train.sync_every: the policy that is trained draws by itself; set sampling.engine=transformers"

@@ -133,7 +133,9 @@ def test_only_one_process_is_at_work_on_a_stage(run, monkeypatch):
     )
     with subprocess.Popen([sys.executable, "-c", other, str(run)], cwd=ROOT, stdout=subprocess.PIPE) as process:
         assert process.stdout.readline() == b"begun\n"
-        with pytest.raises(Busy, match=rf"process {process.pid} \(.*\) is at work in .*iteration_1; wait for it"):
+        with pytest.raises(
+            Busy, match=rf"process {process.pid} of \S+ \(.*\) is at work in .*iteration_1; wait for it"
+        ):
             PairsStage(run).begin()
         process.kill()
     made(run)
