@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import shutil
 from dataclasses import replace
 
 import pandas as pd
@@ -12,7 +13,7 @@ from conftest import OUTPUTS, drive, remove_run
 from hypothesis import given
 from hypothesis import strategies as st
 
-from irpo_utils.files import NOTEBOOKS, ConfigError, read_jsonl
+from irpo_utils.files import NOTEBOOKS, ConfigError, read_jsonl, write_text
 from irpo_utils.methods.online import Draws
 from irpo_utils.methods.sampler import Sampler
 from irpo_utils.methods.select import group_of, group_scaled_of
@@ -21,6 +22,7 @@ from irpo_utils.model.logprobs import pair_batch
 from irpo_utils.model.losses import Scores, dpo_nll, policy_gradient, policy_gradient_mean
 from irpo_utils.model.records import Pair, Sample
 from irpo_utils.model.training import batch_losses
+from irpo_utils.run.config import dump, read_config
 from irpo_utils.run.notebooks import run_notebook
 from irpo_utils.run.presets import load_preset
 from irpo_utils.run.stages import OnlineStage, TrainStage, plan
@@ -325,3 +327,18 @@ def test_a_loss_that_ignores_advantages_is_refused(tmp_path):
     (tmp_path / "mine.yaml").write_text(json.dumps({"mine": {"label": "mine", "rounds": [chosen]}}))
     with pytest.raises(ConfigError, match="'group' gives advantages, which the loss 'nll' ignores"):
         load_preset("micro", [f"recipes={tmp_path / 'mine.yaml'}", "methods=mine"])
+
+
+def test_going_back_to_offline_counts_and_removes_what_the_online_round_left(runs, tmp_path):
+    """One round's files are of one kind of round: the others' manifests and notebooks would lie."""
+    run = tmp_path / "run"
+    shutil.copytree(runs[6], run)
+    config = read_config(run / "config.yaml", [("train.sync_every", "0")])
+    write_text(run / "config.yaml", dump(config))
+    online = run / "irpo/seed_0/iteration_1/03c_online.manifest.json"
+    sample, pairs, train = (stage for stage in plan(config, run, "irpo", 0) if stage.name[:2] in ("01", "02", "03"))
+    assert set(pairs.replaced()) == set(train.replaced()) == {online} and not sample.replaced()
+    for stage in (sample, pairs):
+        stage.begin().run()
+        stage.finish()
+    assert not online.exists() and not online.with_name("03c_online.ipynb").exists() and pairs.is_done()

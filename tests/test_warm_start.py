@@ -96,3 +96,12 @@ def test_what_leaves_the_loop_no_problem_is_refused(tmp_path):
     for count, message in ((12, "the warm start takes all 12 training problems"), (7, "not all of the first 7")):
         with pytest.raises(ValueError, match=f"warm_start.problems: {message}"):
             check_gold(load_preset("micro", [*task, f"warm_start.problems={count}"]), problems)
+
+
+def test_each_seed_has_its_own_problems_and_base_where_the_loop_has(tmp_path):
+    config = load_preset("micro", [*SETTINGS, "task.by_seed=true", "model.path=models/m-{seed}", "seeds=2"])
+    warm, sample, *_ = (
+        stage for stage in plan(config, tmp_path, "irpo", 1) if stage.name in ("00_warm_start", "01_sample")
+    )
+    assert warm.config.task == sample.config.task and warm.config.model.path == "models/m-1"
+    assert warm.config.train.max_steps == 4

@@ -14,6 +14,7 @@ from contextlib import nullcontext
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from ..files import (
     NOTEBOOKS,
@@ -301,11 +302,11 @@ def changes(run: Path, config: Config, plans: list[list[Stage]], replaces: bool)
         lines = [f"changed since this run's last start: {'; '.join(found)}"] if found else []
     except ConfigError:
         lines = ["this run was started by another version of the project"]
-    seconds, names = 0.0, []
+    lost: dict[Path, dict[str, Any]] = {}
     for stage, found, before in with_reasons(plans):
-        if (found or before) and (manifest := stage.manifest()):
-            names.append(stage.label())
-            seconds += manifest.get("seconds", 0.0)
+        lost |= stage.replaced() if found or before else {}
+    names = [relative(path).removesuffix(".manifest.json") for path in lost]
+    seconds = sum(manifest.get("seconds", 0.0) for manifest in lost.values())
     if not names:
         return lines
     first = "; ".join([*names[:3], *(["..."] if len(names) > 3 else [])])

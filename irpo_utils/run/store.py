@@ -323,13 +323,13 @@ class Stage:
         return self.folder / f"{self.name}.manifest.json"
 
     def manifest(self) -> dict[str, Any] | None:
-        try:
-            manifest = json.loads(self.manifest_path().read_text())
-            whole = all(isinstance(manifest[part], dict) for part in ("key", "outputs"))
-            whole = whole and set(manifest["outputs"]) == set(self.writes())
-            return manifest if whole else None
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):  # none, or damaged: not done
-            return None
+        manifest = read_manifest(self.manifest_path())
+        return manifest if manifest and set(manifest["outputs"]) == set(self.writes()) else None
+
+    def replaced(self) -> dict[Path, dict[str, Any]]:
+        """The manifests of what this stage will replace: its own, and those of another kind of round that left such files."""
+        there = {path: read_manifest(path) for path in sorted(self.folder.glob("*.manifest.json"))}
+        return {path: found for path, found in there.items() if found and {*found["outputs"]} & {*self.writes()}}
 
     def is_done(self) -> bool:
         """Whether the manifest names the present inputs and the outputs are as it left them."""
@@ -475,8 +475,9 @@ class Stage:
         self._check_unchanged()
         outputs = {name: file_hash(self.path(name)) for name in self.writes()}
         manifest = {"key": self._key, "outputs": outputs, "seconds": round(self._seconds, 2), **facts}
-        self.manifest_path().unlink(missing_ok=True)
-        remove(self.folder / f"{self.name}.ipynb")  # which shows what was there before
+        for path in {self.manifest_path(), *self.replaced()}:
+            path.unlink(missing_ok=True)
+            remove(Path(str(path).replace(".manifest.json", ".ipynb")))  # which shows what was there before
         for name in outputs:
             replace(self.path(name), self.folder / name)
         write_json(self.manifest_path(), manifest)
@@ -488,6 +489,15 @@ class Stage:
     def load_line(self) -> str:
         """One line of Python that loads M_t elsewhere."""
         return load_line(self.config.model, self.folder / "adapter")
+
+
+def read_manifest(path: Path) -> dict[str, Any] | None:
+    """A manifest; None where there is none, or one that is damaged."""
+    try:
+        manifest = json.loads(path.read_text())
+        return manifest if all(isinstance(manifest[part], dict) for part in ("key", "outputs")) else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 def stages_of_m0(config: Config) -> list[str]:
