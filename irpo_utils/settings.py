@@ -137,6 +137,8 @@ class SamplingConfig(Section):
     )  # per iteration; the last one goes on
     max_new_tokens: Count = 64  # of a response; a longer one is cut off, unfinished
     max_rows: Count = 512  # responses at once, at most
+    # Whether the result behind an arithmetic expression and "=" is computed and not drawn; what is written is not trained on.
+    calculator: bool = False
 
     @property
     def tensor_parallel(self) -> int:
@@ -149,6 +151,10 @@ class SamplingConfig(Section):
         if (self.engine == "server") != bool(self.url):
             raise ValueError(
                 "sampling.url: where the server is, for sampling.engine=server alone, as http://node1:8000"
+            )
+        if self.calculator and self.engine != "transformers":
+            raise ValueError(
+                "sampling.calculator: it writes into responses as they are drawn; set sampling.engine=transformers"
             )
         if self.engine == "server" and self.workers > 1:
             raise ValueError("sampling.workers: a server draws everything at once by itself; leave it at 1")

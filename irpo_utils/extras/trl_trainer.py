@@ -269,6 +269,7 @@ def check(loss: Loss, pairs: list[Pair], has_reference: bool, reference_is_start
         )
     alone = ENGINES[loss][0] is GroupTrainer
     for refused, why in (
+        (any(p.chosen_inserted or p.rejected_inserted for p in pairs), "trl would train on what a calculator wrote"),
         (has_reference and not reference_is_start, "trl's policy starts as its reference, and this method's does not"),
         (
             not alone and not all(pair.rejected_ids for pair in pairs),

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..answers.arithmetic import result_behind
 from ..model.load import load_policy, load_tokenizer
-from ..model.prompts import encode_prompts, encode_response, ending_tokens, stop_ids
+from ..model.prompts import encode_prompts, encode_response, ending_tokens, stop_ids, text_ids
 from ..model.records import Prompt, Record, Sample
 from ..model.sampling import Completion, sample
 from ..progress import counting
@@ -25,6 +27,25 @@ Work = Callable[["Sampler", Any], list[Record]]  # what is done with one chunk
 # (work, path -> chunk) -> the path and the records of every chunk, as they are done
 Spread = Callable[[Work, dict[Path, Any]], Iterator[tuple[Path, list[Record]]]]
 CHUNK = 8  # batches of samples that a killed stage loses at most, for each process that draws
+
+
+@dataclass(frozen=True)
+class Calculator:
+    """Writes the result behind an arithmetic expression and "=", as in GSM8K's solutions (arXiv 2110.14168, 2407.18248)."""
+
+    tokenizer: PreTrainedTokenizerBase
+
+    @cached_property
+    def triggers(self) -> np.ndarray:
+        """The tokens that end with "="."""
+        texts = self.tokenizer.batch_decode([[i] for i in range(len(self.tokenizer))])
+        return np.array([i for i, text in enumerate(texts) if text.rstrip(" ").endswith("=")], dtype=int)
+
+    def __call__(self, token_ids: list[int]) -> list[int]:
+        """A sampling.Insert. Nothing is written that the tokenizer has no tokens for."""
+        text = result_behind(self.tokenizer.decode(token_ids))
+        ids = text_ids(self.tokenizer, text) if text else []
+        return [] if self.tokenizer.unk_token_id in ids else ids
 
 
 @dataclass(frozen=True)
@@ -43,6 +64,10 @@ class Sampler:
         """What asks a model in memory the problems of `task`, and grades its responses."""
         stops = ending_tokens(tokenizer, model.generation_config)
         return cls(partial(sample, model), tokenizer, task, stops, config)
+
+    @cached_property
+    def calculator(self) -> Calculator:
+        return Calculator(self.tokenizer)
 
     def on(self, model: PreTrainedModel) -> Sampler:
         """The same for a model in memory."""
@@ -82,6 +107,7 @@ class Sampler:
                 max_rows=sampling.max_rows if n > 1 else min(256, sampling.max_rows),
                 greedy_too=greedy_too,
                 progress=count.problems,
+                **({"insert": self.calculator} if sampling.calculator else {}),
             )
             for batch in drawn:
                 yield self.graded(
@@ -150,6 +176,7 @@ class Sampler:
                 finished=c.finished,
                 logp=c.logp,
                 token_ids=tuple(c.token_ids),
+                inserted=c.inserted,
             )
             for (p, i, c), text, verdict, other in zip(
                 drawn, texts, flexible if self.config.task.flexible else strict, flexible, strict=True

@@ -318,7 +318,14 @@ def pair_of(prompt: Prompt, chosen: Sample, rejected: Sample | None) -> Pair:
         chosen_logp=chosen.logp,
         rejected_logp=rejected.logp if rejected else None,
         reward_gap=1.0 if chosen.reward is None else chosen.reward - worst,
+        chosen_inserted=inserted(chosen),
+        rejected_inserted=inserted(rejected) if rejected else (),
     )
+
+
+def inserted(sample: Sample) -> tuple[int, ...]:
+    """Numbers of the tokens that a calculator wrote, of those that are left of the response."""
+    return tuple(i for i in sample.inserted if i < len(sample.token_ids))
 
 
 def _nothing(row: parts.Selection, selection: str, audit: Counter[str], golds: int) -> str:

@@ -48,11 +48,12 @@ def padded(rows: Sequence[Sequence[int]], left: bool = False) -> tuple[Tensor, T
     return torch.tensor([pad(row) for row in rows]), torch.tensor([pad([1] * len(row)) for row in rows])
 
 
-def collate(rows: list[Row]) -> dict[str, Tensor]:
+def collate(rows: list[Row], inserted: Sequence[Ids] = ()) -> dict[str, Tensor]:
     """Distinct prompts [prompts, length], and for every row its response [rows, length] and which prompt it has [rows].
 
     Prompts come without their last token, which begins its responses' rows: `fed` is what a row runs on the prompt's
-    cache, and `responses` what it should say, EOS included. The prompt is conditioned on, never scored.
+    cache, and `responses` what it should say, EOS included. The prompt is conditioned on, never scored; nor are a
+    response's tokens with the numbers in `inserted` [rows].
     """
     prompts = list(dict.fromkeys(tuple(prompt) for prompt, _ in rows))
     number = {prompt: i for i, prompt in enumerate(prompts)}
@@ -61,6 +62,8 @@ def collate(rows: list[Row]) -> dict[str, Tensor]:
     prompt_mask[[len(prompt) == 1 for prompt in prompts]] = 0  # a prompt of one token leaves nothing to share
     batch = {"prompts": prompt_ids, "prompt_mask": prompt_mask}
     batch["responses"], batch["scored"] = padded([response for _, response in rows])
+    for row, numbers in enumerate(inserted):
+        batch["scored"][row, list(numbers)] = 0
     batch["fed"], _ = padded([[prompt[-1], *response[:-1]] for prompt, response in rows])
     return batch | {"owner": torch.tensor([number[tuple(prompt)] for prompt, _ in rows])}
 
@@ -264,15 +267,21 @@ def reference_logps(model: PreTrainedModel, pairs: list[Pair], max_rows: int = 6
     Each distinct response is scored once, `max_rows` of them at a time.
     """
     prompts: dict[tuple[str, Ids], Ids] = {}
+    inserted: dict[tuple[str, Ids], Ids] = {}
     for p in pairs:
-        prompts |= {(p.problem, response): p.prompt_ids for response in (p.chosen_ids, p.rejected_ids) if response}
-    scores = distinct_logps(model, prompts, max_rows)
+        for response, numbers in ((p.chosen_ids, p.chosen_inserted), (p.rejected_ids, p.rejected_inserted)):
+            if response:
+                prompts[p.problem, response], inserted[p.problem, response] = p.prompt_ids, numbers
+    scores = distinct_logps(model, prompts, max_rows, inserted)
     return [(scores.get((p.problem, p.chosen_ids), 0.0), scores.get((p.problem, p.rejected_ids), 0.0)) for p in pairs]
 
 
 @torch.no_grad()
 def distinct_logps(
-    model: PreTrainedModel, prompts: dict[tuple[str, Ids], Ids], max_rows: int
+    model: PreTrainedModel,
+    prompts: dict[tuple[str, Ids], Ids],
+    max_rows: int,
+    inserted: dict[tuple[str, Ids], Ids] | None = None,
 ) -> dict[tuple[str, Ids], float]:
     """log p of every response, in nats: (problem, response) -> its prompt, as (problem, response) -> log p.
 
@@ -286,7 +295,8 @@ def distinct_logps(
     with counting("log-probabilities", -(-len(parts) // world_size()), "batches") as count:
 
         def score(part: list[tuple[str, Ids]]) -> list[float]:
-            batch = to_device(collate([(prompts[key], key[1]) for key in part]), model)
+            rows, unscored = [(prompts[key], key[1]) for key in part], [(inserted or {}).get(key, ()) for key in part]
+            batch = to_device(collate(rows, unscored), model)
             logps = through(model, response_logps, batch).tolist()
             count()
             return logps
@@ -305,21 +315,24 @@ def pair_batch(pairs: list[Pair]) -> dict[str, Tensor]:
 
     `chosen` and `rejected` [pairs] are row numbers (`rejected` is -1 where there is none). `reference` [pairs, 2] are
     the reference's log-probabilities, where the pairs have them. `lengths` and `rejected_lengths` [pairs] are the
-    numbers of tokens of the chosen and the rejected responses, `reward_gaps` [pairs] the differences of their rewards.
+    numbers of tokens that are scored of the chosen and the rejected responses, `reward_gaps` [pairs] the differences of their rewards.
     """
     number: dict[tuple[Ids, Ids], int] = {}  # of a row, by its prompt and response
+    inserted: list[Ids] = []  # of a row
 
-    def row(prompt: Ids, response: Ids) -> int:
+    def row(prompt: Ids, response: Ids, unscored: Ids) -> int:
+        if (prompt, response) not in number:
+            inserted.append(unscored)
         return number.setdefault((prompt, response), len(number))
 
-    chosen = [row(p.prompt_ids, p.chosen_ids) for p in pairs]
-    rejected = [row(p.prompt_ids, p.rejected_ids) if p.rejected_ids else -1 for p in pairs]
+    chosen = [row(p.prompt_ids, p.chosen_ids, p.chosen_inserted) for p in pairs]
+    rejected = [row(p.prompt_ids, p.rejected_ids, p.rejected_inserted) if p.rejected_ids else -1 for p in pairs]
     batch = {
-        **collate(list(number)),
+        **collate(list(number), inserted),
         "chosen": torch.tensor(chosen),
         "rejected": torch.tensor(rejected),
-        "lengths": torch.tensor([len(p.chosen_ids) for p in pairs]),
-        "rejected_lengths": torch.tensor([len(p.rejected_ids) for p in pairs]),
+        "lengths": torch.tensor([len(p.chosen_ids) - len(p.chosen_inserted) for p in pairs]),
+        "rejected_lengths": torch.tensor([len(p.rejected_ids) - len(p.rejected_inserted) for p in pairs]),
         "reward_gaps": torch.tensor([p.reward_gap for p in pairs]),
     }
     if pairs[0].reference_chosen is not None:  # a loss without a reference has none scored

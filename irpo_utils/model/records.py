@@ -72,6 +72,7 @@ class Sample(Record):
     token_ids: Ids
     answer_reward: float | None = _SAME  # in a line only where it is not the reward
     extra: bool = False  # drawn on top of the N
+    inserted: Ids = ()  # numbers of its tokens that a calculator wrote
     step_scores: tuple[float, ...] = ()
     step_ends: tuple[int, ...] = ()  # numbers of the tokens that end those steps
     thought: int | None = None  # how many of its tokens come before the gold answer that took the place of its own
@@ -109,5 +110,7 @@ class Pair(Record):
     chosen_logp: float | None  # what the sampler saw; None for gold solutions
     rejected_logp: float | None
     reward_gap: float = 1.0  # by how much the chosen one's reward is above the rejected one's
+    chosen_inserted: Ids = ()  # numbers of the tokens that a calculator wrote, which are not trained on
+    rejected_inserted: Ids = ()
     reference_chosen: float | None = None  # the reference's log-probabilities, once they are scored
     reference_rejected: float | None = None

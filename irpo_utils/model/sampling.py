@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -49,8 +49,9 @@ class Completion:
     """A sampled response: its token ids (EOS included where it came), and log M_t(response | prompt) at T = 1."""
 
     token_ids: list[int]
-    logp: float
+    logp: float  # of the tokens that were drawn
     finished: bool
+    inserted: tuple[int, ...] = ()  # numbers of the tokens that were not
 
 
 def uniforms(seed: int, problem_id: str, n: int, steps: int) -> np.ndarray:
@@ -140,12 +141,22 @@ def pick_bytes(words: int) -> int:
     return words * (24 if words <= SMALL else 12)
 
 
+class Insert(Protocol):
+    """What is written into a response, and not drawn, as a calculator's result."""
+
+    triggers: np.ndarray  # the tokens behind which it is asked
+
+    def __call__(self, token_ids: list[int]) -> Sequence[int]:
+        """The tokens that come behind a response's first ones; none, if it has nothing to write."""
+
+
 class Decoding(NamedTuple):
     """How responses are drawn."""
 
     temperature: float  # 0 is greedy
     eos_ids: Sequence[int]  # what ends a response
     max_new_tokens: int
+    insert: Insert | None = None
 
 
 @torch.inference_mode()
@@ -169,7 +180,7 @@ def sample_batch(
         the completions [problems][samples] of as many problems, from the first on, as went into `capacity` rows; and
         the largest number of rows that there was.
     """
-    temperature, eos_ids, max_new_tokens = decoding
+    temperature, eos_ids, max_new_tokens, insert = decoding
     sample_counts = [len(samples) for samples in noise]
     device, prompt_lengths = next(model.parameters()).device, np.array([len(p) for p in prompts])
     shared, padded = shares_prompts(model), len(set(prompt_lengths)) > 1
@@ -183,7 +194,9 @@ def sample_batch(
     sample_index = np.arange(sum(sample_counts))  # the samples that go on
     row_of_sample = np.repeat(prompt_of_row, sample_counts)  # of those
     noise, forced = np.concatenate(noise), None if forced is None else np.concatenate(forced)
-    tokens_out, logps_out = np.full(noise.shape, -1), np.zeros(len(noise))
+    if insert and forced is None:
+        forced = np.full(noise.shape, -1)
+    tokens_out, logps_out, inserted = np.full(noise.shape, -1), np.zeros(len(noise)), np.zeros(noise.shape, bool)
     with (
         shared_attention(model) if shared else nullcontext(),
         counting("", max_new_tokens, worth=len(prompts)) as count,
@@ -197,6 +210,10 @@ def sample_batch(
                 logps = np.where(fixed, 0.0, logps)
             tokens_out[sample_index, step] = tokens
             logps_out[sample_index] += logps
+            for i in sample_index[np.isin(tokens, insert.triggers)] if insert and step + 1 < max_new_tokens else ():
+                written = insert(tokens_out[i, : step + 1].tolist()) if forced[i, step + 1] < 0 else ()
+                own = slice(step + 1, min(step + 1 + len(written), max_new_tokens))
+                forced[i, own], inserted[i, own] = written[: own.stop - own.start], True
             going_on = ~np.isin(tokens, eos_ids)
             sample_index, row_of_sample, tokens = sample_index[going_on], row_of_sample[going_on], tokens[going_on]
             if step + 1 == max_new_tokens or not len(sample_index):
@@ -228,9 +245,12 @@ def sample_batch(
             logits = out.logits[:, -1]
 
     completions = []
-    for ids, logp in zip(tokens_out[: sum(sample_counts[:done])].tolist(), logps_out.tolist(), strict=False):
+    drawn = zip(tokens_out[: sum(sample_counts[:done])].tolist(), logps_out.tolist(), inserted, strict=False)
+    for ids, logp, written in drawn:
         ids = ids[: ids.index(-1)] if -1 in ids else ids
-        completions.append(Completion(ids, logp, ids[-1] in eos_ids))
+        completions.append(
+            Completion(ids, logp, ids[-1] in eos_ids, tuple(np.flatnonzero(written[: len(ids)]).tolist()))
+        )
     ends = list(accumulate(sample_counts[:done], initial=0))
     return [completions[first:end] for first, end in pairwise(ends)], peak_rows
 
@@ -330,6 +350,7 @@ def sample(
     greedy_too: bool = False,
     progress: Callable[[int, int, float], None] | None = None,
     starts: dict[str, list[list[int]]] | None = None,
+    insert: Insert | None = None,
 ) -> Iterator[dict[str, list[Completion]]]:
     """Sample `n` responses for every prompt, or from every start in `starts`, a batch at a time.
 
@@ -344,6 +365,7 @@ def sample(
         progress: called after each batch with (problems done, problems in all, tokens per second).
         starts: problem id -> the token ids that its responses start with, `n` responses for each; [] is none. They
             count as new tokens. What several have in common is run once, and none changes what another draws.
+        insert: what writes into responses; its tokens count as new ones.
 
     Yields:
         problem id -> its n completions (n + 1 with `greedy_too`), for each batch; with `starts` as many for each of
@@ -356,7 +378,7 @@ def sample(
     check_greedy(n, temperature)
     model.eval()
     eos_ids = [eos_id] if isinstance(eos_id, int) else list(eos_id)
-    decoding = Decoding(temperature, eos_ids, max_new_tokens)
+    decoding = Decoding(temperature, eos_ids, max_new_tokens, insert)
     starts_of = {name: [[]] for name in prompts} if starts is None else starts
     check_starts(starts_of, prompts, eos_ids, max_new_tokens)
     order = sorted(prompts, key=lambda name: (len(prompts[name]), name))

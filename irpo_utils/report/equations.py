@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import ast
-import operator
 import re
 from collections import Counter
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
+
+from ..answers.arithmetic import ARITHMETIC, LONGEST, Step, part_of_more, plain, unrolled
 
 KINDS = {
     "right": "the answer is right",
@@ -23,73 +23,10 @@ KINDS = {
     "went on": "all steps are right, and more follow",
     "last line": "all steps are right, and the final answer is another number",
 }
-OPERATIONS = {
-    ast.Add: ("+", operator.add),
-    ast.Sub: ("-", operator.sub),
-    ast.Mult: ("*", operator.mul),
-    ast.Div: ("/", operator.truediv),
-}
-LONGEST = 200  # characters of a line or an expression that is read
 _SIGNS = str.maketrans({"×": "*", "·": "*", "÷": "/", "–": "-", "−": "-", "$": " "})
 _TIMES = re.compile(r"(?<=[\d)])\s*x\s*(?=[\d(.-])")
 _BULLET = re.compile(r"^\s*(?:[-*]|\d+[.)])\s+(?=.*=)")
-_ARITHMETIC = re.compile(r"[-+*/().\d\s]+$")
 _NUMBER = re.compile(r"\s*(-?(?:\d+\.?\d*|\.\d+))(?![\d,.]*\d|e\d)")
-
-
-class Step(NamedTuple):
-    """One equation, left operation right = result."""
-
-    left: float
-    operation: str
-    right: float
-    result: float
-
-    @property
-    def operands(self) -> list[float]:
-        return sorted((self.left, self.right))
-
-    def same(self, other: Step) -> bool:
-        """Whether both compute the same, whatever result they write; only sums and products may be turned round."""
-        if self.operation != other.operation:
-            return False
-        turned = self.operation in "+*" and self.operands == other.operands
-        return turned or (self.left, self.right) == (other.left, other.right)
-
-
-def unrolled(expression: str) -> tuple[list[Step], float]:
-    """The steps in which an arithmetic expression is computed, none for a number alone; and its value.
-
-    Raises:
-        ValueError: it is more than numbers, brackets and + - * /, it divides by zero, or its numbers are too large.
-    """
-    found: list[Step] = []
-
-    def value(node: ast.expr) -> float:
-        sign = 1
-        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-            sign, node = -1, node.operand
-        if isinstance(node, ast.Constant) and type(node.value) in (int, float):
-            return float(sign * node.value)
-        if sign < 0 or not isinstance(node, ast.BinOp) or type(node.op) not in OPERATIONS:
-            raise ValueError(f"{expression[:80]!r} is more than numbers, brackets and + - * /")
-        name, compute = OPERATIONS[type(node.op)]
-        left, right = value(node.left), value(node.right)
-        found.append(Step(left, name, right, compute(left, right)))
-        return found[-1].result
-
-    try:
-        if len(expression) > LONGEST:
-            raise ValueError(f"{expression[:80]!r}... is longer than {LONGEST} characters")
-        if not _ARITHMETIC.fullmatch(expression):
-            raise ValueError(f"{expression!r} is more than numbers, brackets and + - * /")
-        return found, value(ast.parse(expression.strip(), mode="eval").body)
-    except SyntaxError:
-        raise ValueError(f"{expression!r} is no arithmetic expression") from None
-    except ZeroDivisionError:
-        raise ValueError(f"{expression!r} divides by zero") from None
-    except OverflowError:
-        raise ValueError(f"{expression!r} has too large a number") from None
 
 
 def steps(solution: str) -> list[Step]:
@@ -99,11 +36,11 @@ def steps(solution: str) -> list[Step]:
         line = _BULLET.sub("", line.translate(_SIGNS))
         line = _TIMES.sub(" * ", re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", line))
         for left, right in pairwise(line.split("=")):
-            expression, result = _ARITHMETIC.search(left), _NUMBER.match(right)
+            expression, result = ARITHMETIC.search(left), _NUMBER.match(right)
             if not expression or not result:
                 continue
-            if re.search(r"[\w,%]$", left[: expression.start()]) and not expression[0][0].isspace():
-                continue  # a part of a word or of another number
+            if part_of_more(left, expression):
+                continue
             try:
                 own, _ = unrolled(expression[0])
             except ValueError:
@@ -167,11 +104,3 @@ def solution(expression: str) -> str:
     found, value = unrolled(expression)
     lines = [f"{plain(s.left)} {s.operation} {plain(s.right)} = {plain(s.result)}" for s in found]
     return "\n".join([*lines, f"Final answer: {plain(value)}"])
-
-
-def plain(value: float) -> str:
-    """A number as one writes it, of up to ten digits. Raises ValueError for one that is larger, or smaller but not 0."""
-    text = f"{value:.10g}"
-    if "e" in text:
-        raise ValueError(f"{value} is no number that one writes out")
-    return text

@@ -33,7 +33,7 @@ class EvaluateStage(Stage):
             self.task_parameters(unused="train")
             | self.base_parameters()
             | self.section("evaluation", without=() if self.config.evaluation.test else ("test_size",))
-            | self.section("sampling", only=["max_new_tokens", "max_rows", "engine"])
+            | self.section("sampling", only=["max_new_tokens", "max_rows", "engine", "calculator"])
             | self.common_parameters()
         )
 

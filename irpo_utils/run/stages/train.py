@@ -43,7 +43,7 @@ class TrainStage(Stage):
             self.task_parameters(unused="train test")
             | self.section("model")
             | self.section("train", without=unused)
-            | self.section("sampling", only=["max_new_tokens", "max_rows"])  # of dev scores
+            | self.section("sampling", only=["max_new_tokens", "max_rows", "calculator"])  # of dev scores
             | self.common_parameters()
             | chosen
         )
