@@ -4,6 +4,7 @@ import csv
 import os
 import random
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -291,7 +292,7 @@ def test_a_record_without_its_fields_is_named(tmp_path):
 def test_the_second_run_in_a_folder_refuses():
     with locked(ROOT / "outputs" / "test-busy" / ".lock"):
         done = drive_apart("micro", "run=test-busy")  # a process may take a lock twice
-    assert done.returncode == 2 and f"error: process {os.getpid()} (" in done.stderr
+    assert done.returncode == 2 and f"error: process {os.getpid()} of {socket.gethostname()} (" in done.stderr
     assert ") is at work in outputs/test-busy; wait for it or stop it, or choose another run=" in done.stderr
     remove_run("test-busy")
 

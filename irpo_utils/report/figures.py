@@ -35,7 +35,8 @@ Catalogue = dict[str, "Method"]
 COLORS = BLUE, RED, GREEN, BLACK, ORANGE, SKY, PURPLE = (
     "#0072B2", "#D55E00", "#009E73", "#000000", "#E69F00", "#56B4E9", "#CC79A7",
 )  # fmt: skip
-LINES = (("o", "-"), ("s", "--"), ("^", ":"), ("D", "-."))  # marker and style: the next where the colours are used up
+# Marker and style: the next where the colours are used up.
+LINES = (("o", "-"), ("s", "--"), ("^", ":"), ("D", "-."), ("v", (0, (6, 2, 1, 2, 1, 2))))
 plt.rcParams["axes.prop_cycle"] = plt.cycler(color=COLORS)  # of what a notebook draws itself
 
 WIDE = 5.6  # inches
