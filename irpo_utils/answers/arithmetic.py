@@ -15,6 +15,8 @@ OPERATIONS = {
 }
 LONGEST = 200  # characters of a line or an expression that is read
 ARITHMETIC = re.compile(r"[-+*/().\d\s]+$")
+# An expression at the end that is no part of a longer one: it begins with a number or a bracket.
+WHOLE = re.compile(r"(?:^|[=:<(\n]|[a-z][.!?] )[ \t]*((?:-?[\d.]|\()[-+*/().\d \t]*)$")
 
 
 class Step(NamedTuple):
@@ -80,16 +82,16 @@ def part_of_more(text: str, expression: re.Match[str]) -> bool:
 def result_behind(text: str) -> str:
     """What a calculator writes behind a text: " 6" behind "Half: 12 / 2 =". Nothing unless an expression and "=" end it.
 
-    A blank that stands before "=" is written behind it too.
+    The expression begins the line, or stands behind one of `= : < (` or the end of a sentence. Behind anything else, as
+    "$5 + $", "2 times" or "20 dollars", it may be a part of a longer one. A blank before "=" is written behind it too.
     """
     left, equals, behind = text.rpartition("=")
-    left = left.rsplit("\n", 1)[-1]
-    expression = ARITHMETIC.search(left)
-    if not equals or behind.strip() or not expression or part_of_more(left, expression):
+    whole = WHOLE.search(left)
+    if not equals or behind.strip() or not whole:
         return ""
     try:
-        found, value = unrolled(expression[0])
-        return (" " if left.endswith(" ") and not behind else "") + plain(value) if found else ""
+        found, value = unrolled(whole[1])
+        return (" " if left.endswith(" ") and not behind else "") + plain(value + 0.0) if found else ""  # no -0
     except ValueError:
         return ""
 

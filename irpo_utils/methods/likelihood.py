@@ -36,10 +36,14 @@ def likelihood(job: Job) -> tuple[list[Sample], dict[str, Any]]:
     whole = [answered(tokenizer, s, answers[s.problem], end) for s in drawn]
     thoughts = [(s.problem, s.token_ids[: s.thought]) for s in whole]
 
+    written = {(s.problem, ids): s.inserted for s in whole for ids in (s.token_ids, s.token_ids[: s.thought])}
+
     def logps(policy: Path | None, responses: list[tuple[str, Ids]]) -> dict[tuple[str, Ids], float]:
         model = load_policy(config.model, policy, threads=config.threads)
         prompts = {(name, ids): job.prompts[name].prompt_ids for name, ids in responses if ids}
-        return distinct_logps(model, prompts, 2 * config.train.micro_batch) | {(name, ()): 0.0 for name in answers}
+        return distinct_logps(model, prompts, 2 * config.train.micro_batch, written) | {
+            (name, ()): 0.0 for name in answers
+        }
 
     own = logps(job.policy, [(s.problem, s.token_ids) for s in whole] + thoughts)
     first = own if job.policy == job.m0 else logps(job.m0, thoughts)
@@ -79,5 +83,6 @@ def answered(tokenizer: PreTrainedTokenizerBase, sample: Sample, answer: str, en
         token_ids=(*ids, end),
         answer_reward=1.0,
         extra=True,
+        inserted=tuple(i for i in sample.inserted if i < count),
         thought=count,
     )

@@ -54,6 +54,7 @@ class Selection(Part):
     gold: bool = False  # whether it is nothing without gold solutions
     rewards: bool = True  # whether it looks at what samples are worth
     numbers: bool = True  # whether rewards may be any numbers, or just right and wrong
+    partial: bool = False  # whether responses may be the beginnings of what was drawn
     signed: bool = False  # whether a response may be there to become less likely, by a reward gap below 0
     continues: bool = False  # whether the chosen response goes on from the rejected one
     hint: str = ""  # what to change where it makes nothing
@@ -105,9 +106,12 @@ SELECTIONS = {
     "group_scaled": Selection("irpo_utils.methods.select:group_scaled_of", pairs=False, signed=True),
     "first_wrong_step": Selection(
         "irpo_utils.methods.select:first_wrong_step_of",
+        partial=True,
         hint="take the reward process, train its model longer (process.max_epochs)",
     ),
-    "thoughts": Selection("irpo_utils.methods.select:thoughts_of", continues=True, hint="take the reward likelihood"),
+    "thoughts": Selection(
+        "irpo_utils.methods.select:thoughts_of", continues=True, partial=True, hint="take the reward likelihood"
+    ),
     # What `pairs.file` makes of every method; the function reads the whole file, and is called by the stage itself.
     "file": Selection("irpo_utils.methods.preferences:read", samples=False, rewards=False),
     "margin": Selection("irpo_utils.methods.select:margin_of", hint="lower pairs.eta"),

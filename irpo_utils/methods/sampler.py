@@ -44,8 +44,11 @@ class Calculator:
     def __call__(self, token_ids: list[int]) -> list[int]:
         """A sampling.Insert. Nothing is written that the tokenizer has no tokens for."""
         text = result_behind(self.tokenizer.decode(token_ids))
-        ids = text_ids(self.tokenizer, text) if text else []
-        return [] if self.tokenizer.unk_token_id in ids else ids
+        # As it is written behind "=": a tokenizer may put something before what begins a text.
+        head, line = text_ids(self.tokenizer, "="), text_ids(self.tokenizer, f"={text}")
+        if line[: len(head)] != head or self.tokenizer.unk_token_id in line[len(head) :]:
+            return []
+        return line[len(head) :]
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,9 @@ class Sampler:
 
     def on(self, model: PreTrainedModel) -> Sampler:
         """The same for a model in memory."""
-        return replace(self, draw=partial(sample, model), spread=None)
+        other = replace(self, draw=partial(sample, model), spread=None)
+        vars(other).update({name: vars(self)[name] for name in ("calculator",) if name in vars(self)})
+        return other
 
     def prompts(self, problems: list[Problem]) -> dict[str, Prompt]:
         """Problem id -> its prompt, with the gold solution as the model would have drawn it."""

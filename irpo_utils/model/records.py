@@ -68,7 +68,9 @@ class Sample(Record):
     reward: float | None
     flexible: float | None  # the answer's reward if it need not be marked
     finished: bool  # whether it ended by itself
-    logp: float | None  # log M_t(response | prompt) in nats, the sum over its tokens; None if another prompt drew it
+    logp: (
+        float | None
+    )  # log M_t(response | prompt) in nats, the sum over its tokens that were drawn; None if another prompt drew it
     token_ids: Ids
     answer_reward: float | None = _SAME  # in a line only where it is not the reward
     extra: bool = False  # drawn on top of the N

@@ -281,7 +281,14 @@ def kept_reference_logps(
     if keep is None:
         return reference_logps(model, pairs, max_rows)
     file, named = keep
-    about = [named, max_rows, [[p.problem, p.prompt_ids, p.chosen_ids, p.rejected_ids] for p in pairs]]
+    about = [
+        named,
+        max_rows,
+        [
+            [p.problem, p.prompt_ids, p.chosen_ids, p.rejected_ids, p.chosen_inserted, p.rejected_inserted]
+            for p in pairs
+        ],
+    ]
     key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
     def read() -> Logps | None:

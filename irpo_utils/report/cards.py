@@ -10,8 +10,8 @@ from huggingface_hub import CardData, RepoCard
 
 from ..files import file_hash, resolve, write_text
 from ..model.packaged import EMBEDDED, NAMED
-from ..run.stages import EvaluateStage, PairsStage
-from ..run.store import Stage
+from ..run.stages import STAGES, EvaluateStage, PairsStage
+from ..run.store import Stage, stages_of_m0
 
 
 def model_card(stage: Stage, path: Path) -> None:
@@ -38,11 +38,24 @@ def write_card(stage: Stage, path: Path, front: dict[str, Any], **facts: Any) ->
     base, source, run = stage.config.model.path, stage.config.pairs.file or stage.config.task.name, stage.run_folder
     own = base in EMBEDDED and stage.config.task.generated and not stage.config.pairs.file
     licence = "apache-2.0" if own else f"not recorded; those of {base} and of {source} hold"
+    if why := maker(stage).why_not_done():
+        facts["facts"] |= {"note": f"the parameters below are not quite those that it was made with ({why[0]})"}
+    if stage.config.sampling.calculator:
+        facts["facts"] |= {"measured": "with a calculator that writes results (sampling.calculator)"}
     facts |= {"recipe": stage.recipe, "choices": stage.recipe.round(max(1, stage.iteration)), "seed": stage.seed}
     facts |= {"base": base, "source": source, "licence": licence, "run": run.name}
     facts["config"] = (run / "config.yaml").read_text()
     data = CardData(tags=["preference-optimization"], license=licence if own else None, **front)
     write_text(path, str(RepoCard.from_template(data, str(Path(__file__).with_name("card.md")), **facts)))
+
+
+def maker(stage: Stage) -> Stage:
+    """The stage that made what leaves: a round's last one but its evaluation; of M_0 its warm start, or its evaluation."""
+    if not stage.iteration:
+        names = stages_of_m0(stage.config)[:1]
+    else:
+        names = stage.choices.stages(stage.config.train.sync_every)[-2:-1]
+    return STAGES[names[0]](stage.run_folder, stage.method, stage.seed, stage.iteration)
 
 
 def result(kind: type[Stage], of: Stage, t: int, name: str) -> dict[str, Any]:

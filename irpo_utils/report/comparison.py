@@ -191,7 +191,11 @@ def trained_on(run: Path, config: Config) -> pd.DataFrame | None:
             continue
         task, problems = drawn(config.for_seed(seed).task)
         pairs = Pair.read(PairsStage(run, method, seed, t, config).path("pairs.jsonl"), "02_pairs.ipynb")
-        pairs = [pair for pair in pairs if pair.reward_gap > 0]  # those that are to become more likely
+        selection = choices.part("selection")
+        if selection.partial:  # no whole solutions, of which the task could say whether they are right
+            continue
+        # Of a group those that are to become more likely.
+        pairs = [pair for pair in pairs if not selection.signed or pair.reward_gap > 0]
         checked = [task.check_steps(problems[pair.problem], pair.chosen) for pair in pairs]
         clean = sum(all(verdict == "right" for _, verdict in steps) for steps in checked)
         rows.append({"method": method, "iteration": t, "records": len(pairs), "clean": clean / len(pairs)})

@@ -56,8 +56,10 @@ def pairs(arguments: list[str]) -> int:
     if target.exists() or about.exists():
         raise ConfigError(f"pairs: {target} or {about.name} is there already; name a new file")
     found = Pair.read(stage.folder / "pairs.jsonl", "02_pairs.ipynb")
-    if not all(pair.rejected_ids for pair in found):
-        raise ConfigError(f"pairs: round {stage.iteration} of {stage.method} rejects nothing; take one that has pairs")
+    if not all(pair.rejected_ids for pair in found) or stage.choices.part("selection").partial:
+        raise ConfigError(
+            f"pairs: round {stage.iteration} of {stage.method} has no pairs of whole responses; take one that has"
+        )
     write_jsonl(target, map(FORMS[form], found))
     pairs_card(stage, about, form)
     if "push" in settings:

@@ -76,6 +76,10 @@ class Config(Settings):
                     f"train.engine: {train.engine} cannot train round {t} of {method} ({choices.loss}, {choices.reference} "
                     f"reference); set {method}.train.engine=own, or leave the method out"
                 )
+            if train.engine != "own" and self.sampling.calculator:
+                raise ConfigError(
+                    f"sampling.calculator: {train.engine} would train on what it writes; set {method}.train.engine=own"
+                )
             again = choices.start == "M_0" and t > 1  # would not look at M_{t-1} at all
             if choices.is_online(train.sync_every) and (
                 choices.has_reward_stage or choices.accumulate or again or not at_start

@@ -141,6 +141,7 @@ def continuations(sampler: Sampler, chunk: Chunk, seed: int) -> list[Continued]:
             max_rows=config.sampling.max_rows,
             progress=count.problems,
             starts={name: [list(ids) for ids in own] for name, own in going_on.items()},
+            **({"insert": sampler.calculator} if config.sampling.calculator else {}),
         )
         by_id = {p.id: p for p in chunk.problems}
         for name, completions in ((name, batch[name]) for batch in drawn for name in batch):
