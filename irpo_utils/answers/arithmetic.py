@@ -74,11 +74,6 @@ def unrolled(expression: str) -> tuple[list[Step], float]:
         raise ValueError(f"{expression!r} has too large a number") from None
 
 
-def part_of_more(text: str, expression: re.Match[str]) -> bool:
-    """Whether an expression at the end of a text is a part of a word or of another number."""
-    return bool(re.search(r"[\w,%]$", text[: expression.start()])) and not expression[0][0].isspace()
-
-
 def result_behind(text: str) -> str:
     """What a calculator writes behind a text: " 6" behind "Half: 12 / 2 =". Nothing unless an expression and "=" end it.
 

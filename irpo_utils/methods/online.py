@@ -18,7 +18,7 @@ from typing import Any
 
 from ..files import write_json
 from ..model.records import Pair, Record, Sample
-from ..model.schedule import sorted_in_batches
+from ..model.schedule import pair_order, sorted_in_batches
 from ..tasks.base import Problem
 from . import parts
 from .sampler import Sampler, opened
@@ -76,11 +76,7 @@ class Draws:
             )
         shuffled = random.Random(f"{self.seed}/{step}").sample(pairs, len(pairs))
         pairs = list(islice(cycle(shuffled), wanted))
-        order = sorted_in_batches(
-            list(range(wanted)),
-            self.batch,
-            lambda i: (len(pairs[i].prompt_ids), pairs[i].problem, len(pairs[i].chosen_ids)),
-        )
+        order = sorted_in_batches(list(range(wanted)), self.batch, lambda i: pair_order(pairs[i]))
         return [pairs[i] for i in order], counted
 
     def drawn(self, problems: list[Problem], step: int) -> tuple[list[Pair], Counter[str]]:

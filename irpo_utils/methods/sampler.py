@@ -51,6 +51,12 @@ class Calculator:
         return line[len(head) :]
 
 
+@cache
+def calculator_of(tokenizer: PreTrainedTokenizerBase) -> Calculator:
+    """One for a tokenizer, since to find its triggers every token is decoded."""
+    return Calculator(tokenizer)
+
+
 @dataclass(frozen=True)
 class Sampler:
     """A policy that can be asked problems of a task. `draw` is `sampling.sample` without its model, or another engine's."""
@@ -68,15 +74,13 @@ class Sampler:
         stops = ending_tokens(tokenizer, model.generation_config)
         return cls(partial(sample, model), tokenizer, task, stops, config)
 
-    @cached_property
+    @property
     def calculator(self) -> Calculator:
-        return Calculator(self.tokenizer)
+        return calculator_of(self.tokenizer)
 
     def on(self, model: PreTrainedModel) -> Sampler:
         """The same for a model in memory."""
-        other = replace(self, draw=partial(sample, model), spread=None)
-        vars(other).update({name: vars(self)[name] for name in ("calculator",) if name in vars(self)})
-        return other
+        return replace(self, draw=partial(sample, model), spread=None)
 
     def prompts(self, problems: list[Problem]) -> dict[str, Prompt]:
         """Problem id -> its prompt, with the gold solution as the model would have drawn it."""

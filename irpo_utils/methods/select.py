@@ -138,8 +138,13 @@ def group_of(samples: list[Sample], gold: Sample | None, config: PairsConfig, rn
     worth = [s.reward or 0.0 for s in samples]
     if len(set(worth)) < 2:
         return []
+    return [(replace(s, reward=gap), None) for s, gap in zip(samples, above_others(worth), strict=True)]
+
+
+def above_others(worth: list[float]) -> list[float]:
+    """By how much each of two or more is above the mean of the others."""
     total, others = sum(worth), len(worth) - 1
-    return [(replace(s, reward=own - (total - own) / others), None) for s, own in zip(samples, worth, strict=True)]
+    return [own - (total - own) / others for own in worth]
 
 
 def group_scaled_of(samples: list[Sample], gold: Sample | None, config: PairsConfig, rng: random.Random) -> Chosen:
@@ -147,9 +152,8 @@ def group_scaled_of(samples: list[Sample], gold: Sample | None, config: PairsCon
     worth = [s.reward or 0.0 for s in samples]
     if len(set(worth)) < 2:
         return []
-    return [
-        (replace(s, reward=(own - mean(worth)) / stdev(worth)), None) for s, own in zip(samples, worth, strict=True)
-    ]
+    middle, spread = mean(worth), stdev(worth)
+    return [(replace(s, reward=(own - middle) / spread), None) for s, own in zip(samples, worth, strict=True)]
 
 
 def first_wrong_step_of(samples: list[Sample], gold: Sample | None, config: PairsConfig, rng: random.Random) -> Chosen:
@@ -181,9 +185,8 @@ def thoughts_of(samples: list[Sample], gold: Sample | None, config: PairsConfig,
     The pair's reward gap is the advantage: the thought's reward minus the mean of the others'. One alone has none.
     """
     whole = [s for s in samples if s.thought is not None]
-    others, pairs = len(whole) - 1, []
-    for s in whole if others else ():
-        advantage = s.reward - (sum(w.reward for w in whole) - s.reward) / others
+    advantages, pairs = above_others([s.reward for s in whole]) if len(whole) > 1 else [], []
+    for s, advantage in zip(whole, advantages, strict=False):
         text = s.response.rpartition("Final answer:")[0]
         pairs.append(
             (replace(s, reward=advantage), replace(s, response=text, token_ids=s.token_ids[: s.thought], reward=0.0))

@@ -13,6 +13,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from ..settings import TrainConfig
 from . import processes
+from .records import Pair
 
 OPTIMIZERS = {"adamw": "adamw_torch", "paged_adamw_8bit": "paged_adamw_8bit"}  # what transformers calls them
 
@@ -45,6 +46,11 @@ def training_order(problems: Sequence[str], config: TrainConfig, seed: int) -> l
 def sorted_in_batches(order: list[int], batch: int, key: Callable[[int], Any]) -> list[int]:
     """The same order with every batch sorted by `key`, so that a micro-batch holds like lengths and like problems."""
     return [i for first in range(0, len(order), batch) for i in sorted(order[first : first + batch], key=key)]
+
+
+def pair_order(pair: Pair) -> tuple[int, str, int]:
+    """What a batch is sorted by: like lengths and like problems come together."""
+    return len(pair.prompt_ids), pair.problem, len(pair.chosen_ids)
 
 
 def trainer_arguments(folder: Path, config: TrainConfig, steps: int, seed: int, **more: Any) -> TrainingArguments:

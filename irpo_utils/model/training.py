@@ -32,7 +32,7 @@ from .logprobs import check_head, pair_batch, reference_logps, response_logps, t
 from .losses import PairLosses, Scores
 from .processes import check_same, from_first, gathered, rank, through, trained, world_size
 from .records import Pair
-from .schedule import Mark, last_checkpoint, sorted_in_batches, trainer_arguments, training_order
+from .schedule import Mark, last_checkpoint, pair_order, sorted_in_batches, trainer_arguments, training_order
 
 LN2 = math.log(2)
 WATCHED = 64  # pairs whose log-probabilities are followed through a training
@@ -409,9 +409,7 @@ def train(
         steps = len(order) // batch
         trained_tokens = sum(pair_tokens(pairs[i]) for i in order[: batch * (stop_after or steps)])
         if config.own_micro_batch(world_size()) < batch:  # less padding, and more prompts that are shared
-            order = sorted_in_batches(
-                order, batch, lambda i: (len(pairs[i].prompt_ids), pairs[i].problem, len(pairs[i].chosen_ids))
-            )
+            order = sorted_in_batches(order, batch, lambda i: pair_order(pairs[i]))
         examples = [pairs[i] for i in order]
     else:
         steps, examples = config.max_steps, list(range(config.max_steps * batch))

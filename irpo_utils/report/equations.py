@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from ..answers.arithmetic import ARITHMETIC, LONGEST, Step, part_of_more, plain, unrolled
+from ..answers.arithmetic import ARITHMETIC, LONGEST, Step, plain, unrolled
 
 KINDS = {
     "right": "the answer is right",
@@ -39,8 +39,8 @@ def steps(solution: str) -> list[Step]:
             expression, result = ARITHMETIC.search(left), _NUMBER.match(right)
             if not expression or not result:
                 continue
-            if part_of_more(left, expression):
-                continue
+            if re.search(r"[\w,%]$", left[: expression.start()]) and not expression[0][0].isspace():
+                continue  # a part of a word or of another number
             try:
                 own, _ = unrolled(expression[0])
             except ValueError:
