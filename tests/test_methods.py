@@ -14,6 +14,7 @@ TABLE = {
     "dpo": ["answer pairs dpo M_t moving"] * 4,
     "sft_chosen": ["answer chosen nll M_0 none"] * 4,
     "sft_gold": ["none gold nll M_0 none"],
+    "irpo_gold": ["answer pairs_with_gold dpo+nll M_t moving"] * 4,
     "star": ["rationalized correct nll M_0 none"] * 4,
     "rft": ["answer distinct nll M_t none"] * 4,
     "rest_em": ["answer capped nll M_0 none"] * 4,

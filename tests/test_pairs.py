@@ -72,6 +72,7 @@ GOLD = sample(40, 1.0, logp=None)
     [
         ("pairs", {"k": 4}, [("r5", "r8"), ("r6", "r9"), ("r7", "r8"), ("r5", "r9")]),
         ("pairs", {"k": 2, "gold": True}, [("r40", "r8"), ("r5", "r9")]),
+        ("pairs_with_gold", {"k": 2}, [("r40", "r8"), ("r5", "r9")]),
         ("diverse", {"k": 4}, [("r6", "r8")]),  # r5 was drawn twice, r7 comes later
         ("chosen", {"k": 4}, ["r5", "r6", "r7", "r5"]),
         ("gold", {}, ["r40"]),

@@ -86,6 +86,7 @@ REWARDS = {
 SELECTIONS = {
     "none": Selection("", pairs=False, samples=False, rewards=False),
     "pairs": Selection("irpo_utils.methods.select:pairs_of", numbers=False),
+    "pairs_with_gold": Selection("irpo_utils.methods.select:pairs_with_gold_of", gold=True, numbers=False),
     "diverse": Selection("irpo_utils.methods.select:diverse_of", numbers=False),
     "chosen": Selection("irpo_utils.methods.select:chosen_of", pairs=False, numbers=False),
     "gold": Selection(

@@ -59,6 +59,11 @@ def pairs_of(samples: list[Sample], gold: Sample | None, config: PairsConfig, rn
     return cyclic_pairs(winners, [s for s in unique if s.reward != 1], config.k)
 
 
+def pairs_with_gold_of(samples: list[Sample], gold: Sample | None, config: PairsConfig, rng: random.Random) -> Chosen:
+    """`pairs_of` with gold among the winners, whatever `gold` of the section `pairs` says."""
+    return pairs_of(samples, gold, config.but(gold=True), rng)
+
+
 def chosen_of(samples: list[Sample], gold: Sample | None, config: PairsConfig, rng: random.Random) -> Chosen:
     """The winners of IRPO's pairs, as often as they are in them (the paper's SFT on chosen)."""
     return [(winner, None) for winner, _ in pairs_of(samples, gold, config, rng)]
