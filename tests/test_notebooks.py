@@ -66,7 +66,9 @@ def memorising(folder: Path) -> dict:
 
 
 def tune(folder: Path) -> dict:
-    return {"run": str(folder), "methods": ["irpo", "sft_gold"], "learning_rates": [1e-3, 2e-3], "betas": [0.1]}
+    grids = {"dpo+nll": {"lr": [1e-3], "alpha": [1.0, 5.0]}, "nll": {"lr": [1e-3, 2e-3]}, "orpo": {"lr": [1e-3]}}
+    methods = {"irpo": "irpo", "sft_gold": "sft_gold", "orpo": "irpo"}
+    return {"run": str(folder), "methods": methods, "grids": grids}
 
 
 def claims(folder: Path) -> dict:
@@ -320,8 +322,12 @@ def test_the_memorising_notebook_makes_a_model(executed):
 def test_the_tuning_notebook_ranks_its_points(executed):
     folder, _ = executed
     rows = read_rows(folder / "tune.csv")
-    assert [(r["method"], float(r["lr"])) for r in rows] == [
-        (m, lr) for m in ("irpo", "sft_gold") for lr in (1e-3, 2e-3)
+    assert [(r["method"], r["lr"], r["alpha"]) for r in rows] == [
+        ("irpo", "0.001", "1.0"),
+        ("irpo", "0.001", "5.0"),
+        ("sft_gold", "0.001", ""),
+        ("sft_gold", "0.002", ""),
+        ("orpo", "0.001", ""),
     ]
 
 
