@@ -55,7 +55,7 @@ from .synthetic import REPEATS, WORDS, Shape, make_pairs, random_prompts, word_t
 from .vllm import engine as vllm
 
 EMBEDDED = [
-    Shape("embedded", 0, 64, 16, 8, 64, model="seed", written=45, trained=32),
+    Shape("embedded", 0, 64, 16, 8, 64, model="seed", written=25, trained=32),
     Shape("embedded, N = 30", 0, 64, 30, 10, 64, model="seed"),
 ]
 REAL = Shape("SmolLM2-135M", 0, 32, 8, 4, 16, model="smollm2", written=24, trained=4, lora=True, repeats=3)
