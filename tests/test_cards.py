@@ -74,7 +74,7 @@ def test_the_licence_of_others_is_not_made_up(path, hub_name, tmp_path):
     model_card(Stage(tmp_path, "irpo", 0, 0, config), tmp_path / "README.md")
     front, text = parts_of(tmp_path / "README.md")
     assert front["base_model"] == hub_name and "license" not in front
-    assert f"licence: not recorded; those of {path} and of word_problems hold" in text
+    assert f"licence: not recorded; those of {path} and of stories hold" in text
 
 
 class Hub(BaseHTTPRequestHandler):

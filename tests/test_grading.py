@@ -115,7 +115,7 @@ def test_the_other_tasks_know_the_third_verdict_too():
     for name, problem, verdicts in (
         ("mmlu_math", listed, {"2, 2, 4": True, "2, 2 and 4": True, "2, 3, 4": False, "2, 2, 4 or 5": None}),
         ("jsonl", story, {"12": True, "12 maybe 13": None, "13": False, "12 or 13": False}),
-        ("word_problems", story, {"12": True, "13": False, "odd": False, "12 maybe 13": None}),
+        ("stories", story, {"12": True, "13": False, "odd": False, "12 maybe 13": None}),
         ("gsm8k", story, {"12": True, "13 maybe 14": False, "12 maybe 13": None}),
     ):
         task = Given([]) if name == "jsonl" else get_task(TaskConfig(name=name))

@@ -153,7 +153,7 @@ def test_what_each_of_the_kin_of_dpo_changes():
 
 def test_what_two_responses_share_cancels_in_dpo_as_if_it_were_part_of_the_prompt(seed_model, tokenizer):
     prompt = tuple(tokenizer("Question: Ann has 12 pens.\nAnswer:\n").input_ids)
-    begin, win, lose = ((tokenizer(s, add_special_tokens=False).input_ids) for s in ("Half: 12", " / 2", " - 2 = 10"))
+    begin, win, lose = ((tokenizer(s, add_special_tokens=False).input_ids) for s in ("12", " / 2", " - 2 = 10"))
     with torch.no_grad():
         totals = [
             batch_losses(
@@ -279,12 +279,12 @@ def test_agrees_with_trl_for_a_batch_of_one_and_differs_for_unequal_lengths(seed
     texts = [
         (
             "Question: Ann has 12 pens. Ann sells half of them. How many pens does Ann have?\nAnswer:\n",
-            "Half: 12 / 2 = 6\nFinal answer: 6",
-            "Half: 12 - 2 = 10\nFinal answer: 10",
+            "12 / 2 = 6\nFinal answer: 6",
+            "12 - 2 = 10\nFinal answer: 10",
         ),
         (
-            "Question: Ben has 3 eggs. Ben finds 4 more. Ben loses 2 of them. How many eggs does Ben have?\nAnswer:\n",
-            "Find: 3 + 4 = 7\nLose: 7 - 2 = 5\nFinal answer: 5",
+            "Question: Ben has 3 eggs. Ben gets 4 from Ann. Ben gives Dan 2. How many eggs does Ben have?\nAnswer:\n",
+            "3 + 4 = 7\n7 - 2 = 5\nFinal answer: 5",
             "Final answer: 9",
         ),
     ]
@@ -350,12 +350,12 @@ def test_orpo_differs_from_trl_s_by_where_the_nll_is_averaged_and_by_nothing_els
     texts = [
         (
             "Question: Ann has 12 pens. Ann sells half of them. How many pens does Ann have?\nAnswer:\n",
-            "Half: 12 / 2 = 6\nFinal answer: 6",
-            "Half: 12 - 2 = 10\nFinal answer: 10",
+            "12 / 2 = 6\nFinal answer: 6",
+            "12 - 2 = 10\nFinal answer: 10",
         ),
         (
-            "Question: Ben has 3 eggs. Ben finds 4 more. How many eggs does Ben have?\nAnswer:\n",
-            "Find: 3 + 4 = 7\nLose: 7 - 2 = 5\nFinal answer: 5",
+            "Question: Ben has 3 eggs. Ben has 4 more now. How many eggs does Ben have?\nAnswer:\n",
+            "3 + 4 = 7\n7 - 2 = 5\nFinal answer: 5",
             "Final answer: 9",
         ),
     ]

@@ -66,12 +66,12 @@ def test_summary_and_steps():
     ]
     s = summarize(records)
     assert (s["greedy"], s["greedy_unparsed"], s["sampled"], s["maj2"], s["pass2"]) == (0.5, 0.5, 0.5, 0.5, 0.5)
-    steps = step_summary([[("half", "careless")], [("half", "right"), ("finds", "right")]], [1.0, 1.0])
+    steps = step_summary([[("half", "careless")], [("half", "right"), ("gets", "right")]], [1.0, 1.0])
     assert steps["steps_right"] == 0.5 and steps["right_for_wrong_reason"] == 0.5
     assert steps["errors"]["half"] == {"careless": 0.5, "wrong": 0.5, "count": 2}
 
 
-verdicts = st.lists(st.tuples(st.sampled_from(["half", "finds"]), st.sampled_from(["right", "careless", "wrong"])))
+verdicts = st.lists(st.tuples(st.sampled_from(["half", "gets"]), st.sampled_from(["right", "careless", "wrong"])))
 rewards = st.sampled_from([1.0, 0.0, None])
 
 

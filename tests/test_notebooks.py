@@ -26,11 +26,7 @@ def quickstart(folder: Path) -> dict:
 
 
 def seed_model(folder: Path) -> dict:
-    return {"target": str(folder / "model"), "steps": 3, "stories": 80, "tried": 20, "threads": 1}
-
-
-def stories_model(folder: Path) -> dict:
-    return seed_model(folder) | {"samples": 2}
+    return {"target": str(folder / "model"), "steps": 3, "stories": 80, "tried": 20, "samples": 2, "threads": 1}
 
 
 def process_feedback(folder: Path) -> dict:
@@ -96,7 +92,6 @@ SMALL = {
     "test_quickstart": ("quickstart", quickstart),
     "test_quickstart_takes_a_model_and_problems_of_ones_own": ("quickstart", quickstart),
     "test_the_seed_notebook_makes_a_model": ("00_seed_model", seed_model),
-    "test_the_stories_notebook_makes_a_model": ("00_stories_model", stories_model),
     "test_the_process_notebook_writes_its_tables": ("07_process_feedback", process_feedback),
     "test_the_loss_by_hand_is_that_of_the_code": ("10_loss_from_scratch", lambda folder: {"alpha": 0.7, "beta": 0.3}),
     "test_the_nll_notebook_watches_three_losses": ("11_why_the_nll", why_the_nll),
@@ -230,10 +225,6 @@ def test_quickstart_takes_a_model_and_problems_of_ones_own(executed):
 def test_the_seed_notebook_makes_a_model(executed):
     folder, _ = executed
     assert {"model.safetensors", "tokenizer.json", "facts.json"} <= {p.name for p in (folder / "model").iterdir()}
-
-
-def test_the_stories_notebook_makes_a_model(executed):
-    folder, _ = executed
     facts = json.loads((folder / "model" / "facts.json").read_text())
     assert facts["met"]["35 to 55 % sound"] is False  # after three steps
 
@@ -302,7 +293,7 @@ def test_the_claims_are_differences_with_intervals(executed):
     (gain,) = {float(r["mean"]) for r in rows if r["difference"] == "IRPO: M_2 above M_1"}
     assert gain == pytest.approx(100 * (sum(by_hand[2]) - sum(by_hand[1])) / len(by_hand[1]))
     assert all(float(r["low"]) <= float(r["mean"]) <= float(r["high"]) for r in rows)
-    assert "embedded: word_problems, seed; 1 seeds" in printed
+    assert "embedded: stories, seed; 1 seeds" in printed
 
 
 def test_the_broken_runs_are_refused_or_seen(executed):

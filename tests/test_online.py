@@ -74,7 +74,7 @@ def test_gradients_are_those_of_trl_s_grpo_trainer(name, tokenizer, tmp_path):
     from irpo_utils.model.packaged import SEED_MODEL
 
     prompt = tokenizer("Question: Ann has 12 pens. Ann sells half of them. How many pens does Ann have?\nAnswer:\n")
-    texts = ["Half: 12 / 2 = 6\nFinal answer: 6", "Half: 12 - 2 = 10\nFinal answer: 10", "Final answer: 9", "Final"]
+    texts = ["12 / 2 = 6\nFinal answer: 6", "12 - 2 = 10\nFinal answer: 10", "Final answer: 9", "Final"]
     ids = [[*tokenizer(t, add_special_tokens=False).input_ids, tokenizer.eos_token_id] for t in texts]
     worth = [1.0, 0.0, 0.0, 0.0]
     # Leave-one-out is N / (N - 1) of Dr. GRPO's.

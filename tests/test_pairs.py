@@ -196,16 +196,16 @@ def test_a_thought_is_held_against_the_others_of_its_problem():
 @pytest.mark.parametrize(
     ("drawn", "finished", "thought", "wanted"),
     [
-        ("Half: 12 / 2 = 6\nFinal answer: 6", True, "Half: 12 / 2 = 6\n", "Half: 12 / 2 = 6\nFinal answer: 7"),
-        ("Final answer: 5\nHalf: 6\nFinal answer: 6", True, "Final answer: 5\nHalf: 6\n", "Final answer: 5\nHalf: 6\nFinal answer: 7"),
-        ("Half: 12 / 2", False, "Half: 12 / 2", "Half: 12 / 2\nFinal answer: 7"),
+        ("12 / 2 = 6\nFinal answer: 6", True, "12 / 2 = 6\n", "12 / 2 = 6\nFinal answer: 7"),
+        ("Final answer: 5\n6\nFinal answer: 6", True, "Final answer: 5\n6\n", "Final answer: 5\n6\nFinal answer: 7"),
+        ("12 / 2", False, "12 / 2", "12 / 2\nFinal answer: 7"),
         ("Final answer: 6", True, "", "Final answer: 7"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("family", ["seed", *FAMILIES])
 def test_the_gold_answer_takes_the_place_of_a_response_s_own(tokenizer, tmp_path, family, drawn, finished, thought, wanted):  # fmt: skip
     if family != "seed":
-        built = build(family, tmp_path, [f"Half: {i} / 2 = {i}. Final answer {i}" for i in range(99)])
+        built = build(family, tmp_path, [f"{i} / 2 = {i}. Final answer {i}" for i in range(99)])
         tokenizer = load_tokenizer(ModelConfig(path=str(built)))
     ids = tuple(tokenizer(drawn, add_special_tokens=False).input_ids)
     own = sample(5, 0.0, response=tokenizer.decode(ids), token_ids=(*ids, 2) if finished else ids, finished=finished)

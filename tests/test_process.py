@@ -3,7 +3,7 @@
 import hashlib
 import json
 from dataclasses import replace
-from itertools import combinations, product
+from itertools import combinations
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ from irpo_utils.methods.rewards import Job
 from irpo_utils.model import load, logprobs, sampling
 from irpo_utils.model.prompts import encode_response
 from irpo_utils.model.records import Sample
-from irpo_utils.tasks.word_problems import Event, Story, make_problem, story_of
+from irpo_utils.tasks.stories import Event, Story, make_problem
 
 
 @pytest.fixture(scope="module")
@@ -38,11 +38,11 @@ def merging():
 
 
 def test_steps_of_a_solution_end_with_its_lines(tokenizer):
-    text = "Half: 12 / 2 = 6\nFind: 6 + 3 = 9\nFinal answer: odd"
+    text = "12 / 2 = 6\n6 + 3 = 9\nFinal answer: odd"
     ids = [*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
     ends = labels.step_ends(tokenizer, ids)
     texts = [tokenizer.decode(ids[: end + 1]) for end in ends]
-    assert texts == ["Half: 12 / 2 = 6\n", "Half: 12 / 2 = 6\nFind: 6 + 3 = 9\n", text]
+    assert texts == ["12 / 2 = 6\n", "12 / 2 = 6\n6 + 3 = 9\n", text]
     assert labels.step_ends(tokenizer, ids[:-3], finished=False) == ends[:2]  # the last line was cut: no step
     assert labels.step_ends(tokenizer, [tokenizer.eos_token_id]) == []
 
@@ -206,7 +206,7 @@ def test_another_simulator_reads_prefixes_as_text(small, tokenizer, job, tmp_pat
         return real(model, prompts, **settings)
 
     monkeypatch.setattr(sampler, "sample", watched)
-    text = "Half: 12 / 2 = 6\n"
+    text = "12 / 2 = 6\n"
     ids = tuple(tokenizer(text, add_special_tokens=False).input_ids)
     problem = job.problems[0].id
     own = replace(job, config=config, folder=tmp_path, seed=0)
@@ -384,43 +384,10 @@ def test_process_draws_and_learns_with_a_seed_of_its_own(job, labelled, tmp_path
     assert learned == json.loads((tmp_path / "reward_model" / "facts.json").read_text())
 
 
-EVENTS = (Event("half", 2), Event("bags", 3, 4), Event("finds", 5))
-
-
-def test_lines_are_checked_on_what_stands_before_them(task):
-    """12, half of it, 3 bags of 4, 5 more: the careless reading of `half` gives 10, on which the rest is right."""
-    problem = make_problem("x", Story("Ann", "pens", 12, EVENTS, False))
-    gold = problem.solution.split("\n")
-    assert gold == ["Half: 12 / 2 = 6", "Bags: 3 * 4 = 12", "Buy: 6 + 12 = 18", "Find: 18 + 5 = 23", "Final answer: 23"]
-
-    def check(*lines):
-        return task.check_lines(problem, "\n".join(lines))
-
-    assert check(*gold) == [True] * 5
-    careless = ["Half: 12 - 2 = 10", "Bags: 3 * 4 = 12", "Buy: 10 + 12 = 22", "Find: 22 + 5 = 27", "Final answer: 27"]
-    assert check(*careless) == [False, True, True, True, True]
-    bags = [gold[0], "Bags: 3 + 4 = 7", "Buy: 6 + 7 = 13", "Find: 13 + 5 = 18", "Final answer: 18"]
-    assert check(*bags) == [True, False, True, True, True]
-    assert check(*bags[:2], "Buy: 6 + 12 = 18") == [True, False, False]  # not what the line before it says
-    assert check("Half: 12 / 2 = six", *gold[1:]) == [False] * 5  # nothing that the others could be right for
-    assert check(*gold, "Find: 1 + 1 = 2") == [True] * 5 + [False]
-    assert check(gold[0], "", gold[1]) == [True, True]  # an empty line is none
-    assert check("Final answer: 23") == [False]
-
-
-@pytest.mark.parametrize("guessable", [False, True])
-def test_lines_and_events_are_checked_alike(task, guessable):
-    for p in task.problems("train")[:20]:
-        story = replace(story_of(p), guessable=guessable)
-        for careless in product((False, True), repeat=len(story.events)):
-            p, text = make_problem("x", story), story.solution(careless)[0]
-            clean = all(verdict == "right" for _, verdict in task.check_steps(p, text))
-            assert all(task.check_lines(p, text)) == clean
-
-
 def test_truth_of_a_prefix_is_that_of_all_its_lines(config, task, tokenizer):
-    problem = make_problem("x", Story("Ann", "pens", 12, EVENTS, False))
-    text = "Half: 12 / 2 = 6\nBags: 3 + 4 = 7\nBuy: 6 + 7 = 13\nFind: 13 + 5 = 18\nFinal answer: 18"
+    events = (Event("half", 0, 2), Event("boxes", 0, 3, 4), Event("gets", 0, 5, who="Ben"))
+    problem = make_problem("x", Story("Ann", "pens", 12, events, False))
+    text = "12 / 2 = 6\n3 + 4 = 7\n6 + 7 = 13\n13 + 5 = 18\nFinal answer: 18"
     ids = tuple(encode_response(tokenizer, text, 2))
     wrong, right = (Sample("x", 0, t, None, 1.0, 1.0, True, -1.0, ids) for t in (text, problem.solution))
     with sampler.opened(config, None, task, [problem]) as policy:

@@ -230,7 +230,7 @@ def stage(tmp_path):
     pairs = []
     for number, left in enumerate((12, 8, 6, 4)):
         prompt = f"Question: Ann has {left} pens. Ann sells half of them. How many pens does Ann have?\nAnswer:\n"
-        right, wrong = (f"Half: {left} / 2 = {found}\nFinal answer: {found}" for found in (left // 2, left))
+        right, wrong = (f"{left} / 2 = {found}\nFinal answer: {found}" for found in (left // 2, left))
         ids = [(*tokenizer(text, add_special_tokens=False).input_ids, end) for text in (right, wrong)]
         pairs.append(Pair(f"p{number}", prompt, right, wrong, tuple(tokenizer(prompt).input_ids), *ids, None, None))
     found = TrainStage(

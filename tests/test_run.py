@@ -437,12 +437,12 @@ def test_publish_copies_small_files_without_this_machine_s_paths(micro_run):
 
 
 def test_each_seed_may_have_a_base_model_and_problems_of_its_own(tmp_path):
-    shutil.copytree(PACKAGE / "assets" / "stories", tmp_path / "m0-0")
+    shutil.copytree(PACKAGE / "assets" / "seed_model", tmp_path / "m0-0")
     sizes = ["task.train_size=20", "task.dev_size=5", "task.test_size=5"]
-    config = load_preset("stories", [f"model.path={tmp_path}/m0-{{seed}}", "seeds=2", "task.by_seed=true", *sizes])
+    config = load_preset("tiny", [f"model.path={tmp_path}/m0-{{seed}}", "seeds=2", "task.by_seed=true", *sizes])
     with pytest.raises(ConfigError, match="m0-1"):
         check_inputs(config)
-    shutil.copytree(PACKAGE / "assets" / "stories", tmp_path / "m0-1")
+    shutil.copytree(PACKAGE / "assets" / "seed_model", tmp_path / "m0-1")
     assert any("estimate" in line for line in check_inputs(config))
     weights = tmp_path / "m0-1" / "model.safetensors"
     torch.manual_seed(0)

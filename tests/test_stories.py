@@ -1,4 +1,4 @@
-"""The task of generated stories: two hands, and every step's truth in either."""
+"""The embedded task and its M_0: disjoint splits, two hands, and every step's truth in either."""
 
 import hashlib
 import json
@@ -9,12 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from irpo_utils.extras import seed_model
+from irpo_utils.extras.seed_model import solve, summary
 from irpo_utils.files import ConfigError
-from irpo_utils.model.load import load_policy, load_tokenizer
-from irpo_utils.model.packaged import EMBEDDED
+from irpo_utils.model.packaged import SEED_MODEL
 from irpo_utils.run.presets import load_preset
-from irpo_utils.settings import ModelConfig, TaskConfig
+from irpo_utils.settings import TaskConfig
 from irpo_utils.tasks import get_task
 from irpo_utils.tasks.base import SPLITS
 from irpo_utils.tasks.grading import reward
@@ -32,12 +31,13 @@ from irpo_utils.tasks.stories import (
     draw_problems,
     draw_story,
     make_problem,
+    marked_answer,
     misreading_rate,
     story_of,
     value,
 )
 
-CONFIG = TaskConfig(name="stories", train_size=60, dev_size=20, test_size=20, guessable_share=0.2)
+CONFIG = TaskConfig(train_size=60, dev_size=20, test_size=20, guessable_share=0.2)
 EVENTS = (Event("half", 0, 2), Event("boxes", 0, 3, 4), Event("apart", 0, 5, who="Ben"), Event("times", 0, 2))
 STORY = Story("Ann", "pens", 12, EVENTS, False)  # 12 / 2 = 6, 6 + 12 = 18, Ben's 5 do not count, 18 * 2 = 36
 drawn_stories = st.builds(
@@ -57,6 +57,7 @@ def test_an_expression_comes_to_what_python_says(operations, start):
 
 def test_splits_share_no_problem_even_under_other_names():
     keys = {split: {story.key() for _, story in draw_problems(split, 200, 0, 0.5)} for split in BUCKETS}
+    assert all(len(own) == 200 for own in keys.values())
     for one, other in product(keys, repeat=2):
         assert one == other or keys[one].isdisjoint(keys[other])
 
@@ -71,6 +72,7 @@ def test_problems_are_the_same_every_time_and_others_with_another_seed():
 def test_gold_is_right_in_every_step_and_by_another_hand():
     task = get_task(CONFIG)
     for problem in (p for split in (*SPLITS, "long") for p in task.problems(split)):
+        assert task.equal(problem.answer, problem)
         assert reward(task, problem.solution, problem) == 1
         assert {verdict for _, verdict in task.check_steps(problem, problem.solution)} == {"right"}
         own, answer = story_of(problem).solution((False,) * len(story_of(problem).events))
@@ -79,6 +81,37 @@ def test_gold_is_right_in_every_step_and_by_another_hand():
         assert all(
             task.check_lines(problem, text) == [True] * len(text.split("\n")) for text in (own, problem.solution)
         )
+
+
+def test_guessable_share_is_kept():
+    problems = get_task(CONFIG.but(train_size=400, guessable_share=0.3)).problems("train")
+    assert 0.2 < sum(story_of(p).guessable for p in problems) / 400 < 0.4
+
+
+def test_solutions_survive_the_tokenizer_to_the_letter(tokenizer):
+    task = get_task(CONFIG)
+    for problem in (p for split in (*SPLITS, "long") for p in task.problems(split)):
+        careless, _ = story_of(problem).solution((True,) * len(story_of(problem).events))
+        for text in (task.prompt(problem), problem.solution, careless):
+            ids = tokenizer(text, add_special_tokens=False).input_ids
+            assert tokenizer.decode(ids) == text
+            assert tokenizer.unk_token_id not in ids
+
+
+@pytest.mark.parametrize(
+    ("response", "answer"),
+    [
+        ("Final answer: 12", "12"),
+        ("final answer:  odd.", "odd"),
+        ("Final answer: 3\nno: 3 + 1 = 4\nFinal answer: 4", "4"),
+        ("12", None),
+        ("Final answer:", None),
+        ("Final answer: \n7", None),
+        ("", None),
+    ],
+)
+def test_marked_answer(response, answer):
+    assert marked_answer(response) == answer
 
 
 def test_gold_by_hand():
@@ -117,6 +150,18 @@ def test_every_reading_stays_in_range_and_is_found(story, rng):
         ),
         (["12 / 2 + 3 * 4 = 18", "18 * 2 = 36", "Final answer: 37"], [1, 1, 0], "right right right right"),
         ([], [], "missing missing missing missing"),
+        (
+            ["12 - 2 = 10", "3 * 4 = 12", "10 + 12 = 22", "22 + 0 = 22", "22 * 2 = 44", "Final answer: 44"],
+            [0, 1, 1, 1, 1, 1],
+            "careless right right right",
+        ),
+        (
+            ["12 / 2 = 6", "3 + 4 = 7", "6 + 7 = 13", "13 + 0 = 13", "13 * 2 = 26", "Final answer: 26"],
+            [1, 0, 1, 1, 1, 1],
+            "right careless right right",
+        ),
+        (["12 / 2 = 6", "3 + 4 = 7", "6 + 12 = 18"], [1, 0, 0], "right other missing missing"),
+        (["12 / 2 = 6", "", "3 * 4 = 12", "6 + 12 = 18"], [1, 1, 1], "right right missing missing"),
     ],
 )
 def test_solutions_by_either_hand_are_checked_line_by_line(lines, right, events):
@@ -133,8 +178,9 @@ def test_what_need_not_be_written_may_be_left_out_and_what_must_may_not():
 
 
 def test_lines_that_are_too_many_are_extra():
-    task, problem = Stories(CONFIG), make_problem("x", STORY)
-    assert task.check_steps(problem, STORY.gold() + "\n36 + 1 = 37")[-1] == ("extra", "other")
+    task, problem, text = Stories(CONFIG), make_problem("x", STORY), STORY.gold() + "\n36 + 1 = 37"
+    assert task.check_steps(problem, text)[-1] == ("extra", "other")
+    assert task.check_lines(problem, text) == [True, True, True, False]
 
 
 def test_every_kind_has_a_twin_and_its_misreadings_depend_on_the_context():
@@ -147,17 +193,16 @@ def test_every_kind_has_a_twin_and_its_misreadings_depend_on_the_context():
     assert {kind for pair in PAIRS for kind in pair} < set(TWIN)
 
 
-def test_the_shipped_model_has_its_recorded_hash_and_meets_the_criteria():
-    facts = json.loads((EMBEDDED["stories"] / "facts.json").read_text())
-    assert hashlib.sha256((EMBEDDED["stories"] / "model.safetensors").read_bytes()).hexdigest() == facts["sha256"]
+def test_the_shipped_model_has_its_recorded_hash_and_meets_the_criteria(seed_model, tokenizer):
+    facts = json.loads((SEED_MODEL / "facts.json").read_text())
+    assert hashlib.sha256((SEED_MODEL / "model.safetensors").read_bytes()).hexdigest() == facts["sha256"]
     assert all(facts["met"].values())
-    model, task = ModelConfig(path="stories"), get_task(load_preset("stories", ["task.dev_size=100"]).task)
-    solved = seed_model.solve(load_policy(model, threads=1), load_tokenizer(model), task, task.problems("dev"), 4)
-    share = seed_model.summary(solved, 4)["every step right"]
+    task = get_task(TaskConfig(dev_size=100))
+    share = summary(solve(seed_model, tokenizer, task, task.problems("dev"), 4), 4)["every step right"]
     assert 0.3 <= share <= 0.55  # of the first hundred; facts.json has all 300
 
 
 def test_the_preset_tests_on_longer_stories_and_other_test_sets_are_refused():
-    assert load_preset("stories", []).evaluation.test == ("long",)
+    assert load_preset("tiny", []).evaluation.test == ("long",)
     with pytest.raises(ConfigError, match="evaluation.test: short is no further test set of stories.*long"):
-        load_preset("stories", ["evaluation.test=short"])
+        load_preset("tiny", ["evaluation.test=short"])

@@ -1,16 +1,13 @@
-"""The embedded task: disjoint splits, gold that grades right, steps checked, answers in three classes."""
+"""Tasks that read records, and those of one's own: disjoint splits, gold that grades right, errors that name the line."""
 
 import copy
 import json
 import os
-import random
 import subprocess
 import sys
 
 import pytest
 from conftest import ROOT
-from hypothesis import given
-from hypothesis import strategies as st
 
 from irpo_utils.model.prompts import encode_prompts
 from irpo_utils.settings import TaskConfig
@@ -18,89 +15,6 @@ from irpo_utils.tasks import check_task, get_task
 from irpo_utils.tasks.base import SPLITS, Problem
 from irpo_utils.tasks.grading import reward
 from irpo_utils.tasks.jsonl import Given
-from irpo_utils.tasks.word_problems import (
-    BUCKETS,
-    MAX_VALUE,
-    WordProblems,
-    careless_choice,
-    draw_problems,
-    draw_story,
-    make_problem,
-    marked_answer,
-    story_of,
-)
-
-
-def test_splits_share_no_problem_even_under_other_names():
-    keys = {split: {story.key() for _, story in draw_problems(split, 400, 0, 0.5)} for split in BUCKETS}
-    for split, own in keys.items():
-        assert len(own) == 400
-        for other, theirs in keys.items():
-            assert split == other or own.isdisjoint(theirs)
-
-
-def test_problems_are_the_same_every_time_and_others_with_another_seed(config):
-    task, again = get_task(config.task), get_task(config.task)
-    assert task.problems("train") == again.problems("train")
-    assert get_task(config.task.but(seed=1)).problems("train") != task.problems("train")
-
-
-def test_every_gold_answer_grades_right_and_every_step_of_it(task):
-    for split in SPLITS:
-        for problem in task.problems(split):
-            assert task.equal(problem.answer, problem)
-            assert reward(task, problem.solution, problem) == 1.0
-            assert {verdict for _, verdict in task.check_steps(problem, problem.solution)} == {"right"}
-
-
-@given(st.integers(0, 10_000))
-def test_careless_steps_are_found_careless_and_values_stay_in_range(seed):
-    rng = random.Random(seed)
-    story = draw_story(rng, 0.5)
-    careless = careless_choice(story, rng)
-    solution, _ = story.solution(careless)
-    verdicts = WordProblems(None).check_steps(make_problem("x", story), solution)
-    assert [v == "careless" for _, v in verdicts] == list(careless)
-    numbers = [int(w) for w in solution.split() if w.isdigit()]
-    assert all(0 <= n <= MAX_VALUE for n in numbers)
-
-
-def test_garbled_and_missing_steps_are_told_apart(task):
-    problem = task.problems("train")[0]
-    first, rest = problem.solution.split("\n", 1)
-    garbled = task.check_steps(problem, first + "1\n" + rest)
-    assert garbled[0][1] == "other"
-    assert task.check_steps(problem, "")[-1][1] in ("other", "missing")
-
-
-def test_solutions_survive_the_tokenizer_to_the_letter(task, tokenizer):
-    for problem in task.problems("train"):
-        for text in (task.prompt(problem), problem.solution):
-            ids = tokenizer(text, add_special_tokens=False).input_ids
-            assert tokenizer.decode(ids) == text
-            assert tokenizer.unk_token_id not in ids
-
-
-def test_guessable_share_is_kept(config):
-    task = get_task(config.task.but(train_size=400, guessable_share=0.3))
-    share = sum(story_of(p).guessable for p in task.problems("train")) / 400
-    assert 0.2 < share < 0.4
-
-
-@pytest.mark.parametrize(
-    ("response", "answer"),
-    [
-        ("Final answer: 12", "12"),
-        ("final answer:  odd.", "odd"),
-        ("Final answer: 3\nno: 3 + 1 = 4\nFinal answer: 4", "4"),
-        ("12", None),
-        ("Final answer:", None),
-        ("Final answer: \n7", None),
-        ("", None),
-    ],
-)
-def test_marked_answer(response, answer):
-    assert marked_answer(response) == answer
 
 
 def write_splits(folder, **lines):

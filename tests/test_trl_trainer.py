@@ -25,23 +25,23 @@ GRADIENTS = {"policy_gradient": losses.policy_gradient, "policy_gradient_mean": 
 TEXTS = [
     (
         "Question: Ann has 12 pens. Ann sells half of them. How many pens does Ann have?\nAnswer:\n",
-        "Half: 12 / 2 = 6\nFinal answer: 6",
-        "Half: 12 - 2 = 10\nFinal answer: 10",
+        "12 / 2 = 6\nFinal answer: 6",
+        "12 - 2 = 10\nFinal answer: 10",
     ),
     (
-        "Question: Ben has 3 eggs. Ben finds 4 more. Ben loses 2 of them. How many eggs does Ben have?\nAnswer:\n",
-        "Find: 3 + 4 = 7\nLose: 7 - 2 = 5\nFinal answer: 5",
+        "Question: Ben has 3 eggs. Ben gets 4 from Ann. Ben gives Dan 2. How many eggs does Ben have?\nAnswer:\n",
+        "3 + 4 = 7\n7 - 2 = 5\nFinal answer: 5",
         "Final answer: 9",
     ),
     (
-        "Question: Eva has 5 books. Eva buys 4 more. How many books does Eva have?\nAnswer:\n",
+        "Question: Eva has 5 books. Eva has 4 more now. How many books does Eva have?\nAnswer:\n",
         "Final answer: 9",
-        "Buy: 5 - 4 = 1\nFinal answer: 1",
+        "5 - 4 = 1\nFinal answer: 1",
     ),
     (
-        "Question: Tom has 8 coins. Tom sells half of them. Tom finds 3 more. How many coins does Tom have?\nAnswer:\n",
-        "Half: 8 / 2 = 4\nFind: 4 + 3 = 7\nFinal answer: 7",
-        "Half: 8 / 2 = 4\nFinal answer: 4",
+        "Question: Dan has 8 coins. Dan sells half of them. Dan gets 3 from Eva. How many coins does Dan have?\nAnswer:\n",
+        "8 / 2 = 4\n4 + 3 = 7\nFinal answer: 7",
+        "8 / 2 = 4\nFinal answer: 4",
     ),
 ]
 

@@ -37,15 +37,15 @@ needs_ray = pytest.mark.skipif(not HERE, reason="no Ray (pip install -e '.[ray]'
 SMALL = ["task.train_size=32", "sampling.max_rows=8"]  # chunks of eight problems
 STORE = 1 << 27
 PATIENCE = 240.0
-# Word problems whose grading waits, once a chunk is in its file, for as long as there is a file `hold` beside them.
+# Stories whose grading waits, once a chunk is in its file, for as long as there is a file `hold` beside them.
 HELD = """
 import os, sys, time
 from pathlib import Path
-from irpo_utils.tasks.word_problems import WordProblems
+from irpo_utils.tasks.stories import Stories
 
 HERE = Path(__file__).parent
 
-class Held(WordProblems):
+class Held(Stories):
     def extract(self, response, problem, flexible=False):
         while (HERE / "hold").exists() and list(HERE.glob("**/chunk_*.jsonl")):
             node = sys.modules["ray"].get_runtime_context().get_node_id() if "ray" in sys.modules else "here"

@@ -75,7 +75,7 @@ def unrolled(expression: str) -> tuple[list[Step], float]:
 
 
 def result_behind(text: str) -> str:
-    """What a calculator writes behind a text: " 6" behind "Half: 12 / 2 =". Nothing unless an expression and "=" end it.
+    """What a calculator writes behind a text: " 6" behind "12 / 2 =". Nothing unless an expression and "=" end it.
 
     The expression begins the line, or stands behind one of `= : < (` or the end of a sentence. Behind anything else, as
     "$5 + $", "2 times" or "20 dollars", it may be a part of a longer one. A blank before "=" is written behind it too.

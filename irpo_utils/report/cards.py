@@ -18,7 +18,7 @@ def model_card(stage: Stage, path: Path) -> None:
     """Write the README of M_t as one whole model in bfloat16."""
     base, t = stage.config.model.path, stage.iteration
     front = {"library_name": "transformers", "pipeline_tag": "text-generation"}
-    if base not in EMBEDDED and not resolve(base).is_dir():
+    if base != EMBEDDED and not resolve(base).is_dir():
         front["base_model"] = NAMED[base].hub if base in NAMED else base
     found = {i: result(EvaluateStage, stage, i, "evaluation.json") for i in dict.fromkeys((0, t))}
     evaluated = [(i, split, row) for i, splits in found.items() for split, row in splits.items() if found[t]]
@@ -36,7 +36,7 @@ def pairs_card(stage: Stage, path: Path, form: str) -> None:
 def write_card(stage: Stage, path: Path, front: dict[str, Any], **facts: Any) -> None:
     """Write `card.md` with what both have: base model, recipe, data, seed, licence, command and parameters."""
     base, source, run = stage.config.model.path, stage.config.pairs.file or stage.config.task.name, stage.run_folder
-    own = base in EMBEDDED and stage.config.task.generated and not stage.config.pairs.file
+    own = base == EMBEDDED and stage.config.task.generated and not stage.config.pairs.file
     licence = "apache-2.0" if own else f"not recorded; those of {base} and of {source} hold"
     if why := maker(stage).why_not_done():
         facts["facts"] |= {"note": f"the parameters below are not quite those that it was made with ({why[0]})"}

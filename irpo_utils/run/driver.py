@@ -28,7 +28,7 @@ from ..files import (
     write_text,
 )
 from ..methods.parts import COMMANDS, SAMPLERS, SELECTIONS, WORKERS
-from ..model.packaged import EMBEDDED
+from ..model.packaged import EMBEDDED, SEED_MODEL
 from ..tasks import check_task, get_task
 from ..tasks.base import Problem, Task
 from ..tasks.records import further_tests
@@ -114,7 +114,7 @@ def check_inputs(config: Config, jobs: int = 1) -> list[str]:
         os.environ.setdefault(name, value)
     try:
         check_methods(config)
-        if (config.task.name, config.model.path) in (("word_problems", "seed"), ("stories", "stories")):
+        if config.task.generated and config.model.path == EMBEDDED:
             return []
         task = get_task(config.task)
         problems = check_task(task, config.task.name)
@@ -122,8 +122,8 @@ def check_inputs(config: Config, jobs: int = 1) -> list[str]:
         further = further_tests(task, config.evaluation)
         lines += [f"{len(p)} further test problems from {source}" for source, p in further.items()]
         lines = [f"{config.task.name}: {', '.join(lines)}", *task.notes, *check_gold(config, problems)]
-        if config.model.path in EMBEDDED:
-            check_words(task, problems["train"], EMBEDDED[config.model.path])
+        if config.model.path == EMBEDDED:
+            check_words(task, problems["train"])
             return lines
         # torch takes seconds to import, and the embedded model fits anywhere.
         check = load_object("irpo_utils.run.estimate:check_model")
@@ -134,11 +134,11 @@ def check_inputs(config: Config, jobs: int = 1) -> list[str]:
         raise ConfigError(str(error)) from None
 
 
-def check_words(task: Task, problems: list[Problem], model: Path) -> None:
+def check_words(task: Task, problems: list[Problem]) -> None:
     """Raise a ValueError for problems in words that the embedded model, whose vocabulary is small, has never seen."""
     from tokenizers import Tokenizer  # with what it draws in, longer to import than all of the above
 
-    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(SEED_MODEL / "tokenizer.json"))
     unknown, ids = tokenizer.token_to_id("<unk>"), []
     words: dict[str, None] = {}
     for problem in problems[:200]:
@@ -153,7 +153,7 @@ def check_words(task: Task, problems: list[Problem], model: Path) -> None:
         raise ValueError(
             f"model.path: the embedded model does not know {share:.0%} of the words of these prompts "
             f"({', '.join(list(words)[:5])}, ...); "
-            "`seed` reads word_problems alone, `stories` stories. Name a model, as in model.path=/models/my-llm"
+            "it reads stories alone. Name a model, as in model.path=/models/my-llm"
         )
 
 

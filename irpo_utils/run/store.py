@@ -531,7 +531,7 @@ def load_line(config: ModelConfig, folder: Path) -> str:
         return f'AutoModelForCausalLM.from_pretrained("{policy}")'
     here = packaged.folder(config.path)
     base = f'"{relative(here) if here else config.path}"'
-    base += f', dtype="{config.dtype}"' * (config.path not in packaged.EMBEDDED)
+    base += f', dtype="{config.dtype}"' * (config.path != packaged.EMBEDDED)
     if config.trust_remote_code:
         base += ", trust_remote_code=True"
     if config.quantize == "nf4":  # the adapter was trained on these weights, not on the ones that they are made from

@@ -29,7 +29,6 @@ BOOK: dict[str, tuple[str | Notebook, ...]] = {
     "Begin": ("results", Notebook("quickstart")),
     "The stages, as executed": (
         Notebook("00_seed_model"),
-        Notebook("00_stories_model"),
         Notebook("00_warm_start"),
         Notebook("01_sample", "methods/m0"),
         Notebook("01b_reward", "methods/sipf/seed_0/iteration_2"),

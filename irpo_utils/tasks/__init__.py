@@ -11,7 +11,6 @@ from .base import SPLITS, BadRecord, Problem, Task
 
 # Task name -> "module:Class". `task.name=path/to/file.py:Class` names a class of your own.
 TASKS = {
-    "word_problems": "irpo_utils.tasks.word_problems:WordProblems",
     "stories": "irpo_utils.tasks.stories:Stories",
     "gsm8k": "irpo_utils.tasks.gsm8k:GSM8K",
     "math": "irpo_utils.tasks.math:MATH",

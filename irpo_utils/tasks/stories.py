@@ -1,4 +1,4 @@
-"""Generated arithmetic stories whose every step has a known truth, and a careless solver of them.
+"""The embedded task: generated arithmetic stories whose every step has a known truth, and a careless solver of them.
 
 A problem is a story of a few events ("Ann has 12 pens. Ben gets 5 from Ann. ...") and a question about where it ends.
 Each event is a step of the solution. Every kind of event has a twin with which it can be confused: *half of them* with
@@ -25,10 +25,11 @@ from functools import cache
 from itertools import product
 from typing import NamedTuple
 
-from .base import Problem
-from .word_problems import ITEMS, NAMES, WordProblems
-from .word_problems import prompt as prompt  # both worlds ask alike
+from .base import Problem, Task
 
+NAMES = ("Ann", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gus", "Hana")
+ITEMS = ("pens", "coins", "cards", "shells", "eggs", "books", "stamps", "apples")
+MARK = re.compile(r"Final answer:[ \t]*(.*)", re.IGNORECASE)
 MAX_VALUE = 60  # every value on every careless path stays in 1..MAX_VALUE: the numbers are a closed vocabulary
 TIMES = {2: "twice", 3: "three times"}
 WORDINGS = {  # of each kind of event
@@ -348,13 +349,24 @@ def draw_problems(split: str, count: int, seed: int, guessable_share: float) -> 
     return list(found.items())
 
 
-class Stories(WordProblems):
-    """The `stories` task: asked and graded as `word_problems`, drawn and checked in its own way."""
+class Stories(Task):
+    """The `stories` task."""
 
     def problems(self, split: str) -> list[Problem]:
         size = getattr(self.config, f"{split}_size", self.config.test_size)
         drawn = draw_problems(split, size, self.config.seed, self.config.guessable_share)
         return [make_problem(name, story) for name, story in drawn]
+
+    def prompt(self, problem: Problem) -> str:
+        return prompt(problem.question)
+
+    def extract(self, response: str, problem: Problem, flexible: bool = False) -> str | None:
+        return marked_answer(response)
+
+    def equal(self, answer: str, problem: Problem) -> bool | None:
+        if not re.fullmatch(r"[0-9]{1,9}|odd|even", answer):  # nothing that the seed model was taught to answer
+            return None
+        return answer == problem.answer
 
     def check_steps(self, problem: Problem, response: str) -> list[tuple[str, str]]:
         """(kind, verdict) of every event in story order; lines that are too many count as one more event, "extra"."""
@@ -366,6 +378,20 @@ class Stories(WordProblems):
     def check_lines(self, problem: Problem, response: str) -> list[bool]:
         """Whether each line that is not empty is right *given the lines before it*, [lines]; the final answer is one."""
         return list(check(story_of(problem), response).lines)
+
+
+def marked_answer(response: str) -> str | None:
+    """The text after the last "Final answer:" of a response, to the end of its line; None where there is none.
+
+    The last mark counts, since a chain of thought may mention one before it concludes.
+    """
+    found = MARK.findall(response)
+    answer = found[-1].strip().rstrip(".") if found else ""
+    return answer or None
+
+
+def prompt(question: str) -> str:
+    return f"Question: {question}\nAnswer:\n"
 
 
 def make_problem(name: str, story: Story) -> Problem:

@@ -1,4 +1,4 @@
-"""How good step labels are, on a task that knows the truth of every line (`word_problems`).
+"""How good step labels are, on a task that knows the truth of every line (`stories`).
 
 The truth that labels are held against is that of a *prefix*: every line up to the end of the step is right. It is what
 simulation asks: can the right answer still be reached from here? A solution of such steps alone is right for the right
