@@ -13,7 +13,8 @@ import pytest
 from conftest import ROOT
 from small_models import build
 
-from irpo_utils.files import NOTEBOOKS
+from irpo_utils.files import NOTEBOOKS, read_jsonl
+from irpo_utils.metrics import majority
 from irpo_utils.run.code import notebook_hash
 from irpo_utils.run.notebooks import run_notebook
 from irpo_utils.run.stages import STAGES
@@ -71,6 +72,10 @@ def claims(folder: Path) -> dict:
     return {"run": str(folder), "twice": "", "real": str(folder), "watched": 4}
 
 
+def without_labels(folder: Path) -> dict:
+    return {"folder": str(folder), "runs": [str(folder)]}
+
+
 def real_model(folder: Path) -> dict:
     return {"run": str(folder), "problems": 4, "samples": 4}
 
@@ -97,6 +102,7 @@ SMALL = {
     "test_the_nll_notebook_watches_three_losses": ("11_why_the_nll", why_the_nll),
     "test_the_losses_are_held_side_by_side": ("12_losses", losses),
     "test_the_ablations_compare_each_value_with_the_default": ("13_ablations", ablations),
+    "test_the_majority_splits_the_problems_in_two": ("15_without_labels", without_labels),
     "test_the_broken_runs_are_refused_or_seen": ("22_read_a_run", broken_runs),
     "test_the_memorising_notebook_makes_a_model": ("23_memorising", memorising),
     "test_the_claims_are_differences_with_intervals": ("21_claims", claims),
@@ -105,7 +111,7 @@ SMALL = {
     "test_the_speed_notebook_counts_what_was_measured": ("31_speed", speed),
     "test_the_scale_notebook_simulates_from_what_it_measured": ("32_scale", scale),
 }
-ON_THE_MICRO_RUN = ("11_why_the_nll", "12_losses", "20_real_model", "21_claims", "30_tune")
+ON_THE_MICRO_RUN = ("11_why_the_nll", "12_losses", "15_without_labels", "20_real_model", "21_claims", "30_tune")
 
 
 def execute(source: Path, target: Path, parameters: dict) -> str:
@@ -294,6 +300,17 @@ def test_the_claims_are_differences_with_intervals(executed):
     assert gain == pytest.approx(100 * (sum(by_hand[2]) - sum(by_hand[1])) / len(by_hand[1]))
     assert all(float(r["low"]) <= float(r["mean"]) <= float(r["high"]) for r in rows)
     assert "embedded: stories, seed; 1 seeds" in printed
+
+
+def test_the_majority_splits_the_problems_in_two(executed):
+    folder, _ = executed
+    first, *_ = rows = read_rows(folder / "labels.csv")
+    test = [r for r in read_jsonl(folder / "m0/seed_0/responses.jsonl") if r["split"] == "test"]
+    assert float(first["M_0"]) == pytest.approx(sum(r["greedy"] == 1 for r in test) / len(test))
+    assert {float(r["behind IRPO"]) for r in rows if r["method"] == first["method"]} == {0.0}
+    led = sum(majority(r["answers"], [x == 1 for x in r["rewards"]], 8) == 1 for r in test)
+    halves = {r["majority of M_0"]: int(r["answers"]) for r in read_rows(folder / "majority.csv")}
+    assert halves == {group: n for group, n in (("right", led), ("wrong", len(test) - led)) if n}
 
 
 def test_the_broken_runs_are_refused_or_seen(executed):
