@@ -69,8 +69,8 @@ def connected(cpus: int) -> Iterator[Any]:
             if os.environ.get("RAY_ADDRESS"):
                 raise ConfigError(f"RAY_ADDRESS: {error}") from None
             raise ConfigError(
-                f"sampling.workers: Ray does not start here ({error}); it gives up after 30 s, so on a busy machine wait, "
-                "or set sampling.workers=1; the same command goes on"
+                f"sampling.workers: Ray does not start here ({error}); on a busy machine, where its own processes take "
+                "more than its 15 s, wait or set sampling.workers=1; the same command goes on"
             ) from error
         start.close()
         if threading.current_thread() is threading.main_thread():
