@@ -81,6 +81,27 @@ def test_what_cannot_fit_is_refused_with_what_to_change(overrides, gib, message,
         estimate.check_fits(shapes["llama-2-7b-chat"], config, 350, gib * estimate.GIB)
 
 
+def test_processes_that_share_a_machine_share_its_memory(shapes, monkeypatch):
+    def line(stage, *settings):
+        config = load_preset("gsm8k-qwen2.5-0.5b", ["model.quantize=none", "train.micro_batch=1", *settings])
+        lines = estimate.check_fits(shapes["qwen2.5-0.5b"], config, 350, CARD)
+        return next(line for line in lines if line.startswith(stage))
+
+    for cuda, launcher, memory in ((False, "", "11.8"), (True, "", "23.5"), (False, "torchrun", "23.5")):
+        monkeypatch.setattr(estimate.torch.cuda, "is_available", lambda there=cuda: there)
+        monkeypatch.setenv("IRPO_LAUNCHER", launcher)
+        alone = line("training").replace("23.5", memory)
+        assert line("training", "train.processes=2") == alone and f" of {memory} GiB" in alone
+        assert f" of {memory} GiB" in line("dev score", "train.processes=2")
+        assert " of 23.5 GiB" in line("sampling", "train.processes=2")
+    monkeypatch.delenv("IRPO_LAUNCHER")
+    monkeypatch.setattr(estimate.torch.cuda, "is_available", lambda: False)
+    with pytest.raises(
+        estimate.TooLarge, match=r"training: .*; lower train.processes \(it is 16, and each holds as much"
+    ):
+        line("training", "train.processes=16")
+
+
 def test_memory_grows_with_what_should_cost_memory(shapes):
     config, shape = load_preset("gsm8k-qwen2.5-0.5b", ON_GPU), shapes["qwen2.5-0.5b"]
     more = config.but(train=config.train.but(micro_batch=2 * config.train.micro_batch))

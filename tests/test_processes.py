@@ -118,6 +118,17 @@ def test_a_training_whose_process_was_killed_goes_on_in_two_processes_and_in_one
     assert [step["step"] for step in read_jsonl(tmp_path / "one" / "steps.jsonl")] == [1, 2, 3, 4]
 
 
+def of_both_dtypes(folder, divided=lambda model: model):
+    """Scores, and what training gives, of a base in bfloat16 with an adapter in float32."""
+    model = ranks.small_policy()
+    for name, weight in model.named_parameters():
+        weight.data = weight.data if "lora_" in name else weight.data.bfloat16()
+    model, batch = divided(model), logprobs.pair_batch(ranks.small_pairs())
+    with torch.no_grad():
+        scores = processes.through(model.eval(), logprobs.response_logps, batch)
+    return scores, ranks.train(folder, "dpo+nll", HALF_WAY, model=model)
+
+
 def as_shards(folder):
     """Scores of a sharded Llama with and without its parts' forward pass, and what training it gives."""
     ranks.divide_weights()
@@ -129,18 +140,23 @@ def as_shards(folder):
     again = processes.sharded(ranks.small_policy())  # goes on from the last checkpoint, and has nothing left to do
     shutil.rmtree(folder / "checkpoints" / "checkpoint-4", ignore_errors=True) if processes.rank() == 0 else None
     processes.wait()
-    return parts, scores, found, ranks.train(folder, "dpo+nll", HALF_WAY, model=again)
+    resumed = ranks.train(folder, "dpo+nll", HALF_WAY, model=again)
+    return parts, scores, found, resumed, of_both_dtypes(folder / "mixed", processes.sharded)
 
 
 def test_a_sharded_model_scores_and_trains_as_the_whole(trained, tmp_path):
     with torch.no_grad():
         whole = logprobs.response_logps(ranks.small_policy().eval(), logprobs.pair_batch(ranks.small_pairs()))
     one = trained[0]["dpo+nll, float32"]
-    for parts, scores, found, resumed in ranks.together(2, as_shards, tmp_path):
+    with mock.patch.object(logprobs, "FSDPModule", torch.nn.Module):  # in the rows of a sharded model: 16 bits tell
+        mixed = of_both_dtypes(tmp_path / "one")
+    for parts, scores, found, resumed, shards in ranks.together(2, as_shards, tmp_path):
         assert parts == {True}  # each process holds a part of every weight
         assert torch.allclose(scores, whole, rtol=0, atol=1e-5)
         assert_same(one, found, tolerance=2e-5)
         assert_same(one, resumed, tolerance=2e-5)
+        assert torch.equal(shards[0], mixed[0])
+        assert_same(mixed[1], shards[1], tolerance=1e-3)
     kept = load.load_file(tmp_path / "best" / "adapter_model.safetensors")
     assert kept.keys() == {name.replace(".default", "") for name in one[2]}
     for name, weight in one[2].items():
@@ -240,19 +256,30 @@ def stage(tmp_path):
     return found
 
 
-def test_the_stage_starts_its_processes_and_keeps_what_they_made(stage, tmp_path, capsys):
+TORCHRUN = f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node"
+
+
+def adapter(stage):
+    return load.load_file(stage.path("adapter") / "adapter_model.safetensors")
+
+
+def test_the_stage_starts_its_processes_and_keeps_what_they_made(stage, tmp_path, capsys, monkeypatch):
     facts = stage.begin().run()
     stage.finish()
     assert "step 3/3  loss" in capsys.readouterr().out
+    weights = adapter(stage)
+    monkeypatch.setenv("IRPO_LAUNCHER", f"{TORCHRUN} 2")  # the usual environment, and nothing of accelerate's own
+    assert stage.begin(again=True).run() == facts
+    stage.finish()
+    assert all(torch.equal(weights[name], weight) for name, weight in adapter(stage).items())
     one = TrainStage(configure(tmp_path, "train.batch=4", "train.micro_batch=2", "train.max_steps=3"))
-    two, weights = stage.curve(), load.load_file(stage.path("adapter") / "adapter_model.safetensors")
+    two = stage.curve()
     assert [line for line in one.why_not_done() if "processes" in line] == ["train.processes 2 -> none"]
     assert one.begin(again=True).run() == pytest.approx(facts, abs=1e-5)
     one.finish()
     for ours, theirs in zip(one.curve()[1:], two[1:], strict=True):
         assert {**theirs, "accuracy": 0} == pytest.approx({**ours, "accuracy": 0}, abs=1e-5)
-    again = load.load_file(one.path("adapter") / "adapter_model.safetensors")
-    assert all(torch.allclose(again[name], weight, rtol=0, atol=1e-5) for name, weight in weights.items())
+    assert all(torch.allclose(weights[name], weight, rtol=0, atol=1e-5) for name, weight in adapter(one).items())
 
 
 def test_weights_are_divided_over_gpus_alone(monkeypatch):
@@ -261,9 +288,8 @@ def test_weights_are_divided_over_gpus_alone(monkeypatch):
         processes.join(2, shard=True)
 
 
-def test_another_launcher_starts_them_and_a_wrong_number_is_refused(stage, monkeypatch):
-    own = f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node"
-    monkeypatch.setenv("IRPO_LAUNCHER", f"{own} 1")
+def test_a_launcher_that_starts_a_wrong_number_is_refused(stage, monkeypatch):
+    monkeypatch.setenv("IRPO_LAUNCHER", f"{TORCHRUN} 1")
     stage.begin()
     with pytest.raises(ConfigError, match="train.processes: it is 2, and the launcher started 1"):
         stage.run()

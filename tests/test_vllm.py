@@ -6,7 +6,9 @@ IRPO_VLLM_PYTHON=vllm-env/bin/python ./run_all.sh --test tests/test_vllm.py
 import importlib.util
 import os
 import signal
+import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -22,6 +24,7 @@ from irpo_utils.model.logprobs import collate, response_logps
 from irpo_utils.model.prompts import encode_prompts
 from irpo_utils.run import store
 from irpo_utils.run.presets import load_preset
+from irpo_utils.run.rank import is_there
 from irpo_utils.run.stages.evaluate import EvaluateStage
 from irpo_utils.run.stages.sample import SampleStage
 
@@ -276,3 +279,49 @@ def test_an_engine_without_vllm_says_so(config, monkeypatch):
 def test_what_vllm_cannot_run_is_refused(override, message):
     with pytest.raises(ConfigError, match=message):
         load_preset("micro", ["sampling.engine=vllm", override])
+
+
+# Stands in for vLLM: each draw takes a minute, and one process holds a part of the model.
+STALLED = """
+import os, subprocess, sys, time
+from types import SimpleNamespace as Names
+sys.modules |= dict.fromkeys(["vllm.lora.request", "vllm.platforms", "vllm.sampling_params"], sys.modules["vllm"])
+LoRARequest, RequestOutputKind, current_platform = None, Names(FINAL_ONLY=0), Names(is_cpu=lambda: False)
+SamplingParams = dict
+
+class LLM:
+    def __init__(self, **options):
+        self.llm_engine = self
+
+    def add_request(self, *arguments, **options):
+        self.part = subprocess.Popen(["sleep", "60"])
+
+    def has_unfinished_requests(self):
+        return True
+
+    def step(self):
+        print(os.getpid(), self.part.pid, file=open(os.environ["DRAWING"], "w"), flush=True)
+        time.sleep(60)
+"""
+DRAW = """
+from irpo_utils.extras import remote
+from irpo_utils.extras.vllm.engine import Engine
+from irpo_utils.run.presets import load_preset
+with Engine(load_preset("micro"), None, 50) as engine:
+    next(engine.answers([remote.Request([3, 4], 0, 8)], remote.Orders(1, 1.0, [2])))
+"""
+
+
+def test_its_processes_end_in_the_midst_of_a_draw_with_the_one_that_is_killed(tmp_path):
+    (tmp_path / "vllm.py").write_text(STALLED)
+    here = {"IRPO_VLLM_PYTHON": sys.executable, "DRAWING": str(tmp_path / "drawing"), "PYTHONPATH": str(tmp_path)}
+    with subprocess.Popen([sys.executable, "-c", DRAW], cwd=ROOT, env=os.environ | here) as parent:
+        while not (tmp_path / "drawing").exists() or not (pids := (tmp_path / "drawing").read_text().split()):
+            assert parent.poll() is None
+            time.sleep(0.05)
+        assert all(is_there(int(pid)) for pid in pids)
+        parent.kill()
+    end = time.monotonic() + 10
+    while any(is_there(int(pid)) for pid in pids):
+        assert time.monotonic() < end, "a child outlives its parent"
+        time.sleep(0.05)

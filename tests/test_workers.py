@@ -15,6 +15,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, drive
@@ -301,6 +302,23 @@ def test_without_ray_the_run_does_not_start(monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS")
     both = drive("micro", "run=test-workers", "jobs=2", "sampling.workers=2")
     assert "set jobs=1 or sampling.workers=1" in both.stderr and not (ROOT / "outputs" / "test-workers").exists()
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("", r"^sampling.workers: Ray does not start here \(timed out\); .* set sampling.workers=1; the same command"),
+        ("10.0.0.1:6379", "^RAY_ADDRESS: timed out$"),
+    ],
+)
+def test_a_ray_that_does_not_come_is_told_with_what_to_change(address, message, monkeypatch):
+    def init(**options):
+        raise Exception("timed out")  # what Ray itself raises
+
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(is_initialized=lambda: False, init=init))
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(ConfigError, match=message), cluster.connected(2):
+        pass
 
 
 def test_the_table_names_it():

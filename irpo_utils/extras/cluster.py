@@ -65,10 +65,13 @@ def connected(cpus: int) -> Iterator[Any]:
             start.enter_context(quick_imports(Path(folder)))
         try:
             ray.init(**options)
-        except (ConnectionError, RuntimeError) as error:
-            if "RAY_ADDRESS" not in os.environ:
-                raise
-            raise ConfigError(f"RAY_ADDRESS: {error}") from None
+        except Exception as error:  # one of Ray's time-outs is no more than that
+            if os.environ.get("RAY_ADDRESS"):
+                raise ConfigError(f"RAY_ADDRESS: {error}") from None
+            raise ConfigError(
+                f"sampling.workers: Ray does not start here ({error}); on a busy machine, where its own processes take "
+                "more than its 15 s, wait or set sampling.workers=1; the same command goes on"
+            ) from error
         start.close()
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, before)  # Ray sets one of its own

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 from ..files import ROOT
@@ -19,7 +20,7 @@ from ..model.logprobs import CHUNK
 from ..model.prompts import encode_prompts, stop_ids
 from ..model.sampling import PREFILL_TOKENS, most_prompts, pick_bytes
 from ..model.shape import Shape
-from ..settings import ModelConfig, SamplingConfig, Settings
+from ..settings import ModelConfig, SamplingConfig, Settings, TrainConfig
 from ..tasks.base import Problem, Task
 
 GIB = 1 << 30
@@ -166,12 +167,14 @@ def check_fits(shape: Shape, config: Settings, prompt: int, free_bytes: float) -
         lines.append(f"sampling: by {name}, which sizes its own memory and is not counted")
     for stage, parts in stages.items():
         total = sum(parts.values()) + RESERVE
-        own = free_bytes / (workers_beside(config.sampling) if stage == "sampling" else 1)
+        own = free_bytes / (workers_beside(config.sampling) if stage == "sampling" else processes_beside(config.train))
         each = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items())
         needs = f"about {total / GIB:.1f} of {own / GIB:.1f} GiB"
         lines.append(f"{stage}: {needs} ({each}, reserve {RESERVE / GIB:.1f})")
         if total > own:
-            raise TooLarge(f"{lines[-1]}: does not fit; {hint(config, stage, parts)}")
+            fewer = stage != "sampling" and total <= free_bytes
+            processes = f"lower train.processes (it is {config.train.processes}, and each holds as much)"
+            raise TooLarge(f"{lines[-1]}: does not fit; {processes if fewer else hint(config, stage, parts)}")
     return lines
 
 
@@ -180,6 +183,11 @@ def workers_beside(sampling: SamplingConfig) -> float:
     if sampling.gpus_per_worker:
         return min(sampling.workers, 1 / min(1, sampling.gpus_per_worker))
     return 1 if os.environ.get("RAY_ADDRESS") else sampling.workers
+
+
+def processes_beside(train: TrainConfig) -> int:
+    """Processes that train in this machine's memory; a GPU has one. Where another launcher starts them is not known: 1."""
+    return 1 if torch.cuda.is_available() or os.environ.get("IRPO_LAUNCHER") else train.processes
 
 
 def free_memory() -> float:

@@ -3,14 +3,19 @@
     python child.py REPLIES      (a file descriptor; standard output is vLLM's own)
 
 It reads JSON lines: what to load, then an order at a time. It answers with JSON lines: that it is ready, then a line
-for every problem, as soon as the last of its responses has ended.
+for every problem, as soon as the last of its responses has ended. It ends when standard input does, in the midst of a
+draw too: whoever orders is gone.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from queue import SimpleQueue
 from typing import Any, TextIO
 
 
@@ -19,14 +24,28 @@ def send(replies: TextIO, reply: dict[str, Any]) -> None:
     replies.flush()
 
 
-def serve(orders: TextIO, replies: TextIO) -> None:
-    """Load the model that the first line names, then draw what each further line orders, until there is none."""
+def ordered() -> Iterator[str]:
+    """The lines of standard input; with its end this process ends, and those that it has started."""
+    lines: SimpleQueue[str] = SimpleQueue()
+
+    def read() -> None:
+        with open(0, closefd=False) as orders:  # not sys.stdin, whose lock a process forked meanwhile would find held
+            for line in orders:
+                lines.put(line)
+        os.killpg(0, signal.SIGKILL)
+
+    threading.Thread(target=read, daemon=True).start()
+    return iter(lines.get, None)
+
+
+def serve(orders: Iterator[str], replies: TextIO) -> None:
+    """Load the model that the first line names, then draw what each further line orders."""
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
     from vllm.platforms import current_platform
     from vllm.sampling_params import RequestOutputKind
 
-    settings = json.loads(orders.readline())
+    settings = json.loads(next(orders))
     options = settings["model"]
     if current_platform.is_cpu():
         options["enforce_eager"] = True  # torch.compile takes minutes there
@@ -61,4 +80,4 @@ def serve(orders: TextIO, replies: TextIO) -> None:
 
 if __name__ == "__main__":
     with os.fdopen(int(sys.argv[1]), "w") as channel:
-        serve(sys.stdin, channel)
+        serve(ordered(), channel)
