@@ -152,7 +152,8 @@ def test_what_each_of_the_kin_of_dpo_changes():
 
 
 def test_what_two_responses_share_cancels_in_dpo_as_if_it_were_part_of_the_prompt(seed_model, tokenizer):
-    prompt = tuple(tokenizer("Question: Ann has 12 pens.\nAnswer:\n").input_ids)
+    prompt = "Question: Ann has 12 pens. Ann sells half of them. How many pens does Ann have?\nAnswer:\n"
+    prompt = tuple(tokenizer(prompt).input_ids)
     begin, win, lose = ((tokenizer(s, add_special_tokens=False).input_ids) for s in ("12", " / 2", " - 2 = 10"))
     with torch.no_grad():
         totals = [

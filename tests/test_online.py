@@ -186,7 +186,7 @@ def test_every_draw_is_of_the_policy_as_it_is_then(online, tokenizer, task, tmp_
         margin = 0.1 * ((pair.chosen_logp - chosen) - (pair.rejected_logp - rejected))
         terms.append(math.log(1 + math.exp(-margin)))
     assert steps[2]["dpo"] == pytest.approx(sum(terms) / 4, abs=1e-5)
-    assert abs(steps[2]["dpo"] - training.LN2) > 1e-4
+    assert abs(steps[2]["dpo"] - training.LN2) > 3e-5
 
 
 def test_a_training_killed_between_draws_ends_the_same(online, tokenizer, task, tmp_path):
@@ -230,7 +230,7 @@ def test_problems_are_asked_in_turn_and_pairs_repeated_where_they_are_too_few(
     assert behind > 10
     few = replace(draws, batch=40)  # 80 pairs are wanted, of 10 problems with one pair each at most
     pairs, counted = few.fresh(0)
-    assert len(pairs) == 80 and counted["made"] < 10 and counted["asked"] == 10
+    assert len(pairs) == 80 and counted["made"] <= 10 and counted["asked"] == 10
     assert len({(p.problem, p.chosen_ids) for p in pairs}) == counted["made"]
 
 
