@@ -49,6 +49,7 @@ BOOK: dict[str, tuple[str | Notebook, ...]] = {
     "What the numbers say": (
         Notebook("13_ablations"),
         Notebook("14_online"),
+        Notebook("15_without_labels"),
         Notebook("21_claims"),
         Notebook("22_read_a_run"),
     ),
