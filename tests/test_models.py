@@ -199,8 +199,9 @@ def test_a_loss_without_a_reference_scores_none_unless_it_verifies_who_sampled(c
     scored: list[int] = []
     whole = training.kept_reference_logps
     monkeypatch.setattr(training, "kept_reference_logps", lambda *a: scored.append(1) or whole(*a))
-    config = config.but(train=config.train.but(max_steps=8))
-    facts = run(fresh(config, threads=1), pairs, tmp_path / "orpo", config, loss="orpo", sampled_by_start=False)
+    config = config.but(train=config.train.but(max_steps=8, max_epochs=8))
+    one_batch = pairs[: config.train.batch]  # every step is of the same pairs
+    facts = run(fresh(config, threads=1), one_batch, tmp_path / "orpo", config, loss="orpo", sampled_by_start=False)
     assert not scored and facts["dpo_at_start"] is None and facts["sampler_gap"] is None
     steps = read_jsonl(tmp_path / "orpo" / "steps.jsonl")
     assert "dpo" not in steps[0] and steps[-1]["odds"] < steps[0]["odds"] and steps[-1]["margin"] > steps[0]["margin"]
