@@ -155,7 +155,7 @@ def test_scores_are_drawn_from_the_model_s_own_probabilities_of_the_six(config, 
     likely = (logits[[tokenizer.convert_tokens_to_ids(f" {n}") for n in range(6)]] / 1.5).softmax(-1).numpy()
     mean, spread = likely @ np.arange(6), np.sqrt(likely @ np.arange(6) ** 2 - (likely @ np.arange(6)) ** 2)
     assert one.reward == pytest.approx(mean, abs=4 * spread / np.sqrt(4000))
-    assert facts["readable"] == 1 and facts["unknown_tokens"] > 0.4 * facts["prompt_tokens"]
+    assert facts["readable"] == 1 and facts["unknown_tokens"] > 0.3 * facts["prompt_tokens"]
     again = judging(config, read="scores")
     runs = [judge.judged(job(Job, again, problems, drawn, 3))[0] for _ in range(2)]
     assert runs[0] == runs[1] and len({s.reward for s in runs[0]}) > 3
