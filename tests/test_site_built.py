@@ -156,5 +156,5 @@ def test_the_figures_answer_to_the_hand(site, browser):
     shares = """() => Bokeh.documents.flatMap(d => [...d._all_models.values()])
         .find(m => m.type === "ColumnDataSource" && m.data.sound && m.data.model).data.sound"""
     irpo = page.evaluate(shares)
-    page.evaluate(CHANGE, ["method", "Self-Rewarding"])
+    page.evaluate(CHANGE, ["method", "SFT on chosen"])
     assert page.evaluate(shares) != irpo
