@@ -88,6 +88,16 @@ def test_gradients_are_those_of_padded_rows(kind, loss, shape, networks, monkeyp
             assert (shared - padded).norm() <= 1e-5 * padded.norm() + 1e-9
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_response_to_each_prompt_is_one_row_behind_what_all_begin_with(kind, networks, monkeypatch):
+    pairs = make_pairs([(20, 5, 0), (33, 6, 0), (24, 3, 0)])
+    wanted = gradients(networks[kind], pairs, nll, padded_logps, monkeypatch)
+    found = gradients(networks[kind], pairs, nll, logprobs.response_logps, monkeypatch)
+    assert torch.allclose(found[0], wanted[0], rtol=1e-5, atol=1e-4)
+    for shared, padded in zip(found[1], wanted[1], strict=True):
+        assert (shared - padded).norm() <= 1e-5 * padded.norm() + 1e-9
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 12), st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=6))
 def test_any_lengths_score_as_each_response_alone(networks, lengths):

@@ -12,7 +12,7 @@ from transformers.integrations import integration_utils
 from irpo_utils.files import ConfigError, read_jsonl, relative
 from irpo_utils.methods.parts import LOSSES
 from irpo_utils.methods.select import cyclic_pairs
-from irpo_utils.model import load, logprobs, losses, sampling, schedule, training
+from irpo_utils.model import adapter, load, logprobs, losses, sampling, schedule, training
 from irpo_utils.model.prompts import encode_prompts, stop_ids
 from irpo_utils.model.records import Pair
 from irpo_utils.run import driver
@@ -407,11 +407,40 @@ def test_sixteen_bits_sample_the_policy_that_is_trained(sixteen_bits):
     assert off < 1.2 * as_trained < 0.1 * adapter
 
 
+def of_adapter(model, ids, weights):
+    """The loss and the adapter's gradients of a forward pass."""
+    model.zero_grad()
+    loss = (model(ids).logits.double() * weights).sum()
+    loss.backward()
+    return loss.detach(), torch.cat([p.grad.flatten().double() for p in model.parameters() if p.requires_grad])
+
+
+@pytest.mark.parametrize(("dtype", "near"), [("float32", 1e-5), ("bfloat16", 3e-2)])
+def test_a_layer_that_trains_has_peft_s_values_and_gradients(sixteen_bits, dtype, near):
+    config, folder = sixteen_bits
+    model = load.load_policy(config.but(dtype=dtype), folder, trainable=True)
+    ids = torch.arange(3, 67).view(2, 32)
+    torch.manual_seed(0)
+    weights = torch.randn(*ids.shape, model.config.vocab_size).double()
+    ours = of_adapter(model, ids, weights)
+    with model.disable_adapter(), torch.no_grad():
+        without = model(ids).logits
+    layers = adapter.plain_layers(model)
+    assert layers and all("forward" in vars(layer) for layer in layers.values())
+    for layer in layers.values():
+        del layer.forward
+    theirs = of_adapter(model, ids, weights)
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a - b).norm() < near * b.norm()
+    with model.disable_adapter(), torch.no_grad():
+        assert torch.equal(without, model(ids).logits)
+
+
 def test_an_adapter_beside_its_layer_is_as_exact_as_peft_s_and_a_folded_one_is_not(sixteen_bits):
     """What 16 bits lose of an adapter on average over many inputs: rounding that goes either way cancels there."""
     config, folder = sixteen_bits
     layer = load.load_policy(config, folder).model.layers[0].mlp.down_proj
-    assert isinstance(layer, load.Beside) and layer.weight is layer.base.weight and layer.bias is None
+    assert isinstance(layer, adapter.Beside) and layer.weight is layer.base.weight and layer.bias is None
     layer.b.mul_(1e-2 / layer.b.float().std())
     torch.manual_seed(0)
     x = (1 + torch.randn(4096, layer.a.shape[1])).bfloat16()

@@ -246,6 +246,8 @@ def trainers(shape: Shape) -> dict[str, Callable[[], float]]:
     def trl(size: int, precompute: bool) -> float:
         # For an adapter the trainer makes a frozen copy of it by itself.
         policy, reference = copy.deepcopy(model), None if precompute or shape.lora else copy.deepcopy(model)
+        for module in policy.modules():
+            vars(module).pop("forward", None)  # the adapter's layers as peft has them
         arguments = DPOConfig(
             tempfile.mkdtemp(),
             loss_type=["sigmoid", "sft"],

@@ -3,8 +3,8 @@
 A policy is one directory: a LoRA adapter on the frozen base (`adapter_config.json`), or, with `model.tuning: full`, a
 whole small model. M_0 is the base itself, or a policy (a warm start). Nothing is ever merged back into quantized weights:
 they would be quantized anew, and the model that is sampled would not be the one that was trained. Adapters are float32
-whatever the base is (peft casts them so), since a LoRA step is smaller than what bfloat16 can tell apart; only to sample
-beside a 16-bit base they are rounded to it, and kept apart from it.
+whatever the base is (peft casts them so), since a LoRA step is smaller than what bfloat16 can tell apart; beside a
+16-bit base they are rounded for their products alone (`adapter`).
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from transformers import (
 from ..files import ROOT, resolve
 from ..settings import ModelConfig
 from . import packaged
+from .adapter import sample_beside, train_beside
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
@@ -284,10 +285,10 @@ def load_policy(
 ) -> PreTrainedModel:
     """M_t: the base for `policy=None`, else what the directory `policy` holds.
 
-    With `trainable`, the same function (but for that rounding) ready for training: a fresh adapter (which starts as the identity) on the base, or
+    With `trainable`, the same function ready for training: a fresh adapter (which starts as the identity) on the base, or
     the adapter of M_t going on. For inference a 4-bit base is unpacked where memory allows, and an adapter on a float32
     base is folded in, both in memory only. Folded into 16 bits, an adapter would be rounded away; it stays beside its
-    layer there, without peft's detour over float32 (`Beside`).
+    layer there (`adapter`).
 
     Args:
         seed: of a fresh adapter. threads: CPU threads from now on; 0 leaves their number as it is.
@@ -312,56 +313,10 @@ def load_policy(
 
     model = PeftModel.from_pretrained(model, policy, is_trainable=trainable)
     if trainable:
-        return model
+        return train_beside(model)
     if config.quantize == "none" and config.dtype == "float32":
         return model.merge_and_unload()
-    return with_adapter_beside(model)
-
-
-class Beside(torch.nn.Module):
-    """A linear layer in 16 bits and its adapter, y = W x + B (A x), with A and B rounded to 16 bits.
-
-    Their product is what must not be rounded to the steps of W, and it is not. peft computes it in float32: four more
-    passes over the layer's input and output, and its bookkeeping, for every token that is sampled.
-    """
-
-    def __init__(self, layer: torch.nn.Module):
-        super().__init__()
-        (name,) = layer.active_adapters
-        self.base, dtype = layer.base_layer, layer.base_layer.weight.dtype
-        self.register_buffer("a", layer.lora_A[name].weight.detach().to(dtype))
-        self.register_buffer("b", (layer.scaling[name] * layer.lora_B[name].weight.detach()).to(dtype))
-
-    @property
-    def weight(self) -> torch.Tensor:  # some models read it
-        return self.base.weight
-
-    @property
-    def bias(self) -> torch.Tensor | None:
-        return self.base.bias
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.base(x)
-        y.view(-1, y.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]) @ self.a.T, self.b.T)
-        return y
-
-
-def with_adapter_beside(model: PreTrainedModel) -> PreTrainedModel:
-    """A peft model for inference alone, with `Beside` for its layers where all bases are linear and in 16 bits."""
-    from peft.tuners.lora import LoraLayer
-
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
-    for layer in layers.values():
-        plain = type(layer.base_layer) is torch.nn.Linear and layer.base_layer.weight.dtype == torch.bfloat16
-        with_bias = any(getattr(layer, "lora_bias", {}).values())
-        if not plain or len(layer.active_adapters) != 1 or layer.lora_variant or with_bias:
-            return model
-    if not layers:  # an adapter of another kind
-        return model
-    for name, layer in layers.items():
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, Beside(layer))
-    return model.get_base_model()
+    return sample_beside(model)
 
 
 def new_adapter(model: PreTrainedModel, config: ModelConfig, seed: int = 0) -> PreTrainedModel:
@@ -379,7 +334,7 @@ def new_adapter(model: PreTrainedModel, config: ModelConfig, seed: int = 0) -> P
         lora_dropout=0.0,
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, lora)
+    return train_beside(get_peft_model(model, lora))
 
 
 def save(model: PreTrainedModel, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:

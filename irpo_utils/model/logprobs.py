@@ -24,7 +24,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from ..progress import counting
 from .load import causal_model, passes
@@ -85,6 +85,8 @@ def response_states(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
     owner, fed = batch["owner"], batch["fed"]
     backbone = causal_model(model).base_model
     prefix, mask = run_prefix(model, batch["prompts"], batch["prompt_mask"])
+    if len(owner) == len(mask):  # a response to each prompt
+        return padded_states(model, batch, prefix)
     length, cache = prefix.get_seq_length(), repeated(prefix, len(mask))
     backbone(
         input_ids=batch["prompts"][:, length:],
@@ -193,8 +195,11 @@ def tree_trial(model: PreTrainedModel) -> str | None:
     return None if off < tolerance else f"computes other states with a tree mask (off by {off:.1e} of their size)"
 
 
-def padded_states(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
-    """`response_states` from one row of prompt and response for each response."""
+def padded_states(model: PreTrainedModel, batch: dict[str, Tensor], prefix: DynamicCache | None = None) -> Tensor:
+    """`response_states` from one row of prompt and response for each response.
+
+    `prefix` is the cache of what all prompts begin with, which is not run again then.
+    """
     prompts, mask, owner = batch["prompts"], batch["prompt_mask"], batch["owner"]
     lengths = mask.sum(-1)[owner]
     count, width = batch["fed"].shape
@@ -203,9 +208,15 @@ def padded_states(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
     for row, (prompt, length) in enumerate(zip(prompts[owner], lengths.tolist(), strict=True)):
         ids[row, :length] = prompt[prompts.shape[1] - length :]
     ids.scatter_(1, columns, batch["fed"])
+    length = prefix.get_seq_length() if prefix else 0
+    cache = repeated(prefix, count) if length else None
     # What is right of a row's end is seen by nothing before it.
-    hidden = causal_model(model).base_model(input_ids=ids, use_cache=False).last_hidden_state
-    return hidden.gather(1, columns.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
+    hidden = (
+        causal_model(model)
+        .base_model(input_ids=ids[:, length:], past_key_values=cache, use_cache=cache is not None)
+        .last_hidden_state
+    )
+    return hidden.gather(1, (columns - length).unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
 
 
 def summed_logps(model: PreTrainedModel, hidden: Tensor, tokens: Tensor, scored: Tensor) -> Tensor:
