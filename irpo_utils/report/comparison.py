@@ -23,7 +23,7 @@ from ..run.stages.train import TrainStage
 from ..settings import TaskConfig
 from ..tasks import get_task
 from ..tasks.base import Problem, Task
-from .tables import MODEL, all_rounds, paired, percent, read_facts, right_problems
+from .tables import MODEL, all_rounds, certainty, marked, paired, percent, read_facts, right_problems
 
 SPENT = {"samples": "samples", "drawn": "tokens drawn", "trained": "tokens trained on"}  # column -> in words
 REFERENCES = {"moving": "M_t", "M_0": "M_0", "none": "-"}  # a moving reference is the model that was sampled
@@ -134,10 +134,16 @@ def base_of(config: Config) -> str:
     return "irpo" if "irpo" in config.methods else config.methods[0]
 
 
-def certainty(row: Any) -> str:
-    """A row of `differences` as text: points, 95 % interval and, of one seed, the p of the sign test."""
-    p = "" if pd.isna(row.p) else f", p = {row.p:.2g}"
-    return f"{row.points:+.1f} ({row.low:+.1f} to {row.high:+.1f}{p})"
+def ahead_by_iteration(run: Path, config: Config) -> pd.DataFrame:
+    """How far each method is ahead of IRPO (of the first method, in a run without it) after the same iteration."""
+    base, rows = base_of(config), []
+    for method in [m for m in config.methods if m != base]:
+        row = {"method": config.recipe(method).label}
+        for t in range(1, min(map(config.rounds, (method, base))) + 1):
+            own, others = (right_problems(run, config, m, t) for m in (method, base))
+            row[f"M_{t}"] = marked(paired(own, others))
+        rows.append(row)
+    return pd.DataFrame(rows).fillna("")
 
 
 def family_table(metrics: pd.DataFrame, spent: pd.DataFrame, ahead: pd.DataFrame, config: Config) -> pd.DataFrame:
@@ -158,7 +164,7 @@ def family_table(metrics: pd.DataFrame, spent: pd.DataFrame, ahead: pd.DataFrame
         cells: dict[str, Any] = {"trained on": material(recipe), "method": recipe.label}
         cells[f"unlike {base}"] = ", ".join(unlike(recipe, config.recipe(base)))
         cells |= {f"M_{t}": percent(own[own.iteration == t].greedy) for t in iterations}
-        cells[f"points ahead of {base}"] = ("" if row.told_apart else "≈ ") + certainty(row) if row else ""
+        cells[f"points ahead of {base}"] = marked(row._asdict()) if row else ""
         if last.steps_right.notna().any():
             cells |= {"steps (last)": percent(last.steps_right), "lucky (last)": percent(last.right_for_wrong_reason)}
         cells |= {name: f"{used[column][method]:,.0f}" for column, name in SPENT.items()}
@@ -229,7 +235,7 @@ def differences_in_words(run: Path, metrics: pd.DataFrame, ahead: pd.DataFrame, 
     base, pairs = base_of(config), len(ahead) // 2
     for verb, sign in (("is ahead of", 1), ("is behind", -1), ("cannot be told apart from", 0)):
         others = ahead[(ahead.method == base) & (ahead.told_apart * np.sign(ahead.points) == sign)].itertuples()
-        named = "; ".join(f"{label[row.against]}, {certainty(row)}" for row in others)
+        named = "; ".join(f"{label[row.against]}, {certainty(row._asdict())}" for row in others)
         texts += [f"{label[base]} {verb}: {named}."] if named else []
     if pairs > 1:
         texts.append(f"Pairs of methods that can be told apart: {ahead.told_apart.sum() // 2} of {pairs}.")

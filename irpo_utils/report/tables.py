@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from itertools import pairwise, product
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -204,11 +205,41 @@ def paired(after: Sequence[dict[str, float]], before: Sequence[dict[str, float]]
     return found
 
 
-def right_problems(run: Path, config: Config, method: str, t: int) -> list[dict[str, float]]:
+def changes_table(run: Path, config: Config) -> pd.DataFrame:
+    """What each iteration mended and broke, by the greedy answers to the same problems: a row for each and test set.
+
+    *gain* is in points, with its 95 % interval (and, of one seed, the p of a sign test); the two last columns count the
+    problems of each seed that turned.
+    """
+    rows = []
+    for method, split in product(config.methods, ("test", *config.evaluation.test)):
+        models = [right_problems(run, config, method, t, split) for t in range(config.rounds(method) + 1)]
+        for t, (before, after) in enumerate(pairwise(models), 1):
+            row = {"method": config.recipe(method).label, "test set": Path(split).stem, "iteration": t}
+            row["gain"] = marked(paired(after, before))
+            for name, change in (("turned right", 1), ("turned wrong", -1)):
+                turned = [sum(new[p] - old[p] == change for p in old) for old, new in zip(before, after, strict=True)]
+                row[name] = ", ".join(map(str, turned))
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def certainty(found: dict[str, Any]) -> str:
+    """What `paired` found as text: points, 95 % interval and, of one seed, the p of the sign test."""
+    p = "" if pd.isna(found["p"]) else ", p = {p:.2g}".format(**found)
+    return "{points:+.1f} ({low:+.1f} to {high:+.1f}".format(**found) + f"{p})"
+
+
+def marked(found: dict[str, Any]) -> str:
+    """`certainty`, behind ≈ where the two models cannot be told apart."""
+    return ("" if found["told_apart"] else "≈ ") + certainty(found)
+
+
+def right_problems(run: Path, config: Config, method: str, t: int, split: str = "test") -> list[dict[str, float]]:
     """Of each seed, test problem -> 1.0 where the greedy answer of M_t is right, else 0.0."""
     stages = [EvaluateStage(run, method, seed, t, config) for seed in range(config.seeds)]
     found = [read_jsonl(stage.path("responses.jsonl"), "04_evaluate.ipynb") for stage in stages]
-    return [{r["problem"]: float(r["greedy"] == 1) for r in rows if r["split"] == "test"} for rows in found]
+    return [{r["problem"]: float(r["greedy"] == 1) for r in rows if r["split"] == split} for rows in found]
 
 
 def _against_chance(run: Path, config: Config, method: str, right: list[dict[str, float]]) -> str:
