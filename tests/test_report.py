@@ -320,6 +320,19 @@ def test_gains_in_words_are_counted_by_hand(run, config):
     assert "1 turned right and 1 wrong" in same and "M_1 is not known to do better" in same
 
 
+def test_what_an_iteration_mends_and_breaks_and_who_is_ahead_after_it(run, config, three_seeds):
+    changes = tables.changes_table(run, config)
+    assert list(changes.columns) == ["method", "test set", "iteration", "gain", "turned right", "turned wrong"]
+    assert changes.values.tolist() == [
+        ["IRPO (DPO + NLL)", "test", 1, "≈ +75.0 (+25.0 to +100.0, p = 0.25)", "3", "0"],
+        ["From M_0, held against M_t", "test", 1, "≈ +0.0 (-50.0 to +75.0, p = 1)", "1", "1"],
+    ]
+    ahead = comparison.ahead_by_iteration(run, config)
+    assert ahead.values.tolist() == [["From M_0, held against M_t", "≈ -75.0 (-100.0 to -25.0, p = 0.25)"]]
+    assert comparison.ahead_by_iteration(run, config.but(methods=["irpo"])).empty
+    assert list(tables.changes_table(*three_seeds)["turned right"]) == ["3, 3, 3", "1, 1, 1"]
+
+
 def test_a_gain_of_several_seeds_counts_a_problem_once(three_seeds):
     gained, same = tables.gains_in_words(*three_seeds)
     # Nine answers for the better, but of three problems of four: half of one problem's spread, times Student's 3.18.
