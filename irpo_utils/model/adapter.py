@@ -32,15 +32,14 @@ def plain_layers(model: PreTrainedModel) -> dict[str, Any]:
 
 
 class Added(torch.autograd.Function):
-    """y = W x + bias + s B (A x) of a frozen W, [..., width]; it keeps x and A x for the gradient, and no more."""
+    """y = W x + bias + B (A x) of a frozen W, [..., width]; it keeps x and A x for the gradient, and no more."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         low = rows @ a.to(x.dtype).T
-        y = functional.linear(rows, weight, bias).addmm_(low, b.to(x.dtype).T, alpha=scaling)
+        y = functional.linear(rows, weight, bias).addmm_(low, b.to(x.dtype).T)
         ctx.save_for_backward(rows, low, weight, a, b)
-        ctx.scaling = scaling
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
@@ -48,12 +47,12 @@ class Added(torch.autograd.Function):
         rows, low, weight, a, b = ctx.saved_tensors
         shape = grad.shape
         grad = grad.reshape(-1, shape[-1])
-        of_low = (grad @ b.to(grad.dtype)).mul_(ctx.scaling)
+        of_low = grad @ b.to(grad.dtype)
         of_x = None
         if ctx.needs_input_grad[0]:
             of_x = (grad @ weight).addmm_(of_low, a.to(grad.dtype)).view(*shape[:-1], -1)
-        of_a, of_b = of_low.T @ rows, (grad.T @ low).mul_(ctx.scaling)
-        return of_x, None, None, of_a.to(a.dtype), of_b.to(b.dtype), None
+        of_a, of_b = of_low.T @ rows, grad.T @ low
+        return of_x, None, None, of_a.to(a.dtype), of_b.to(b.dtype)
 
 
 def added(layer: Any, name: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -62,7 +61,7 @@ def added(layer: Any, name: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor
         return type(layer).forward(layer, x, *args, **kwargs)
     # Looked up anew, since sharding replaces them.
     base, a, b = layer.base_layer, layer.lora_A[name].weight, layer.lora_B[name].weight
-    return Added.apply(x, base.weight, base.bias, a, b, layer.scaling[name])
+    return Added.apply(x, base.weight, base.bias, a, layer.scaling[name] * b)
 
 
 def train_beside(model: PreTrainedModel) -> PreTrainedModel:
