@@ -78,7 +78,7 @@ def test_an_override_given_twice_is_refused():
 
 
 def test_unknown_preset_lists_the_known():
-    with pytest.raises(ConfigError, match="'big'; There is: tiny, micro, smollm2, smollm2-paper, and <task>"):
+    with pytest.raises(ConfigError, match="'big'; There is: tiny, micro, own, smollm2, smollm2-paper, and <task>"):
         load_preset("big")
 
 

@@ -245,13 +245,22 @@ def test_bad_commands(arguments, message):
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
 
 
+def test_a_test_set_of_the_embedded_task_is_no_file_for_another(tmp_path):
+    file = tmp_path / "train.jsonl"
+    file.write_text("\n".join(f'{{"question": "{i} + 1?", "answer": {i + 1}}}' for i in range(20)))
+    sizes = [f"task.{split}_size={size}" for split, size in (("train", 10), ("dev", 5), ("test", 5))]
+    done = drive("tiny", "run=test-words", "task.name=jsonl", f"task.train={file}", *sizes)
+    assert done.returncode == 2
+    assert "evaluation.test: long is a test set of stories; give evaluation.test= for none" in done.stderr
+
+
 def test_problems_in_words_that_the_embedded_model_has_never_seen_are_refused(tmp_path):
     files = {split: tmp_path / f"{split}.jsonl" for split in ("train", "test")}
     for split, file in files.items():
         rows = [f'{{"question": "What percentage is {i} of {split}?", "answer": {i}}}' for i in range(20)]
         file.write_text("\n".join(rows))
     sources = [f"task.{split}={file}" for split, file in files.items()]
-    done = drive("micro", "run=test-words", "task.name=jsonl", *sources, "task.train_size=10", "task.dev_size=5")
+    done = drive("own", "run=test-words", "model.path=seed", *sources, "task.dev_size=5", "task.test_size=0")
     assert done.returncode == 2 and "the embedded model does not know" in done.stderr
     assert "Name a model, as in model.path=/models/my-llm" in done.stderr
     assert not (OUTPUTS / "test-words").exists()

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ..files import ROOT, resolve
-from ..settings import EvaluationConfig, TaskConfig
+from ..settings import GENERATED, EvaluationConfig, TaskConfig
 from .base import BadRecord, Problem, Task
 
 FORMS = (".jsonl", ".json", ".jsonl.gz", ".parquet")
@@ -114,6 +114,8 @@ def further_tests(task: Task, config: EvaluationConfig) -> dict[str, list[Proble
 def _further_problems(task: Task, source: str) -> list[Problem]:
     if task.config.generated:
         return task.problems(source)
+    if owner := next((name for name, sets in GENERATED.items() if source in sets), None):
+        raise BadRecord(f"task.test: {source} is a test set of {owner}; give evaluation.test= for none, or files")
     other = type(task)(task.config.but(test=(source,), test_size=0))
     return other._read("test") if isinstance(other, RecordTask) else other.problems("test")
 
