@@ -150,7 +150,7 @@ def weighted_majority(answers: Sequence[str | None], weights: Sequence[float], r
     sums = np.where(cast[chosen].any(1), votes[chosen].sum(1), -np.inf)
     # Sums of the same weights in another order differ in their last digit, and tie all the same.
     top = (sums >= sums.max(1, keepdims=True) - 1e-9) & cast[chosen].any(1)
-    return float((top @ good / np.maximum(1, top.sum(1))).mean())
+    return float(((top & good).sum(1) / np.maximum(1, top.sum(1))).mean())
 
 
 def against_n(records: list[Record], ns: Sequence[int]) -> list[dict[str, float]]:

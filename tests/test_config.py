@@ -78,7 +78,9 @@ def test_an_override_given_twice_is_refused():
 
 
 def test_unknown_preset_lists_the_known():
-    with pytest.raises(ConfigError, match="'big'; There is: tiny, micro, own, smollm2, smollm2-paper, and <task>"):
+    with pytest.raises(
+        ConfigError, match="'big'; There is: format-only, micro, online, own, smollm2, smollm2-paper, tiny, and <task>"
+    ):
         load_preset("big")
 
 

@@ -1,12 +1,14 @@
 """The shipped seed model is the recorded one; adapters, NF4 and the two checks before training."""
 
+import copy
 import json
 import math
 from dataclasses import replace
 
+import peft
 import pytest
 import torch
-from transformers import TrainerCallback
+from transformers import AutoModelForCausalLM, Qwen2Config, TrainerCallback
 from transformers.integrations import integration_utils
 
 from irpo_utils.files import ConfigError, read_jsonl, relative
@@ -425,15 +427,69 @@ def test_a_layer_that_trains_has_peft_s_values_and_gradients(sixteen_bits, dtype
     ours = of_adapter(model, ids, weights)
     with model.disable_adapter(), torch.no_grad():
         without = model(ids).logits
-    layers = adapter.plain_layers(model)
-    assert layers and all("forward" in vars(layer) for layer in layers.values())
-    for layer in layers.values():
-        del layer.forward
+    layers = [layer for layer in model.modules() if type(layer) is adapter.trained_layer()]
+    assert len(layers) == 7 * model.config.num_hidden_layers and all(map(adapter.is_plain, layers))
+    adapter.as_in_peft(model)
     theirs = of_adapter(model, ids, weights)
     for a, b in zip(ours, theirs, strict=True):
         assert (a - b).norm() < near * b.norm()
     with model.disable_adapter(), torch.no_grad():
         assert torch.equal(without, model(ids).logits)
+
+
+def small_with_adapter(**options):
+    """A Qwen2, whose projections have biases, with an adapter that is no identity."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = AutoModelForCausalLM.from_config(Qwen2Config(vocab_size=40, num_key_value_heads=1, **shape))
+    model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear", **options))
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight.data)
+    return model
+
+
+@pytest.mark.parametrize(
+    "options", [{"bias": "all"}, {"lora_bias": True}, {"use_dora": True}, {"use_rslora": True}, {"lora_dropout": 0.5}]
+)
+def test_a_layer_that_trains_is_peft_s_for_every_kind_of_adapter(options):
+    model, ids = small_with_adapter(**options), torch.arange(3, 19).view(2, 8)
+    weights = torch.randn(2, 8, 40).double()
+    torch.manual_seed(1)
+    theirs = of_adapter(model, ids, weights)
+    assert adapter.train_beside(model) is model
+    torch.manual_seed(1)
+    for a, b in zip(of_adapter(model, ids, weights), theirs, strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_a_layer_that_trains_has_the_adapter_that_is_asked_for():
+    model, ids = small_with_adapter(), torch.arange(3, 19).view(2, 8)
+    model.add_adapter("ref", peft.LoraConfig(r=2, target_modules="all-linear"))  # B is zero: the base
+    adapter.train_beside(model)
+    with torch.no_grad():
+        own = model(ids).logits
+        with model.disable_adapter():
+            base = model(ids).logits
+        model.set_adapter("ref")
+        assert torch.allclose(model(ids).logits, base, atol=1e-6)
+        model.set_adapter("default")
+        assert torch.equal(model(ids).logits, own) and not torch.allclose(own, base, atol=1e-2)
+        other = copy.deepcopy(model)
+        next(weight for name, weight in other.named_parameters() if "lora_B" in name).zero_()
+        assert not torch.equal(other(ids).logits, own) and torch.equal(model(ids).logits, own)
+
+
+def test_an_adapter_s_dropout_does_not_make_another_policy_of_it(sixteen_bits):
+    config, folder = sixteen_bits
+    facts = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(facts | {"lora_dropout": 0.5}))
+    model, ids = load.load_policy(config.but(dtype="float32"), folder, trainable=True).train(), torch.arange(3, 40)
+    with torch.no_grad():
+        assert torch.equal(model(ids[None]).logits, model(ids[None]).logits)
+        assert torch.allclose(
+            model(ids[None]).logits, load.load_policy(config.but(dtype="float32"), folder)(ids[None]).logits, atol=1e-3
+        )
 
 
 def test_an_adapter_beside_its_layer_is_as_exact_as_peft_s_and_a_folded_one_is_not(sixteen_bits):

@@ -31,7 +31,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import pandas as pd
 import torch
 import transformers
 from transformers import (
@@ -46,6 +45,7 @@ from trl import DPOConfig, DPOTrainer
 from ..files import OUTPUTS, write_json
 from ..model import load as models
 from ..model import logprobs, losses, packaged, sampling
+from ..model.adapter import as_in_peft
 from ..model.prompts import encode_prompts, stop_ids
 from ..model.training import PreferenceTrainer
 from ..settings import ModelConfig, SamplingConfig, Settings, TaskConfig
@@ -246,8 +246,7 @@ def trainers(shape: Shape) -> dict[str, Callable[[], float]]:
     def trl(size: int, precompute: bool) -> float:
         # For an adapter the trainer makes a frozen copy of it by itself.
         policy, reference = copy.deepcopy(model), None if precompute or shape.lora else copy.deepcopy(model)
-        for module in policy.modules():
-            vars(module).pop("forward", None)  # the adapter's layers as peft has them
+        as_in_peft(policy)
         arguments = DPOConfig(
             tempfile.mkdtemp(),
             loss_type=["sigmoid", "sft"],
@@ -309,12 +308,6 @@ def quiet() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def default_job() -> dict[str, float]:
-    """Seconds of each kind of stage of the last whole run of the default preset, as far as there is one."""
-    file = OUTPUTS / "tiny" / "timing.csv"
-    return pd.read_csv(file).groupby("stage", sort=False).seconds.sum().to_dict() if file.exists() else {}
-
-
 def main(size: str = "quick") -> int:
     """Run the benchmark of that size (its GPU shapes where there is a GPU) and write its table."""
     quiet()
@@ -335,11 +328,7 @@ def main(size: str = "quick") -> int:
         "torch": torch.__version__,
         "size": size,
         "rows": table,
-        "default_job_seconds": default_job(),
     }
-    if facts["default_job_seconds"]:
-        parts = ", ".join(f"{stage} {value:.0f} s" for stage, value in facts["default_job_seconds"].items())
-        print(f"the last default run, by kind of stage: {parts}")
     target = OUTPUTS / "bench" / "bench.json"
     write_json(target, facts)
     print(f"-> {target.relative_to(OUTPUTS.parent)}")

@@ -3,12 +3,13 @@
 peft has autograd run and keep every product, scaling and sum of a layer by itself, and beside a 16-bit base it turns the
 layer's whole input and output to float32 for them. Here a layer is one function with its gradient (`train_beside`), or
 one module where it only samples (`sample_beside`). Both round A and B to the type of the base for their products, so
-that the model that is trained is the one that was sampled; what is trained stays float32.
+that the model that is trained is the one that was sampled; what is trained stays float32. On a 4-bit base training is
+peft's.
 """
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cache
 from typing import Any
 
 import torch
@@ -17,18 +18,14 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 
-def plain_layers(model: PreTrainedModel) -> dict[str, Any]:
-    """The adapter's layers by name, if each is W x + s B (A x) with a W that is not quantized; else none."""
-    from peft.tuners.lora import LoraLayer
-
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
-    for layer in layers.values():
-        with_bias = any(getattr(layer, "lora_bias", {}).values())
-        with_dropout = any(not isinstance(part, torch.nn.Identity) for part in layer.lora_dropout.values())
-        another = layer.lora_variant or with_bias or with_dropout
-        if type(layer.base_layer) is not torch.nn.Linear or len(layer.active_adapters) != 1 or another:
-            return {}
-    return layers
+def is_plain(layer: Any) -> bool:
+    """Whether a layer with adapters is W x + s B (A x) of one of them, with a W that is not quantized."""
+    names = layer.active_adapters
+    if len(names) != 1 or type(layer.base_layer) is not torch.nn.Linear:
+        return False
+    (name,) = names
+    with_dropout = getattr(layer.lora_dropout[name], "p", 0.0) > 0
+    return not (with_dropout or name in layer.lora_variant or getattr(layer, "lora_bias", {}).get(name, False))
 
 
 class Added(torch.autograd.Function):
@@ -40,7 +37,7 @@ class Added(torch.autograd.Function):
         low = rows @ a.to(x.dtype).T
         y = functional.linear(rows, weight, bias).addmm_(low, b.to(x.dtype).T)
         ctx.save_for_backward(rows, low, weight, a, b)
-        return y.view(*x.shape[:-1], -1)
+        return y.view(*x.shape[:-1], len(weight))
 
     @staticmethod
     def backward(ctx, grad: Tensor):
@@ -48,26 +45,45 @@ class Added(torch.autograd.Function):
         shape = grad.shape
         grad = grad.reshape(-1, shape[-1])
         of_low = grad @ b.to(grad.dtype)
-        of_x = None
+        of_x = of_bias = None
         if ctx.needs_input_grad[0]:
-            of_x = (grad @ weight).addmm_(of_low, a.to(grad.dtype)).view(*shape[:-1], -1)
-        of_a, of_b = of_low.T @ rows, grad.T @ low
-        return of_x, None, None, of_a.to(a.dtype), of_b.to(b.dtype)
+            of_x = (grad @ weight).addmm_(of_low, a.to(grad.dtype)).view(*shape[:-1], weight.shape[1])
+        if ctx.needs_input_grad[2]:
+            of_bias = grad.sum(0)
+        return of_x, None, of_bias, (of_low.T @ rows).to(a.dtype), (grad.T @ low).to(b.dtype)
 
 
-def added(layer: Any, name: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """The forward pass of peft's layer with the adapter `name`; that of peft where another is asked for, or none."""
-    if layer.disable_adapters or layer.merged or layer.active_adapters != [name] or args or kwargs:
-        return type(layer).forward(layer, x, *args, **kwargs)
-    # Looked up anew, since sharding replaces them.
-    base, a, b = layer.base_layer, layer.lora_A[name].weight, layer.lora_B[name].weight
-    return Added.apply(x, base.weight, base.bias, a, layer.scaling[name] * b)
+@cache
+def trained_layer() -> type:
+    """peft's linear layer with `Added` for its forward pass wherever it is plain; all else of it is peft's."""
+    from peft.tuners.lora import Linear  # takes seconds
+
+    class TrainedLinear(Linear):
+        def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if self.disable_adapters or self.merged or args or kwargs or not is_plain(self):
+                return super().forward(x, *args, **kwargs)
+            (name,) = self.active_adapters
+            base, a, b = self.base_layer, self.lora_A[name].weight, self.lora_B[name].weight
+            return Added.apply(x, base.weight, base.bias, a, self.scaling[name] * b)
+
+    return TrainedLinear
 
 
 def train_beside(model: PreTrainedModel) -> PreTrainedModel:
-    """A peft model to train, with `Added` in its layers where they are plain; it is saved as it is."""
-    for layer in plain_layers(model).values():
-        layer.forward = partial(added, layer, layer.active_adapters[0])
+    """A peft model to train, with `trained_layer` for its linear layers; it is saved as it is."""
+    from peft.tuners.lora import Linear
+
+    for layer in model.modules():
+        if type(layer) is Linear:
+            layer.__class__ = trained_layer()
+    return model
+
+
+def as_in_peft(model: PreTrainedModel) -> PreTrainedModel:
+    """The inverse of `train_beside`."""
+    for layer in model.modules():
+        if type(layer) is trained_layer():
+            layer.__class__ = trained_layer().__base__
     return model
 
 
@@ -99,11 +115,15 @@ class Beside(torch.nn.Module):
 
 
 def sample_beside(model: PreTrainedModel) -> PreTrainedModel:
-    """A peft model for inference alone, with `Beside` for its layers where they are plain and in 16 bits."""
-    layers = plain_layers(model)
-    if not layers or any(layer.base_layer.weight.dtype != torch.bfloat16 for layer in layers.values()):
-        return model
+    """A peft model for inference alone, with `Beside` for its layers where all are plain and in 16 bits."""
+    from peft.tuners.lora import Linear, LoraLayer
+
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
+    for layer in layers.values():
+        plain = isinstance(layer, Linear) and is_plain(layer)
+        if not plain or layer.base_layer.weight.dtype != torch.bfloat16:
+            return model
     for name, layer in layers.items():
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, Beside(layer))
-    return model.get_base_model()
+    return model.get_base_model() if layers else model  # an adapter of another kind has none

@@ -311,7 +311,8 @@ def load_policy(
 
     from peft import PeftModel  # takes seconds, and the base alone needs none of it
 
-    model = PeftModel.from_pretrained(model, policy, is_trainable=trainable)
+    # An adapter from elsewhere may bring dropout with it.
+    model = same_function(PeftModel.from_pretrained(model, policy, is_trainable=trainable))
     if trainable:
         return train_beside(model)
     if config.quantize == "none" and config.dtype == "float32":

@@ -137,11 +137,11 @@ def base_of(config: Config) -> str:
 def ahead_by_iteration(run: Path, config: Config) -> pd.DataFrame:
     """How far each method is ahead of IRPO (of the first method, in a run without it) after the same iteration."""
     base, rows = base_of(config), []
+    of_base = cache(lambda t: right_problems(run, config, base, t))
     for method in [m for m in config.methods if m != base]:
         row = {"method": config.recipe(method).label}
         for t in range(1, min(map(config.rounds, (method, base))) + 1):
-            own, others = (right_problems(run, config, m, t) for m in (method, base))
-            row[f"M_{t}"] = marked(paired(own, others))
+            row[f"M_{t}"] = marked(paired(right_problems(run, config, method, t), of_base(t)))
         rows.append(row)
     return pd.DataFrame(rows).fillna("")
 

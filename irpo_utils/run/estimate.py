@@ -96,9 +96,9 @@ def training_bytes(shape: Shape, config: Settings) -> dict[str, float]:
     width, micro_batch = number_bytes(config.model), config.train.own_micro_batch(config.train.processes)
     tokens = 2 * micro_batch * config.pairs.max_tokens  # chosen and rejected rows
     # What a block keeps for its backward pass: its input, norms, queries to output, and the three of the gated MLP;
-    # with LoRA in float32 its inputs a second time.
+    # on a 4-bit base LoRA's inputs a second time, in float32.
     inside = (8 * shape.hidden + 4 * shape.intermediate) * width
-    inside += 0 if config.model.tuning == "full" else 4 * (4 * shape.hidden + shape.intermediate)
+    inside += 4 * (4 * shape.hidden + shape.intermediate) if config.model.quantize == "nf4" else 0
     blocks = shape.layers * inside
     if config.train.gradient_checkpointing:
         blocks = shape.layers * shape.hidden * width + inside

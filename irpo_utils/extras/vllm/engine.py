@@ -4,8 +4,8 @@ A process of its own, because vLLM does not give memory back. An interpreter of 
 one, because vLLM pins other versions of transformers than this project; pyproject.toml says how to make that
 environment.
 
-What differs from `sampling.sample`: the random numbers (`remote.py`), and an adapter on a 16-bit base, which vLLM rounds
-to 16 bits. The dev score while training stays with `sampling.sample`, on the model in memory.
+What differs from `sampling.sample`: the random numbers (`remote.py`). The dev score while training stays with
+`sampling.sample`, on the model in memory.
 """
 
 from __future__ import annotations

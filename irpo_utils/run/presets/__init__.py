@@ -70,10 +70,11 @@ def load_preset(name: str, overrides: Iterable[str] = ()) -> Config:
     """
     if name not in presets():
         near = difflib.get_close_matches(name, list(presets()), 1)
+        files = sorted(path.stem for path in FOLDER.glob("*.yaml"))
         raise ConfigError(
             f"no preset is called {name!r}; "
             + (f"did you mean {near[0]!r}? " if near else "")
-            + "There is: tiny, micro, own, smollm2, smollm2-paper, and <task>-<model> or <task>-<model>-paper with a task of "
+            + f"There is: {', '.join(files)}, and <task>-<model> or <task>-<model>-paper with a task of "
             + f"{', '.join(REAL_TASKS)} and a model of {', '.join(REAL_MODELS)}"
         )
     return configured(read_preset(name), key_values(overrides).items())
