@@ -439,6 +439,8 @@ def test_votes_by_hand():
     assert vote([1, 1, 1], 1) == pytest.approx(1 / 3, abs=0.1)
     assert metrics.weighted_majority([None, None], [1, 1], [False, False], 2) == 0
     assert metrics.weighted_majority([None, "a"], [9, 1], [False, True], 2) == 1
+    tied = [["1/2", "0.5", "3"], [1, 1, 1], [True, True, False]]  # two of the three that tie are right
+    assert metrics.weighted_majority(*tied, 3) == pytest.approx(2 / 3)
     with pytest.raises(ValueError, match="a vote of 4 needs at least 4 samples"):
         vote([1, 1, 1], 4)
     with pytest.raises(ValueError, match="best of 2 needs at least 2"):

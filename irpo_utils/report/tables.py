@@ -60,16 +60,18 @@ def metrics_table(run: str, rows: list[dict[str, Any]], config: Config) -> pd.Da
     return pd.DataFrame(flat)
 
 
+def set_names(config: Config) -> dict[str, str]:
+    """What each further test set is called: its name, or its whole path where two have one name."""
+    stems = {source: Path(source).stem for source in config.evaluation.test}
+    return {s: stem if [*stems.values()].count(stem) == 1 else s for s, stem in stems.items()}
+
+
 def summary_table(metrics: pd.DataFrame, config: Config) -> pd.DataFrame:
     """Test accuracy by method and iteration in percent: mean over seeds, ± standard deviation if there are several.
 
-    Further test sets have a column each, of greedy accuracy: the set's name, or its whole path where two have one name.
+    Further test sets have a column each, of greedy accuracy.
     """
-    stems = [Path(source).stem for source in config.evaluation.test]
-    further = {
-        source: f"greedy, {stem if stems.count(stem) == 1 else source}"
-        for source, stem in zip(config.evaluation.test, stems, strict=True)
-    }
+    further = {source: f"greedy, {name}" for source, name in set_names(config).items()}
     test = metrics[metrics.split == "test"].set_index(list(MODEL))
     for source, name in further.items():
         test[name] = metrics[metrics.split == source].set_index(list(MODEL)).greedy
@@ -211,11 +213,11 @@ def changes_table(run: Path, config: Config) -> pd.DataFrame:
     *gain* is in points, with its 95 % interval (and, of one seed, the p of a sign test); the two last columns count the
     problems of each seed that turned.
     """
-    rows = []
-    for method, split in product(config.methods, ("test", *config.evaluation.test)):
+    rows, names = [], {"test": "test"} | set_names(config)
+    for method, split in product(config.methods, names):
         models = [right_problems(run, config, method, t, split) for t in range(config.rounds(method) + 1)]
         for t, (before, after) in enumerate(pairwise(models), 1):
-            row = {"method": config.recipe(method).label, "test set": Path(split).stem, "iteration": t}
+            row = {"method": config.recipe(method).label, "test set": names[split], "iteration": t}
             row["gain"] = marked(paired(after, before))
             for name, change in (("turned right", 1), ("turned wrong", -1)):
                 turned = [sum(new[p] - old[p] == change for p in old) for old, new in zip(before, after, strict=True)]
