@@ -193,7 +193,8 @@ def summarize(records: list[Record]) -> dict[str, float]:
     out["greedy_unparsed"] = sum(r["greedy"] is None for r in records) / total
     if "flexible" in records[0]:
         out["greedy_flexible"] = sum(r["flexible"] == 1 for r in records) / total
-    out["sampled"] = sum(x == 1 for r in records for x in r["rewards"]) / (total * samples)
+    if samples:
+        out["sampled"] = sum(x == 1 for r in records for x in r["rewards"]) / (total * samples)
     for k in (1, 2, 4, 8, 16, 32):
         if k <= samples:
             rewards = [[x == 1 for x in r["rewards"]] for r in records]

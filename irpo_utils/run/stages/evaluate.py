@@ -1,4 +1,4 @@
-"""04: greedy accuracy, maj@k and pass@k of M_t on dev and test, and what is wrong step by step where a task knows."""
+"""04: greedy accuracy of M_t on dev and test, maj@k and pass@k on test, and which steps are wrong where a task knows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from ...tasks.base import Problem, Task
 from ...tasks.records import further_tests
 from ..store import Stage, problem_files
 
-SPLITS = ("dev", "test")
 Record = dict[str, Any]
 
 
@@ -45,14 +44,17 @@ class EvaluateStage(Stage):
 
     def make(self) -> None:
         task = get_task(self.config.task)
-        splits = {split: task.problems(split) for split in SPLITS} | further_tests(task, self.config.evaluation)
+        dev = {"dev": task.problems("dev")}
+        tests = {"test": task.problems("test")} | further_tests(task, self.config.evaluation)
         # Evaluation has the seed of its own split and no iteration, so that models are compared on the same draws.
         config, options = self.config.evaluation, {"seed": self.seed, "greedy_too": True}
         options |= {"n": config.samples, "temperature": config.temperature}
-        with self.open_sampler(task, [p for problems in splits.values() for p in problems]) as sampler:
-            drawn = sampler.in_chunks(splits, self.partial, **options)
+        with self.open_sampler(task, [p for problems in (dev | tests).values() for p in problems]) as sampler:
+            # Dev chooses by greedy answers, here as while training; samples of it would serve nothing.
+            drawn = sampler.in_chunks(dev, self.partial / "dev", n=1, temperature=0.0, seed=self.seed)
+            drawn |= sampler.in_chunks(tests, self.partial, **options)
         summary, responses = {}, []
-        for split, problems in splits.items():
+        for split, problems in (dev | tests).items():
             rows = responses_of(task, split, problems, drawn[split])
             summary[split] = summarize(rows) | task_facts(task, problems, rows)
             responses += rows
@@ -65,12 +67,12 @@ class EvaluateStage(Stage):
 
 
 def responses_of(task: Task, split: str, problems: list[Problem], drawn: list[Sample]) -> list[Record]:
-    """A record for each problem: its greedy response, and the answers and rewards of its samples."""
+    """A record for each problem: its greedy response, and, but for dev, the answers and rewards of its samples."""
     records: dict[str, Record] = {
         p.id: {"split": split, "problem": p.id, "answers": [], "rewards": []} for p in problems
     }
     for s in drawn:
-        if s.sample < 0:
+        if s.sample < 0 or split == "dev":
             records[s.problem] |= {"greedy": s.reward, "flexible": s.flexible, "response": s.response}
         else:
             records[s.problem]["answers"].append(task.vote(s.answer) if s.answer else s.answer)
