@@ -15,7 +15,7 @@ import pandas as pd
 from ..methods.recipes import Method, Round
 from ..model.records import Pair
 from ..run.config import Config
-from ..run.stages.evaluate import EvaluateStage, read_evaluation
+from ..run.stages.evaluate import EvaluateStage
 from ..run.stages.extrapolate import ExtrapolateStage
 from ..run.stages.pairs import PairsStage
 from ..run.stages.reward import RewardStage
@@ -23,7 +23,7 @@ from ..run.stages.train import TrainStage
 from ..settings import TaskConfig
 from ..tasks import get_task
 from ..tasks.base import Problem, Task
-from .tables import MODEL, all_rounds, certainty, marked, paired, percent, read_facts, right_problems
+from .tables import MODEL, all_rounds, certainty, marked, paired, percent, right_problems
 
 SPENT = {"samples": "samples", "drawn": "tokens drawn", "trained": "tokens trained on"}  # column -> in words
 REFERENCES = {"moving": "M_t", "M_0": "M_0", "none": "-"}  # a moving reference is the model that was sampled
@@ -66,12 +66,12 @@ def spent_table(run: Path, config: Config) -> pd.DataFrame:
     rows = []
     for method, seed, t, choices in all_rounds(config):
         trainer = TrainStage if choices.trains else ExtrapolateStage
-        training = read_facts(trainer(run, method, seed, t, config), "training.json")
+        training = trainer(run, method, seed, t, config).facts("training.json")
         reward, continuations = {}, 0
-        audit = read_facts(PairsStage(run, method, seed, t, config), "audit.json") if choices.trains else {}
+        audit = PairsStage(run, method, seed, t, config).facts("audit.json") if choices.trains else {}
         if choices.has_reward_stage:
             stage = RewardStage(run, method, seed, t, config)
-            reward = read_facts(stage, "reward.json")
+            reward = stage.facts("reward.json")
             continuations = reward.get("prefixes_simulated", 0) * stage.config.process.continuations
         rows.append(
             {
@@ -183,7 +183,7 @@ def trained_on(run: Path, config: Config) -> pd.DataFrame | None:
     No method sees it. The records that are counted are pairs or single responses. None for a task that does not know
     the truth of a step.
     """
-    if "steps_right" not in read_evaluation(EvaluateStage(run, config.methods[0], 0, 0, config))["test"]:
+    if "steps_right" not in EvaluateStage(run, config.methods[0], 0, 0, config).facts("evaluation.json")["test"]:
         return None
 
     @cache
@@ -247,6 +247,6 @@ def differences_in_words(run: Path, metrics: pd.DataFrame, ahead: pd.DataFrame, 
 
 def _judge_in_words(run: Path, config: Config, method: str) -> list[str]:
     """What a first round's judge is worth, a text for each seed; nothing of a reward that gives no verdict on itself."""
-    facts = [read_facts(RewardStage(run, method, seed, 1, config), "reward.json") for seed in range(config.seeds)]
+    facts = [RewardStage(run, method, seed, 1, config).facts("reward.json") for seed in range(config.seeds)]
     name = f"The judge of {config.recipe(method).label}, before the first round"
     return [f"{name}, seed {seed}: {own['verdict']}" for seed, own in enumerate(facts) if "verdict" in own]

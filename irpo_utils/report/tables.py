@@ -11,15 +11,14 @@ from typing import Any
 
 import pandas as pd
 
-from ..files import MissingArtefact, read_jsonl, relative
+from ..files import read_jsonl
 from ..methods.recipes import Round
 from ..metrics import over_seeds, sign_test, wilson
 from ..run.config import Config
 from ..run.stages import method_seeds, plan
-from ..run.stages.evaluate import EvaluateStage, read_evaluation
+from ..run.stages.evaluate import EvaluateStage
 from ..run.stages.pairs import PairsStage
 from ..run.stages.train import TrainStage
-from ..run.store import Stage
 
 MODEL = ["method", "seed", "iteration"]
 KEYS = ["run", *MODEL, "split"]
@@ -119,22 +118,14 @@ def all_rounds(config: Config) -> Iterator[tuple[str, int, int, Round]]:
             yield method, seed, t, config.recipe(method).round(t)
 
 
-def read_facts(stage: Stage, file: str) -> dict[str, Any]:
-    """What a stage left in a JSON file. Raises MissingArtefact, which names the notebook that writes it."""
-    path = stage.path(file)
-    if not path.exists():
-        raise MissingArtefact(f"{relative(path)} is missing; run notebooks/{stage.name}.ipynb for it, or ./run_all.sh")
-    return json.loads(path.read_text())
-
-
 def audit_table(run: Path, config: Config) -> pd.DataFrame:
     """The pair audits, a row per method, seed and iteration."""
     rows = []
     for method, seed, t, choices in all_rounds(config):
         if not choices.trains:
             continue
-        audit = read_facts(PairsStage(run, method, seed, t, config), "audit.json")
-        training = read_facts(TrainStage(run, method, seed, t, config), "training.json")
+        audit = PairsStage(run, method, seed, t, config).facts("audit.json")
+        training = TrainStage(run, method, seed, t, config).facts("training.json")
         rows.append(
             {
                 "method": method,
@@ -252,7 +243,7 @@ def _against_chance(run: Path, config: Config, method: str, right: list[dict[str
     """
     last = config.rounds(method)
     stages = [EvaluateStage(run, method, seed, last, config) for seed in range(config.seeds)]
-    chances = [read_evaluation(stage)["test"].get("chance") for stage in stages]
+    chances = [stage.facts("evaluation.json")["test"].get("chance") for stage in stages]
     if None in chances:
         return ""
     chance = mean(chances)

@@ -188,6 +188,15 @@ class Stage:
         """Where an output is. While the stage is at work the new one is apart, so that an earlier one stays."""
         return (self.partial_folder() / "made" if self.at_work else self.folder) / name
 
+    def facts(self, name: str) -> dict[str, Any]:
+        """What it left in a JSON file. Raises MissingArtefact, which names the notebook that writes it."""
+        path = self.path(name)
+        if not path.exists():
+            raise MissingArtefact(
+                f"{relative(path)} is missing; run notebooks/{self.name}.ipynb for it, or ./run_all.sh"
+            )
+        return json.loads(path.read_text())
+
     def input(self, name: str) -> Path | None:
         """The path of an input; None for one that this stage has not, as that of M_0 where it is the base. Raises MissingArtefact."""
         path, made_by = self.reads().get(name, (None, ""))

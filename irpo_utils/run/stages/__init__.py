@@ -12,7 +12,7 @@ from typing import Any
 from ...files import MissingArtefact, relative
 from ..config import Config
 from ..store import Stage, open_run, stages_of_m0
-from .evaluate import EvaluateStage, read_evaluation
+from .evaluate import EvaluateStage
 from .extrapolate import ExtrapolateStage
 from .online import OnlineStage
 from .pairs import PairsStage
@@ -80,5 +80,5 @@ def evaluations(run: Path, config: Config) -> list[dict[str, Any]]:
     for method, seed in method_seeds(config):
         for t in range(config.rounds(method) + 1):
             stage = EvaluateStage(run, method, seed, t, config)
-            rows.append({"method": method, "seed": seed, "iteration": t, **read_evaluation(stage)})
+            rows.append({"method": method, "seed": seed, "iteration": t, **stage.facts("evaluation.json")})
     return rows

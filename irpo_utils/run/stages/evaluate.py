@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +62,7 @@ class EvaluateStage(Stage):
 
     def result(self) -> tuple[Record, list[Record]]:
         """The summary of each split, and a record for each problem."""
-        return json.loads(self.path("evaluation.json").read_text()), read_jsonl(self.path("responses.jsonl"), self.name)
+        return self.facts("evaluation.json"), read_jsonl(self.path("responses.jsonl"), self.name)
 
 
 def responses_of(task: Task, split: str, problems: list[Problem], drawn: list[Sample]) -> list[Record]:
@@ -90,7 +89,3 @@ def task_facts(task: Task, problems: list[Problem], rows: list[Record]) -> Recor
     if None not in steps:
         facts |= step_summary(steps, [r["greedy"] for r in rows])
     return facts
-
-
-def read_evaluation(stage: Stage) -> Record:
-    return json.loads(stage.path("evaluation.json").read_text())

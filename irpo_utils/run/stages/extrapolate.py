@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -36,4 +35,4 @@ class ExtrapolateStage(Stage):
 
     def result(self) -> dict[str, Any]:
         """The facts in training.json."""
-        return json.loads(self.path("training.json").read_text())
+        return self.facts("training.json")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -72,4 +71,4 @@ class PairsStage(Stage):
 
     def result(self) -> tuple[list[Pair], dict[str, Any]]:
         """The pairs and the audit."""
-        return Pair.read(self.path("pairs.jsonl"), self.name), json.loads(self.path("audit.json").read_text())
+        return Pair.read(self.path("pairs.jsonl"), self.name), self.facts("audit.json")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -72,5 +71,4 @@ class RewardStage(Stage):
 
     def result(self) -> tuple[list[Sample], dict[str, Any]]:
         """The samples with their rewards, and the facts in reward.json."""
-        facts = json.loads(self.path("reward.json").read_text())
-        return Sample.read(self.path("rewarded.jsonl"), self.name), facts
+        return Sample.read(self.path("rewarded.jsonl"), self.name), self.facts("reward.json")

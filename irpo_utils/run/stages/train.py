@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -104,4 +103,4 @@ class TrainStage(Stage):
 
     def result(self) -> dict[str, Any]:
         """The facts in training.json."""
-        return json.loads(self.path("training.json").read_text())
+        return self.facts("training.json")
