@@ -21,7 +21,7 @@ import random
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, lru_cache
 from itertools import product
 from typing import NamedTuple
 
@@ -79,21 +79,7 @@ class Event:
 
     def operation(self, careless: bool = False) -> str:
         """What is done to the number that came in, as a solution writes it behind that number."""
-        a, b = self.a, self.b
-        return {
-            "gets": f"+ {a}",
-            "gives": f"- {a}",
-            "times": f"* {a}",
-            "more": f"+ {a}",
-            "half": "/ 2",
-            "two": "- 2",
-            "boxes": f"+ {a} * {b}",
-            "box": f"+ {a} + {b}",
-            "apart": "+ 0",
-            "joins": f"+ {a}",
-            "fewer": f"- {a}",
-            "above": f"+ {a}",
-        }[self.reading(careless)]
+        return operation(self.reading(careless), self.a, self.b)
 
     def result(self, x: int, careless: bool = False) -> int:
         """The number that there is after the event, where there were `x`."""
@@ -108,6 +94,26 @@ class Event:
         return [f"{bought} = {value(bought)}", f"{x} + {value(bought)} = {y}"]
 
 
+@cache
+def operation(kind: str, a: int, b: int) -> str:
+    """What an event of this kind and numbers does to the number that came in, as in "+ 3"."""
+    return {
+        "gets": f"+ {a}",
+        "gives": f"- {a}",
+        "times": f"* {a}",
+        "more": f"+ {a}",
+        "half": "/ 2",
+        "two": "- 2",
+        "boxes": f"+ {a} * {b}",
+        "box": f"+ {a} + {b}",
+        "apart": "+ 0",
+        "joins": f"+ {a}",
+        "fewer": f"- {a}",
+        "above": f"+ {a}",
+    }[kind]
+
+
+@lru_cache(1 << 16)  # drawing stories asks for the same few thousand again and again
 def value(expression: str) -> int:
     """What an expression of whole numbers and + - * / comes to, * and / first, each from left to right."""
     total, sign, term, operator = 0, 1, 0, ""
