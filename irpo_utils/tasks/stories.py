@@ -304,7 +304,8 @@ def outcomes(event: Event, values: set[int]) -> set[int] | None:
     """
     if "half" in (event.kind, TWIN[event.kind]) and any(x % 2 for x in values):
         return None
-    found = {event.result(x, careless) for x in values for careless in (False, True)}
+    readings = [event.operation(careless) for careless in (False, True)]
+    found = {value(f"{x} {reading}") for x in values for reading in readings}
     return found if min(found) >= 1 and max(found) <= MAX_VALUE else None
 
 
@@ -341,7 +342,8 @@ def draw_story(rng: random.Random, lengths: tuple[int, ...], guessable_share: fl
             return Story(hero, rng.choice(ITEMS), start, tuple(events), rng.random() < guessable_share)
 
 
-def draw_problems(split: str, count: int, seed: int, guessable_share: float) -> list[tuple[str, Story]]:
+@lru_cache(16)  # a stage asks for a split several times
+def draw_problems(split: str, count: int, seed: int, guessable_share: float) -> tuple[tuple[str, Story], ...]:
     """`count` different stories of a split. The splits are disjoint because each owns a part of the hash space.
 
     Those of "long" have more events than those of train, dev and test.
@@ -352,7 +354,7 @@ def draw_problems(split: str, count: int, seed: int, guessable_share: float) -> 
         digest = hashlib.sha256(story.key().encode()).hexdigest()
         if int(digest, 16) % 10 in BUCKETS[split]:
             found.setdefault(digest[:12], story)
-    return list(found.items())
+    return tuple(found.items())
 
 
 class Stories(Task):
