@@ -12,7 +12,7 @@ loop       IRPO on one page, in memory
 run        stages on disk: configuration, presets, keys and manifests, the driver
 report     tables, figures, publishing
 site       the book of the project: its pages, and the executed notebooks as pages
-extras     what IRPO does not need: judge, ExPO, process feedback, programs, vLLM, servers, Ray, TRL, benchmark, seed model
+extras     not needed by IRPO: judge, ExPO, process feedback, programs, vLLM, servers, Ray, TRL, benchmark, seed model
 
 A room imports from those above it alone, and none of them from `extras`, whose parts are named in a table.
 """

@@ -41,7 +41,7 @@ HELP = """usage: ./run_all.sh [preset] [key=value ...]     run the loop, skip wh
   --yes          do finished stages again that took long, where a changed parameter wants it
   --debug        with any command: show the traceback behind an error
 
-A run that was stopped goes on with the same command. A changed parameter reruns what depends on it, and no more."""
+A run that was stopped goes on with the same command. A changed parameter reruns what depends on it, and no more."""  # noqa: E501
 # Commands of other rooms, which take the rest of the command line.
 COMMANDS = {
     "lab": "irpo_utils.run.lab:main",
@@ -60,7 +60,8 @@ def show_all() -> None:
     for name, text in presets().items():
         print(f"  {name:36} {text}")
     print(
-        "\nmethods (irpo_utils/methods/recipes.yaml), each round as reward, selection, loss, start, reference; methods=all takes every one:"
+        "\nmethods (irpo_utils/methods/recipes.yaml), each round as reward, selection, loss, start, reference; "
+        "methods=all takes every one:"
     )
     for name, recipe in catalogue().items():
         rounds = [f"{r.reward}, {r.selection}, {r.loss}, {r.start}, {r.reference}" for r in recipe.rounds]

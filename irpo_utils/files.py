@@ -1,4 +1,4 @@
-"""Where the project is, files that are there whole or not at all, hashes, locks, objects that are named by a string, and the errors."""
+"""Where the project is, files that are whole or not there, hashes, locks, objects named by a string, and the errors."""
 
 from __future__ import annotations
 
@@ -138,10 +138,10 @@ def read_yaml(path: Path) -> Any:
 
 
 def file_hash(path: Path, suffixes: tuple[str, ...] = (), sampled_above: int | None = None) -> str:
-    """SHA-256 of a file, or of a folder's files with their names (those that end in one of `suffixes`, if there are any).
+    """SHA-256 of a file, or of a folder's files with their names (those that end in one of `suffixes`, if any).
 
-    Of a file with more than `sampled_above` bytes only the size and both ends count: the weights of a large model do not
-    change in place, and reading them whole at every stage would take longer than some stages.
+    Of a file with more than `sampled_above` bytes only the size and both ends count: the weights of a large model do
+    not change in place, and reading them whole at every stage would take longer than some stages.
     """
     digest = hashlib.sha256()
     inside = sorted(p for p in path.rglob("*") if p.is_file() and (not suffixes or p.suffix in suffixes))
@@ -172,13 +172,13 @@ def locked(path: Path, patience: float = 0.0) -> Iterator[int]:
 
 
 def lock_at(path: Path) -> FileLock:
-    """The lock that `path` is. Within one process it can be taken again, so that "Run All" twice does not wait for itself."""
+    """The lock that `path` is. One process can take it again, so that "Run All" twice does not wait for itself."""
     path.parent.mkdir(parents=True, exist_ok=True)
     return FileLock(path, is_singleton=True)
 
 
 def take(lock: FileLock, patience: float) -> None:
-    """Take a lock. Raises Busy, which names its holder, if another process holds it for `patience` seconds (-1: waits)."""
+    """Take a lock. Raises Busy, naming its holder, if another process holds it for `patience` seconds (-1: waits)."""
     path = Path(lock.lock_file)
     holder = path.with_name(f"{path.name}.holder")
     try:

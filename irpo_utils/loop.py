@@ -10,10 +10,10 @@
     for result in irpo(model, tokenizer, task, Settings()):
         print(result)
 
-The parts are those that the stages of `./run_all.sh` call. What it does besides, and this page leaves out: every stage is a
-notebook with its artefacts on disk, a stopped run goes on, and nothing is done twice; the step that is best on held-out
-dev problems is kept, not the last one; M_t is one adapter on a frozen base, which may be in 4 bits; vLLM may draw; other
-methods, seeds, majority votes and intervals. Nothing here checks that the model fits into memory.
+The parts are those that the stages of `./run_all.sh` call. What it does besides, and this page leaves out: every stage
+is a notebook with its artefacts on disk, a stopped run goes on, and nothing is done twice; the step that is best on
+held-out dev problems is kept, not the last one; M_t is one adapter on a frozen base, which may be in 4 bits; vLLM may
+draw; other methods, seeds, majority votes and intervals. Nothing here checks that the model fits into memory.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Accuracy of a model: greedy, majority vote, pass@k, with intervals and tests; and which of its steps are wrong. And what samples share."""
+"""Accuracy of a model: greedy, majority vote, pass@k, intervals, tests; which steps are wrong, what samples share."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def over_seeds(values: Sequence[dict[str, float]]) -> tuple[float, float, float]
 
     Seeds vary, and problems do. Where all seeds have the same problems, the variance of the mean is that of a two-way
     layout with random rows and columns, so that a problem counts once and not once a seed. Where each has its own, the
-    seeds' means hold all of it. The quantile is Student's, with Satterthwaite's degrees of freedom: few seeds give a wide
-    interval. That of one seed is a bootstrap over its problems.
+    seeds' means hold all of it. The quantile is Student's, with Satterthwaite's degrees of freedom: few seeds give a
+    wide interval. That of one seed is a bootstrap over its problems.
 
     Args:
         values: of each seed, problem -> value.

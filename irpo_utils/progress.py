@@ -1,8 +1,8 @@
 """How far it is, for the person who waits: what is done, of how much, how fast, how long still.
 
-Whatever takes long counts (`counting`), one count within another: batches of a chunk, chunks of a stage. A stage says in
-which file its counts stand (`kept`), and whoever waits for it reads them there (`run/watch.py`). In a live notebook they
-are one line of output, which is gone in the end; where there is neither they are not shown. No result and no key
+Whatever takes long counts (`counting`), one count within another: batches of a chunk, chunks of a stage. A stage says
+in which file its counts stand (`kept`), and whoever waits for it reads them there (`run/watch.py`). In a live notebook
+they are one line of output, which is gone in the end; where there is neither they are not shown. No result and no key
 depends on them, and where they cannot be written or read nothing happens.
 """
 
@@ -127,7 +127,7 @@ def is_live() -> bool:
 
 
 def read(file: Path, since: float) -> dict[str, Any] | None:
-    """What a process keeps in `file` that was written after `since`, in seconds of `time.time`; None if there is none."""
+    """What a process keeps in `file`, written after `since`, in seconds of `time.time`; None if there is none."""
     try:
         found = json.loads(file.read_text())
         return found if found["written"] >= since and found["counts"] else None

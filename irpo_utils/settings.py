@@ -1,4 +1,4 @@
-"""Every parameter of a run, with its type, its range and its default: one section a class. Frozen, and checked when it is made.
+"""Every parameter of a run, with its type, range and default: one section a class. Frozen, and checked when it is made.
 
 `run/config.py` reads them from presets and from the command line. What is wrong with one is said in plain words
 (`first_error`), here and for the recipes of `methods/`.
@@ -113,7 +113,7 @@ class ModelConfig(Section):
 
 
 class WarmStartConfig(Section):
-    """What M_0 is: the base, or an adapter of it that was trained on gold solutions of problems that the loop never sees."""
+    """What M_0 is: the base, or an adapter of it, trained on gold solutions of problems that the loop never sees."""
 
     # Taken from the training problems; the loop has the rest.
     problems: Size = Field(0, description="0: M_0 is the base")
@@ -123,13 +123,13 @@ class WarmStartConfig(Section):
 
 
 class SamplingConfig(Section):
-    # What samples and evaluates: "transformers" in this process; "vllm" in one of its own, for which IRPO_VLLM_PYTHON may
-    # name a Python that has it (pyproject.toml: how to make one); "server": one that is running already, at `url`
+    # What samples and evaluates: "transformers" in this process; "vllm" in one of its own, for which IRPO_VLLM_PYTHON
+    # may name a Python that has it (pyproject.toml: how to make one); "server": one that is running already, at `url`
     # (site/pages/clusters.md). Dev scores while training: always the first.
     engine: Literal["transformers", "vllm", "server"] = "transformers"
     url: str = ""  # of a server, as http://node1:8000
     workers: Count = 1  # processes that draw chunks of problems, on all machines of a Ray cluster; 1: the stage's own
-    # GPUs that each of them takes: 0 on a CPU, 0.5 for two on one GPU; 2 and more split the model of an engine that can.
+    # GPUs that each of them takes: 0 on a CPU, 0.5 for two on one GPU; 2 or more split the model of an engine that can.
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0
     n: Count = 16  # N: samples of each problem
     temperature: Annotated[tuple[Positive, ...], BeforeValidator(_several), Field(min_length=1)] = (
@@ -137,7 +137,7 @@ class SamplingConfig(Section):
     )  # per iteration; the last one goes on
     max_new_tokens: Count = 64  # of a response; a longer one is cut off, unfinished
     max_rows: Count = 512  # responses at once, at most
-    # Whether the result behind an arithmetic expression and "=" is computed and not drawn; what is written is not trained on.
+    # Whether the result behind an arithmetic expression and "=" is computed and not drawn; it is not trained on.
     calculator: bool = False
 
     @property
@@ -209,8 +209,8 @@ class JudgeConfig(Section):
 
     samples: Count = 3  # judgements that are averaged
     temperature: Positive = 0.7  # of the judgements
-    # "text": a judgement is written out and its "Score: n" read. "scores": n is drawn from the model's own probabilities
-    # of the six scores behind the prompt, for a model that cannot write a judgement.
+    # "text": a judgement is written out and its "Score: n" read. "scores": n is drawn from the model's own
+    # probabilities of the six scores behind the prompt, for a model that cannot write a judgement.
     read: Literal["text", "scores"] = "text"
     max_new_tokens: Count = 256  # of a judgement
 
@@ -236,8 +236,8 @@ class TrainConfig(Section):
     extrapolation: float = 0.3  # a of ExPO; the paper: 0.3 to 0.5
     warmup: Share = 0.1  # share of the steps
     max_grad_norm: Positive = 1.0  # gradients are clipped to this norm
-    # Optimizer steps between fresh draws of the policy that is trained (online: 1); 0: the policy is sampled once, before.
-    # Where it is above 0 there are max_steps steps, and max_epochs and pairs_together have nothing to say.
+    # Optimizer steps between fresh draws of the policy that is trained (online: 1); 0: the policy is sampled once,
+    # before. Where it is above 0 there are max_steps steps, and max_epochs and pairs_together have nothing to say.
     sync_every: Size = 0
     eval_every: Count = 50  # steps between dev scores; the best step becomes M_{t+1}
     retrain_with_dev: bool = (
@@ -245,7 +245,7 @@ class TrainConfig(Section):
     )
     optimizer: Literal["adamw", "paged_adamw_8bit", "auto"] = "adamw"  # "auto": the latter where CUDA is
     gradient_checkpointing: bool = False  # less memory, about a third more time
-    report_to: Names = ()  # where the steps are shown as they come: tensorboard, wandb, trackio; no result depends on it
+    report_to: Names = ()  # where steps are shown as they come: tensorboard, wandb, trackio; no result depends on it
 
     @model_validator(mode="after")
     def _divides(self) -> Self:
@@ -255,8 +255,8 @@ class TrainConfig(Section):
             raise ValueError(f"train.processes: {self.engine} trains in one process; set train.engine=own")
         if self.sync_every and (self.processes > 1 or self.engine != "own" or self.retrain_with_dev):
             raise ValueError(
-                "train.sync_every: where the policy draws while it is trained, leave train.processes at 1, train.engine "
-                "at own and train.retrain_with_dev at false"
+                "train.sync_every: where the policy draws while it is trained, leave train.processes at 1, "
+                "train.engine at own and train.retrain_with_dev at false"
             )
         if self.processes > self.batch:
             raise ValueError(f"train.batch: at least one pair for each of train.processes={self.processes}")
@@ -321,7 +321,8 @@ class Settings(Section):
             )
         if 0 < self.task.train_size <= self.warm_start.problems:
             raise ValueError(
-                f"warm_start.problems: the warm start takes all {self.task.train_size} problems of task.train_size; lower it"
+                f"warm_start.problems: the warm start takes all {self.task.train_size} problems of task.train_size; "
+                "lower it"
             )
         if self.train.shard and (self.model.quantize == "nf4" or self.model.tuning == "full"):
             raise ValueError(
@@ -348,7 +349,8 @@ class Settings(Section):
             )
         if self.sampling.engine == "vllm" and self.model.tuning == "lora" and self.model.lora_r > LORA_RANKS[-1]:
             raise ValueError(
-                f"sampling.engine: vLLM takes a model.lora_r of up to {LORA_RANKS[-1]}; lower it or set sampling.engine=transformers"
+                f"sampling.engine: vLLM takes a model.lora_r of up to {LORA_RANKS[-1]}; "
+                "lower it or set sampling.engine=transformers"
             )
         return self
 
@@ -390,7 +392,7 @@ def unknown(name: str, known: Iterable[str]) -> str:
 
 
 def first_error(error: ValidationError, model: type[Section]) -> str:
-    """The first thing that is wrong with the values of a `model`: the parameter, what it takes, and what it was given."""
+    """The first thing wrong with the values of a `model`: the parameter, what it takes, and what it was given."""
     errors = error.errors()
     # A name that is mistyped is also missing; what it is mistyped as says more.
     first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])

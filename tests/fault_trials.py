@@ -2,9 +2,9 @@
 
     python tests/fault_trials.py RUN WHOLE PAGES COUNT SEED [commands]
 
-RUN is a run's folder that is done and is worked in, WHOLE a copy of it, PAGES a folder for the compiled library. A line of JSON
-is printed for each trial. Without `commands` a stage is run in a process forked from this one, which has imported what it
-needs; with it the driver is run, with its kernels and its report. This process is started with the library (`Faults`).
+RUN is a run's folder that is done and worked in, WHOLE a copy of it, PAGES a folder for the compiled library. A JSON
+line is printed for each trial. Without `commands` a stage is run in a fork of this process, which has imported what it
+needs; with it the driver, its kernels and its report. This process is started with the library (`Faults`).
 """
 
 from __future__ import annotations
@@ -117,10 +117,13 @@ class Trials:
         if second:
             wrong.append(f"the second time: {self.log.read_text()[-300:]}")
         where = f"{stage.label()}{', again' * again}"
-        return {"where": where, "kind": kind, "at": at, "happened": happened, "status": status, "wrong": wrong, "message": message}  # fmt: skip
+        return {
+            "where": where, "kind": kind, "at": at, "happened": happened, "status": status, "wrong": wrong,
+            "message": message,
+        }  # fmt: skip
 
     def of_a_command(self, rng: random.Random) -> dict:
-        """The driver goes on from a stage; those behind it, and what hangs on them, are done with a fault among them."""
+        """The driver goes on from a stage; those behind it and what hangs on them are done with a fault among them."""
         first = rng.randrange(len(self.stages))
         kind = rng.choice(KINDS[1:])
         # Up to as many operations as two stages or so have: a fault that does not come tells nothing.
@@ -143,7 +146,10 @@ class Trials:
         if "Traceback" in message or (status > 0 and not message.strip()):  # below 0 it was killed, and can say nothing
             wrong.append("no plain message")
         where = f"command from {self.stages[first].label()}"
-        return {"where": where, "kind": kind, "at": at, "happened": happened, "status": status, "wrong": wrong, "message": message[-300:]}  # fmt: skip
+        return {
+            "where": where, "kind": kind, "at": at, "happened": happened, "status": status, "wrong": wrong,
+            "message": message[-300:],
+        }  # fmt: skip
 
     def command(self, with_faults: bool) -> tuple[int, str]:
         raw = read_yaml(self.whole / "config.yaml")

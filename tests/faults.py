@@ -1,8 +1,8 @@
 """A run with faults on command: a full disk, a rename that fails, a process that is killed, a clock that is set back.
 
-Every process of the run is started with `faults.c` before libc, so that the writes of PyTorch and safetensors count as well
-as Python's. A fault comes at a byte, a rename, an fsync or an operation (a write, rename, sync, removal or new folder) below
-one folder, counted over all processes. Where and how it comes stands on a page of memory that all of them share.
+Every process of the run is started with `faults.c` before libc, so that the writes of PyTorch and safetensors count as
+well as Python's. A fault comes at a byte, a rename, an fsync or an operation (a write, rename, sync, removal or new
+folder) below one folder, counted over all processes. Where and how it comes stands on a page of memory that all share.
 """
 
 from __future__ import annotations

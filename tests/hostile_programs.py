@@ -1,8 +1,8 @@
-"""Hostile answers to "write add(a, b)", each with its right verdict. `programs` makes them, `tests/test_sandbox.py` runs them.
+"""Hostile answers to "write add(a, b)", with their right verdicts. `programs` makes them, `test_sandbox.py` runs them.
 
-Three kinds. An ATTACK ends and lets the program go on, so that the verdict is that of its `add`; where one would succeed, it
-says so by dying, so that a right `add` fails. Each comes four times: while loading or in the call, with a right `add` or a
-wrong one. A DEATH never gets to an answer; it comes twice. A CHEAT is a whole program.
+Three kinds. An ATTACK ends and lets the program go on, so that the verdict is that of its `add`; where one would
+succeed, it says so by dying, so that a right `add` fails. Each comes four times: while loading or in the call, with a
+right `add` or a wrong one. A DEATH never gets to an answer; it comes twice. A CHEAT is a whole program.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ class Hostile(NamedTuple):
     harmless: bool  # whether it may run without isolation
 
 
-# Name -> program text. The names in braces are filled in by the test: a file that must not appear or vanish on the host, the
-# test's own process and a port that it listens to. `worked` ends the program: the attack got
-# through. `delete` gives up after 50 errors, for the sake of time.
+# Name -> program text. The names in braces are filled in by the test: a file that must not appear or vanish on the
+# host, the test's own process and a port that it listens to. `worked` ends the program: the attack got through.
+# `delete` gives up after 50 errors, for the sake of time.
 ATTACKS = {
     # output, input and descriptors
     "prints a lot": "for i in range(100000): print('passed', i)",

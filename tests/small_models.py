@@ -1,4 +1,4 @@
-"""Small random models of three architectures and four families, each with a BPE tokenizer and its family's kind of chat template."""
+"""Small random models: three architectures, four families, each with a BPE tokenizer and its kind of chat template."""
 
 from pathlib import Path
 

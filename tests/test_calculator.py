@@ -1,4 +1,4 @@
-"""A calculator that writes results into responses: what it writes, what a draw keeps of it, and that nothing trains on it."""
+"""A calculator that writes into responses: what it writes, what a draw keeps of it, and that nothing trains on it."""
 
 from dataclasses import replace
 

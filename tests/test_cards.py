@@ -41,7 +41,7 @@ def test_a_model_s_card_says_what_it_is_and_what_was_measured(micro_run, tmp_pat
 
 
 def test_a_number_that_is_not_of_this_model_is_not_in_its_card(micro_run, tmp_path):
-    """Neither a changed evaluation counts, nor one of a policy that has been trained again, nor one that is not there."""
+    """Neither a changed evaluation counts, nor one of a policy that was trained again, nor one that is not there."""
     folder = OUTPUTS / "test-cards"
     shutil.copytree(micro_run[0], folder)
     try:
@@ -126,7 +126,7 @@ class Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub():
-    """A hub on this machine, and a function that runs a command with it; the endpoint is read when the library is loaded."""
+    """A hub on this machine and a function that runs a command with it; the endpoint is read when the library loads."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.store = {"files": {}, "put": {}}
     threading.Thread(target=server.serve_forever, daemon=True).start()

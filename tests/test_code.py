@@ -368,7 +368,10 @@ def test_grade_runs_programs_by_task_id_or_by_the_tests_given(execution, tmp_pat
         ({"response": "x", "test_list": []}, "line 1: test_list must be a list of assertions"),
         ({"response": "x", "test_list": ["assert ("]}, "line 1: the tests are no Python"),
         ({"response": "x", "test_list": ["assert 1 == 1"]}, "line 1: the tests call nothing of the program"),
-        ({"response": "x", "entry_point": "add", "prompt": "def ad(): pass", "test": "pass"}, "line 1: the prompt does not define the entry_point 'add'"),
+        (
+            {"response": "x", "entry_point": "add", "prompt": "def ad(): pass", "test": "pass"},
+            "line 1: the prompt does not define the entry_point 'add'",
+        ),
         ({"response": "x", "entry_point": "add", "prompt": ""}, "line 1: prompt must be text"),
     ],
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What a run needs is known before it starts: parameters counted, presets that fit, refusals that say what to change."""
+"""What a run needs is known before it starts: parameters counted, presets that fit, refusals saying what to change."""
 
 import pytest
 from transformers import AutoConfig, LlamaConfig, Qwen2Config
@@ -65,7 +65,10 @@ def test_presets_fit_a_24_gb_card(task, model, size, shapes):
     ("overrides", "gib", "message"),
     [
         (["sampling.max_rows=512"], 24, r"sampling: about .* does not fit; set sampling.max_rows=256 \(it is 512\)"),
-        (["train.gradient_checkpointing=false", "sampling.max_rows=2"], 12, "training: .* does not fit; set train.gradient_checkpointing=true"),
+        (
+            ["train.gradient_checkpointing=false", "sampling.max_rows=2"], 12,
+            "training: .* does not fit; set train.gradient_checkpointing=true",
+        ),
         (["train.micro_batch=16", "sampling.max_rows=2"], 12, r"does not fit; set train.micro_batch=8 \(it is 16"),
         (["model.quantize=none", "sampling.max_rows=1"], 10, "does not fit; set model.quantize=nf4"),
         (["sampling.max_rows=1"], 4, "does not fit; take a smaller model"),

@@ -1,4 +1,4 @@
-"""Rounds of the methods beyond IRPO, stage by stage on the micro preset: what they read, what they leave, what it cost."""
+"""Rounds of the methods beyond IRPO, stage by stage on the micro preset: what they read, leave and cost."""
 
 import json
 from collections import Counter
@@ -21,7 +21,10 @@ from irpo_utils.run.stages import STAGES, plan
 from irpo_utils.run.store import open_run
 from irpo_utils.tasks import get_task
 
-SETTINGS = ["methods=star,sipf,expo", "iterations=3", "pairs.eta=0.001", "process.continuations=4", "process.max_steps=8", "sft_gold.train.max_steps=3", "latro.train.beta=10.0"]  # fmt: skip
+SETTINGS = [
+    "methods=star,sipf,expo", "iterations=3", "pairs.eta=0.001", "process.continuations=4", "process.max_steps=8",
+    "sft_gold.train.max_steps=3", "latro.train.beta=10.0",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +48,10 @@ def rows(run, method, t, file, name="02_pairs"):
 
 def test_star_solves_failures_with_the_answer_in_sight_and_learns_them_without(run):
     make(run, "star", 1)
-    samples, rewarded = rows(run, "star", 1, "samples.jsonl", "01_sample"), rows(run, "star", 1, "rewarded.jsonl", "01b_reward")  # fmt: skip
+    samples, rewarded = (
+        rows(run, "star", 1, "samples.jsonl", "01_sample"),
+        rows(run, "star", 1, "rewarded.jsonl", "01b_reward"),
+    )
     right = Counter(s["problem"] for s in samples if s["reward"] == 1)
     extra = [r for r in rewarded if r.get("extra")]
     kept = [s | {"answer_reward": s["reward"]} for s in samples]
@@ -108,7 +114,9 @@ def test_process_feedback_accumulates_pairs_and_starts_from_m0_with_a_fresh_adap
     make(run, "sipf", 3)
     second, third = rows(run, "sipf", 2, "pairs.jsonl"), rows(run, "sipf", 3, "pairs.jsonl")
     assert len(third) > len(second)
-    assert [(r["chosen_ids"], r["rejected_ids"]) for r in third[: len(second)]] == [(r["chosen_ids"], r["rejected_ids"]) for r in second]  # fmt: skip
+    assert [(r["chosen_ids"], r["rejected_ids"]) for r in third[: len(second)]] == [
+        (r["chosen_ids"], r["rejected_ids"]) for r in second
+    ]
     assert all(r["chosen_logp"] is None for r in third[: len(second)])  # another model drew them
     stage = STAGES["03_train"](run, "sipf", 0, 3)
     assert stage.input("policy") is None and json.loads(stage.path("training.json").read_text())["dpo_at_start"] is None
@@ -139,7 +147,9 @@ def test_expo_goes_on_from_the_base_through_the_trained_model(run):
     for name, w_2 in weights[2].items():
         w_0, w_1 = weights[0][name], weights[1][name]
         assert torch.allclose(w_2, w_1 + 0.3 * (w_1 - w_0), atol=1e-6), name
-    assert not torch.equal(weights[2]["model.layers.0.mlp.up_proj.weight"], weights[1]["model.layers.0.mlp.up_proj.weight"])  # fmt: skip
+    assert not torch.equal(
+        weights[2]["model.layers.0.mlp.up_proj.weight"], weights[1]["model.layers.0.mlp.up_proj.weight"]
+    )
 
 
 def test_what_a_round_used_up_is_what_is_in_its_files(run):
@@ -168,5 +178,10 @@ def test_the_notebooks_of_the_new_stages_leave_the_same_files(run, tmp_path, nam
     make(run, method, t)
     stage = STAGES[name](run, method, 0, t)
     before = stage.manifest()["outputs"]
-    run_notebook(NOTEBOOKS / f"{name}.ipynb", tmp_path / "x.ipynb", {"run": str(run), "method": method, "seed": 0, "iteration": t}, 1)  # fmt: skip
+    run_notebook(
+        NOTEBOOKS / f"{name}.ipynb",
+        tmp_path / "x.ipynb",
+        {"run": str(run), "method": method, "seed": 0, "iteration": t},
+        1,
+    )
     assert stage.is_done() and stage.manifest()["outputs"] == before

@@ -236,7 +236,8 @@ def test_latex_fractions_compare_as_their_values(one, two):
 @pytest.mark.parametrize(
     ("text", "value"),
     [("2^3", 8), ("2**3", 8), ("2^3^2", 512), ("2 ^ 3 + 1", 9), ("10^-2", Fraction(1, 100)), ("1 - 2 - 3", -4),
-     ("12 / 4 / 3", 1), ("8 / 1 / 4 / 2", 1), ("2 ^ 3 / 4", 2), ("16/2^2", 4), ("3/4^2", Fraction(3, 16)), ("2 + 3 * 4 ^ 2", 50), ("3!", 6), ("0!", 1), ("3!", 3)],
+     ("12 / 4 / 3", 1), ("8 / 1 / 4 / 2", 1), ("2 ^ 3 / 4", 2), ("16/2^2", 4), ("3/4^2", Fraction(3, 16)),
+     ("2 + 3 * 4 ^ 2", 50), ("3!", 6), ("0!", 1), ("3!", 3)],
 )  # fmt: skip
 def test_an_expression_may_be_its_value_and_is_no_other(text, value):
     """Nobody says that it is the answer, so it is not right either: unparsed."""
@@ -285,9 +286,10 @@ PIECES = [
     "\\le", "e", "x", "!", "million", "½", "٣", "\x00", "😀", "\\", "\\overline{", "\\left", "°", "thousand",
 ]  # fmt: skip
 HOSTILE = [
-    "Final answer: " + "{" * 3_000_000, "\\boxed{" * 300_000, "Final answer:" * 300_000, "final answer" + " " * 2_000_000,
-    "9" * 2_000_000, "Final answer: " + "1," * 500_000, "$" * 1_000_001, "A:" * 300_000, "\\text{" * 200_000, "- " * 500_000,
-    "Final answer: " + "9" * 5000, "Final answer: 9^{9^{9^{9}}}", "Final answer: (1+x)^{10^9}", "Final answer: 1e999999999",
+    "Final answer: " + "{" * 3_000_000, "\\boxed{" * 300_000, "Final answer:" * 300_000,
+    "final answer" + " " * 2_000_000, "9" * 2_000_000, "Final answer: " + "1," * 500_000, "$" * 1_000_001,
+    "A:" * 300_000, "\\text{" * 200_000, "- " * 500_000, "Final answer: " + "9" * 5000,
+    "Final answer: 9^{9^{9^{9}}}", "Final answer: (1+x)^{10^9}", "Final answer: 1e999999999",
     "Final answer: \\sqrt{" + "\\sqrt{" * 60 + "2" + "}" * 61, "Final answer: " + "(" * 190 + "1" + ")" * 190,
 ]  # fmt: skip
 

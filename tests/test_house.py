@@ -14,9 +14,15 @@ from irpo_utils.run.stages import STAGES
 
 PACKAGE = ROOT / "irpo_utils"
 # Each may import from those before it. extras and run stand beside one another.
-LEVELS = {"files": 0, "metrics": 0, "progress": 0, "settings": 0, "answers": 1, "tasks": 2, "model": 3, "methods": 4, "loop": 5, "extras": 5, "run": 5, "report": 6, "site": 7, "__main__": 8}  # fmt: skip
+LEVELS = {
+    "files": 0, "metrics": 0, "progress": 0, "settings": 0, "answers": 1, "tasks": 2, "model": 3, "methods": 4,
+    "loop": 5, "extras": 5, "run": 5, "report": 6, "site": 7, "__main__": 8,
+}  # fmt: skip
 HEAVY = {"torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes"}
-LIGHT = ["files", "metrics", "settings", "answers", "tasks", "methods.parts", "methods.recipes", "methods.select", "run.config", "run.presets", "run.store", "run.stages", "run.driver", "report", "__main__"]  # fmt: skip
+LIGHT = [
+    "files", "metrics", "settings", "answers", "tasks", "methods.parts", "methods.recipes", "methods.select",
+    "run.config", "run.presets", "run.store", "run.stages", "run.driver", "report", "__main__",
+]  # fmt: skip
 
 
 def modules():

@@ -29,7 +29,7 @@ def sample(problem, response, reward):
 
 @pytest.fixture
 def job(tmp_path):
-    """Makes a job as the reward stage does, each with a folder of its own; the judge's random numbers are those of `seed`."""
+    """Makes a job as the reward stage does, each with its own folder; the judge's random numbers come from `seed`."""
     made = []
 
     def make(kind, config, problems, samples, seed, **more):

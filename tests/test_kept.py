@@ -213,7 +213,10 @@ def test_much_finished_work_is_not_replaced_unasked(micro_run):
         assert (run / "config.yaml").read_bytes() == before and PairsStage(run).is_done()
         done = drive(*command, "--yes")
         assert done.returncode == 0, done.stderr
-        assert "changed since this run's last start: iterations 2 -> 1; methods ['irpo', 'sft_gold'] -> ['irpo']; pairs.k 2 -> 1" in done.stdout  # fmt: skip
+        assert (
+            "changed since this run's last start: iterations 2 -> 1; "
+            "methods ['irpo', 'sft_gold'] -> ['irpo']; pairs.k 2 -> 1"
+        ) in done.stdout
         assert "done again: up to 3 finished stages" in done.stdout
     finally:
         remove_run("test-kept")

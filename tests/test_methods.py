@@ -180,7 +180,12 @@ def test_a_stage_that_the_round_does_not_have_touches_nothing(family):
     _, run = family
     adapter = STAGES["03_train"](run, "irpo", 0, 2).path("adapter")
     adapter.mkdir(parents=True)
-    wrong = [("03b_extrapolate", "irpo", 2, "it has 01_sample, 02_pairs"), ("01b_reward", "sipf", 1, "it has 01_sample, 02_pairs"), ("02_pairs", "expo", 2, "it has 03b"), ("03_train", "irpo", 0, "M_0 has no such stage; it has 04")]  # fmt: skip
+    wrong = [
+        ("03b_extrapolate", "irpo", 2, "it has 01_sample, 02_pairs"),
+        ("01b_reward", "sipf", 1, "it has 01_sample, 02_pairs"),
+        ("02_pairs", "expo", 2, "it has 03b"),
+        ("03_train", "irpo", 0, "M_0 has no such stage; it has 04"),
+    ]
     for name, method, t, message in wrong:
         with pytest.raises(ConfigError, match=message):
             STAGES[name](run, method, 0, t).begin()

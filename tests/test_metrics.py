@@ -162,7 +162,7 @@ def test_the_interval_of_an_auc_narrows_with_problems_not_with_samples():
 
 
 def seeds_that_differ(rng, seeds, shared, apart, problems=80):
-    """Values of each seed's problems whose true mean is 0: a part of each seed (`apart`), of each problem, and of chance."""
+    """Values of each seed's problems with true mean 0: a part of each seed (`apart`), of each problem and of chance."""
     of_problem, found = rng.normal(0, 0.3, problems), []
     for seed in range(seeds):
         own = of_problem if shared else rng.normal(0, 0.3, problems)

@@ -1,4 +1,4 @@
-"""Online rounds: advantages, the policy gradient against TRL's GRPOTrainer, and a policy that draws while it is trained."""
+"""Online rounds: advantages, the policy gradient against TRL's GRPOTrainer, and a policy that draws while it trains."""
 
 import json
 import math
@@ -174,7 +174,7 @@ def test_every_draw_is_of_the_policy_as_it_is_then(online, tokenizer, task, tmp_
         scored = training.reference_logps(m_0, pairs)
         gaps.append(max(abs(pair.chosen_logp - logp) for pair, (logp, _) in zip(pairs, scored, strict=True)))
     assert gaps[0] < 1e-3 < min(gaps[1:])
-    # The first step of the second draw: the policy that drew it is the one that is trained, two steps from its reference.
+    # The first step of the second draw: the policy that drew it is the one trained, two steps from its reference.
     steps = read_jsonl(tmp_path / "steps.jsonl")
     mean = sum(pair.chosen_logp for pair in drawn[1][:4]) / 4
     assert steps[2]["chosen_logp"] == pytest.approx(mean, abs=1e-4)

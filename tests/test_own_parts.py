@@ -29,7 +29,7 @@ def hinge(scores, beta):
     """max(0, 1 - margin), as in SLiC."""
     chosen, rejected = (beta * (p - r) for p, r in ((scores.chosen, scores.reference_chosen), (scores.rejected, scores.reference_rejected)))
     return PairLosses(F.relu(1 - (chosen - rejected)), None, nll_term(scores.chosen, scores.chosen_lengths), chosen, rejected)
-'''
+'''  # noqa: E501
 RECIPE = """
 hardest_first:
   label: Hardest pairs, hinge

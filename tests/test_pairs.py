@@ -1,4 +1,4 @@
-"""What each method trains on, by hand: which samples it takes, in which pairs; duplicates, unfinished and over-long counted."""
+"""What each method trains on, by hand: which samples, in which pairs; duplicates, unfinished and over-long counted."""
 
 import math
 import random
@@ -203,7 +203,9 @@ def test_a_thought_is_held_against_the_others_of_its_problem():
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("family", ["seed", *FAMILIES])
-def test_the_gold_answer_takes_the_place_of_a_response_s_own(tokenizer, tmp_path, family, drawn, finished, thought, wanted):  # fmt: skip
+def test_the_gold_answer_takes_the_place_of_a_response_s_own(
+    tokenizer, tmp_path, family, drawn, finished, thought, wanted
+):
     if family != "seed":
         built = build(family, tmp_path, [f"{i} / 2 = {i}. Final answer {i}" for i in range(99)])
         tokenizer = load_tokenizer(ModelConfig(path=str(built)))
@@ -250,13 +252,19 @@ def test_every_part_that_a_recipe_may_name_is_there(kind, name):
 
 def test_duplicates_leave_first_and_everything_is_counted():
     samples = {
-        "a": [sample(5, 1.0), sample(5, 1.0), sample(6, 0.0), sample(7, None), sample(8, 1.0, finished=False), sample(9, 1.0, length=30)],
+        "a": [
+            sample(5, 1.0), sample(5, 1.0), sample(6, 0.0), sample(7, None), sample(8, 1.0, finished=False),
+            sample(9, 1.0, length=30),
+        ],
         "b": [sample(5, 0.0), sample(6, 0.0)],
         "c": [sample(5, 1.0)],
     }  # fmt: skip
     pairs, audit = select("pairs", samples, PROMPTS, PairsConfig(max_tokens=10))
     assert [(p.chosen, p.rejected) for p in pairs] == [("r5", "r6"), ("r5", "r7")]  # unparsed loses
-    wanted = {"problems": 3, "none_right": 1, "all_right": 1, "some_right": 1, "samples": 9, "duplicates": 1, "unparsed": 1, "unfinished": 1, "over_long": 1, "pairs": 2, "problems_with_pairs": 1}  # fmt: skip
+    wanted = {
+        "problems": 3, "none_right": 1, "all_right": 1, "some_right": 1, "samples": 9, "duplicates": 1, "unparsed": 1,
+        "unfinished": 1, "over_long": 1, "pairs": 2, "problems_with_pairs": 1,
+    }  # fmt: skip
     assert {k: audit[k] for k in wanted} == wanted
     assert audit["length_gap"] == 0
 

@@ -59,7 +59,7 @@ def test_trl_puts_the_messages_form_through_the_chat_template(micro_run, tmp_pat
 
 
 def read_sharegpt(line):
-    """A line as LLaMA-Factory's data/README.md describes preference data in ShareGPT form: what was said, and two answers."""
+    """A line as LLaMA-Factory's data/README.md describes ShareGPT preference data: what was said, and two answers."""
     row = json.loads(line)
     turns = row["conversations"]
     assert [turn["from"] for turn in turns] == ["human", "gpt"] * (len(turns) // 2) + ["human"]

@@ -94,7 +94,11 @@ def test_counts_of_an_earlier_attempt_are_not_shown(tmp_path):
 
 def test_one_line_for_several_stages_that_live(tmp_path):
     counts = [{"label": "x", "total": 4, "unit": "parts", "done": 1, "first": 0, "worth": 1, "note": "", "started": 0}]
-    for folder, process in (("m0/seed_0", os.getpid()), ("irpo/seed_1/iteration_2", os.getpid()), ("dpo/seed_0/iteration_1", 1 << 30)):  # fmt: skip
+    for folder, process in (
+        ("m0/seed_0", os.getpid()),
+        ("irpo/seed_1/iteration_2", os.getpid()),
+        ("dpo/seed_0/iteration_1", 1 << 30),
+    ):
         file = tmp_path / folder / ".03_train.partial" / "progress.json"
         file.parent.mkdir(parents=True)
         file.write_text(json.dumps({"label": folder, "process": process, "written": 1.0, "counts": counts}))

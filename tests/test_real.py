@@ -37,10 +37,13 @@ FILES = {
 def settings(task: str, folder, **more) -> list[str]:
     train, test = FILES[task]
     chosen = {
-        "task.train": DATA / train, "task.test": DATA / test, "task.train_size": 12, "task.dev_size": 3, "task.test_size": 4,
-        "model.path": folder, "model.dtype": "float32", "sampling.n": 12, "sampling.max_rows": 48, "sampling.max_new_tokens": 48, "sampling.temperature": 1.5,
-        "pairs.gold": "true", "pairs.k": 2, "pairs.max_tokens": 4096, "train.max_steps": 3, "train.batch": 4, "train.micro_batch": 2,
-        "train.eval_every": 2, "evaluation.samples": 4, "iterations": 1, "threads": 1,
+        "task.train": DATA / train, "task.test": DATA / test,
+        "task.train_size": 12, "task.dev_size": 3, "task.test_size": 4,
+        "model.path": folder, "model.dtype": "float32",
+        "sampling.n": 12, "sampling.max_rows": 48, "sampling.max_new_tokens": 48, "sampling.temperature": 1.5,
+        "pairs.gold": "true", "pairs.k": 2, "pairs.max_tokens": 4096,
+        "train.max_steps": 3, "train.batch": 4, "train.micro_batch": 2, "train.eval_every": 2,
+        "evaluation.samples": 4, "iterations": 1, "threads": 1,
     }  # fmt: skip
     return [f"{key}={value}" for key, value in (chosen | more).items()]
 
@@ -265,14 +268,31 @@ def test_dropout_in_the_base_is_off(folders, tmp_path):
     ("spoil", "message"),
     [
         (lambda f: (f / "model.safetensors").unlink(), "has no \\*.safetensors; only that format"),
-        (lambda f: (f / "model.safetensors").write_bytes(b"version https://git-lfs"), "model.safetensors is damaged or cut off"),
+        (
+            lambda f: (f / "model.safetensors").write_bytes(b"version https://git-lfs"),
+            "model.safetensors is damaged or cut off",
+        ),
         (lambda f: (f / "tokenizer.json").unlink(), "is no folder with config.json and a tokenizer"),
         (lambda f: change(f, "config.json", vocab_size=100), "its model only 100"),
         (lambda f: change(f, "config.json", model_type="t5"), "is no causal language model"),
-        (lambda f: change(f, "config.json", quantization_config={"load_in_4bit": True, "quant_method": "bitsandbytes"}), "holds quantized weights"),
-        (lambda f: (f / "chat_template.jinja").write_text("{{ raise_exception('never') }}"), "cannot write this conversation: never"),
-        (lambda f: (f / "chat_template.jinja").write_text("{{ bos_token }}hello"), "writes different prompts as the same tokens"),
-        (lambda f: change(f, "config.json", max_position_embeddings=64), "the longest prompt has .* tokens, the model's context 64"),
+        (
+            lambda f: change(
+                f, "config.json", quantization_config={"load_in_4bit": True, "quant_method": "bitsandbytes"}
+            ),
+            "holds quantized weights",
+        ),
+        (
+            lambda f: (f / "chat_template.jinja").write_text("{{ raise_exception('never') }}"),
+            "cannot write this conversation: never",
+        ),
+        (
+            lambda f: (f / "chat_template.jinja").write_text("{{ bos_token }}hello"),
+            "writes different prompts as the same tokens",
+        ),
+        (
+            lambda f: change(f, "config.json", max_position_embeddings=64),
+            "the longest prompt has .* tokens, the model's context 64",
+        ),
     ],
 )  # fmt: skip
 def test_a_model_that_cannot_be_used_is_refused_before_anything_runs(spoil, message, folders, tmp_path):

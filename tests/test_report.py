@@ -224,7 +224,9 @@ def test_the_recipe_table_has_the_reference_of_the_round(config):
 
 def test_what_a_method_trains_on_and_how_it_is_unlike_irpo_are_read_from_its_recipe(run):
     known = catalogue([run / "my_methods.yaml"])
-    assert {name: comparison.material(known[name]) for name in ("irpo", "sft_chosen", "spin", "sft_gold", "dpo_st", "expo")} == {
+    assert {
+        name: comparison.material(known[name]) for name in ("irpo", "sft_chosen", "spin", "sft_gold", "dpo_st", "expo")
+    } == {
         "irpo": "pairs", "sft_chosen": "responses", "spin": "pairs with gold", "sft_gold": "gold",
         "dpo_st": "gold, then pairs, then responses", "expo": "pairs, then extrapolation",
     }  # fmt: skip
@@ -280,7 +282,10 @@ def test_the_family_table_is_sorted_in_groups_and_holds_each_against_irpo(run, c
     settings = [f"recipes={run / 'my_methods.yaml'}", "methods=dpo,sft_chosen,irpo,sft_gold,rft", "iterations=2"]
     own, rows = load_preset("micro", settings), []
     for method, greedy in (("dpo", 0.3), ("sft_chosen", 0.6), ("irpo", 0.9), ("sft_gold", 0.5), ("rft", 0.7)):
-        rows += [{"method": method, "seed": 0, "iteration": t, "split": "test", "greedy": greedy} for t in range(1 if method == "sft_gold" else 2, own.rounds(method) + 1)]  # fmt: skip
+        rows += [
+            {"method": method, "seed": 0, "iteration": t, "split": "test", "greedy": greedy}
+            for t in range(1 if method == "sft_gold" else 2, own.rounds(method) + 1)
+        ]
     made = pd.DataFrame(rows).assign(steps_right=None, samples=1, drawn=1, trained=1)
     table = comparison.family_table(made, made, ahead.iloc[:0], own)
     assert list(table.method) == [own.recipe(m).label for m in ("irpo", "dpo", "rft", "sft_chosen", "sft_gold")]

@@ -407,7 +407,14 @@ def test_killed_and_run_again_ends_with_the_same_metrics(micro_run):
     command = [sys.executable, "-m", "irpo_utils", "micro", "run=test-kill", "methods=irpo", "iterations=2"]
     moments = random.Random(0)
     for seconds in [moments.uniform(10, 25) for _ in range(KILLS)]:
-        process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
         time.sleep(seconds)
         assert process.poll() is None, "finished before it was killed"
         root = psutil.Process(process.pid)

@@ -324,7 +324,7 @@ SERVED = {
     "an error of the library's": ("import json\ndef f(): return open('/none') if 0 else json.loads('{')", "try: f()\nexcept ValueError as error: pass\nelse: assert False"),
     "functions of the library": ("def f(g, *a): return g(*a)", "import math, operator\nfrom decimal import Decimal\nassert f(len, [1]) == 1 and f(math.sqrt, 4) == 2 and f(operator.add, 1, 2) == 3 and f(max, 1, 2) == 2 and f(Decimal, '1') == 1"),
 }  # fmt: skip
-# What would pass if the tests took the program's word for it, and what no protocol of data serves (site/pages/programs.md).
+# What would pass if tests took the program's word for it, and what no protocol of data serves (site/pages/programs.md).
 NOT_SERVED = {
     "its own arithmetic": (HEADS["lies"] + "def f(): return E()", "assert abs(f() - 5) < 1e-6"),
     "its own sum": (HEADS["lies"] + "def f(): return E()", "assert 5 - f() == 0"),

@@ -1,4 +1,4 @@
-"""A completions server draws what the stages store: the protocol in a small server here, with the real sampler behind it."""
+"""A completions server draws what the stages store: the protocol in a small server here, the real sampler behind it."""
 
 import json
 import threading

@@ -161,7 +161,10 @@ def test_other_html_is_not_shown(html):
 
 
 def test_attributes_and_styles_of_a_table_are_left_out():
-    html = '<style>@import "https://x"</style><table onclick="a()" style="background:url(https://x)"><tr><td colspan="2" id="x">1</td></tr></table>'
+    html = (
+        '<style>@import "https://x"</style><table onclick="a()" style="background:url(https://x)">'
+        '<tr><td colspan="2" id="x">1</td></tr></table>'
+    )
     table = '<table class="dataframe"><tr><td colspan="2">1</td></tr></table>'
     assert prepare.rebuilt_table(html) == f'<div class="table-scroll" tabindex="0">{table}</div>'
 

@@ -217,18 +217,20 @@ def test_a_run_s_name_is_a_plain_one(name):
     [
         (
             {},
-            'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("irpo_utils/assets/seed_model"), "outputs/x")',
+            'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("irpo_utils/assets/seed_model"), '
+            '"outputs/x")',
         ),
         ({"tuning": "full"}, 'AutoModelForCausalLM.from_pretrained("outputs/x")'),
         (
             {"path": "a/b", "dtype": "bfloat16", "trust_remote_code": True},
-            'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("a/b", dtype="bfloat16", trust_remote_code=True), "outputs/x")',
+            'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("a/b", dtype="bfloat16", '
+            'trust_remote_code=True), "outputs/x")',
         ),
         (
             {"path": "a/b", "dtype": "bfloat16", "quantize": "nf4"},
-            'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("a/b", dtype="bfloat16", quantization_config='
-            'BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, '
-            'bnb_4bit_compute_dtype="bfloat16")), "outputs/x")',
+            'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("a/b", dtype="bfloat16", '
+            'quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", '
+            'bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype="bfloat16")), "outputs/x")',
         ),
     ],
 )

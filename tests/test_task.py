@@ -1,4 +1,4 @@
-"""Tasks that read records, and those of one's own: disjoint splits, gold that grades right, errors that name the line."""
+"""Tasks that read records, and one's own: disjoint splits, gold that grades right, errors that name the line."""
 
 import copy
 import json
@@ -226,12 +226,27 @@ def test_math_examples_are_in_every_prompt_and_not_trained_on(tmp_path):
         ("gsm8k", {"question": "q", "answer": "#### many"}, "line 1: the gold answer ' many' is not a number"),
         ("gsm8k", {"question": "q"}, 'line 1: expected an object with "question", "answer"'),
         ("math", {"problem": "p", "solution": "It is 5."}, "line 1: the solution has no .boxed"),
-        ("jsonl", {"question": "q", "answer": "So it is.\n#### 5"}, "line 1: the answer must be the final answer alone"),
-        ("arc_challenge", {"question": "q", "choices": {"text": ["a", "b"], "label": ["A", "A"]}, "answerKey": "A"}, "same label"),
-        ("arc_challenge", {"question": "q", "choices": {"text": ["a", None], "label": ["A", "B"]}, "answerKey": "A"}, "must be text"),
+        (
+            "jsonl", {"question": "q", "answer": "So it is.\n#### 5"},
+            "line 1: the answer must be the final answer alone",
+        ),
+        (
+            "arc_challenge",
+            {"question": "q", "choices": {"text": ["a", "b"], "label": ["A", "A"]}, "answerKey": "A"},
+            "same label",
+        ),
+        (
+            "arc_challenge",
+            {"question": "q", "choices": {"text": ["a", None], "label": ["A", "B"]}, "answerKey": "A"},
+            "must be text",
+        ),
         ("math", {"problem": "p", "solution": "no box \\boxed{"}, "line 1: no whole .boxed"),
         ("arc_challenge", {"question": "q", "choices": {"text": ["a"]}, "answerKey": "A"}, "line 1: choices: expected"),
-        ("arc_challenge", {"question": "q", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "C"}, "'C' is not the label"),
+        (
+            "arc_challenge",
+            {"question": "q", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "C"},
+            "'C' is not the label",
+        ),
     ],
 )  # fmt: skip
 def test_a_malformed_record_is_named_with_its_line(name, row, message, tmp_path):
@@ -327,7 +342,11 @@ def test_a_task_has_defaults_for_what_it_need_not_write(tmp_path):
 
 
 def test_numbers_and_other_fields_in_records_are_fine(tmp_path):
-    rows = [{"id": i, "source": "mine", "question": f"What is {i} + {n}?", "answer": i + n} for n in (0.5, 1) for i in range(6)]  # fmt: skip
+    rows = [
+        {"id": i, "source": "mine", "question": f"What is {i} + {n}?", "answer": i + n}
+        for n in (0.5, 1)
+        for i in range(6)
+    ]
     for name, part in (("train", rows[:9]), ("test", rows[9:])):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps(row) for row in part))
     files = {name: (str(tmp_path / f"{name}.jsonl"),) for name in ("train", "test")}

@@ -39,7 +39,8 @@ TEXTS = [
         "5 - 4 = 1\nFinal answer: 1",
     ),
     (
-        "Question: Dan has 8 coins. Dan sells half of them. Dan gets 3 from Eva. How many coins does Dan have?\nAnswer:\n",
+        "Question: Dan has 8 coins. Dan sells half of them. Dan gets 3 from Eva. "
+        "How many coins does Dan have?\nAnswer:\n",
         "8 / 2 = 4\n4 + 3 = 7\nFinal answer: 7",
         "8 / 2 = 4\nFinal answer: 4",
     ),

@@ -1,4 +1,4 @@
-"""M_0 as an adapter that was trained on a few gold solutions: what the loop samples first, begins from and is held against."""
+"""M_0 as an adapter trained on a few gold solutions: what the loop samples first, begins from and is held against."""
 
 import json
 

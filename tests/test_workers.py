@@ -1,5 +1,5 @@
-"""Chunks that are drawn by Ray actors: the same bytes, whoever draws them and whatever dies. Skipped without Ray, but for
-what shows that chunks can travel at all.
+"""Chunks that are drawn by Ray actors: the same bytes, whoever draws them and whatever dies. Skipped without Ray, but
+for what shows that chunks can travel at all.
 
 pip install -e ".[ray]" && ./run_all.sh --test tests/test_workers.py
 """

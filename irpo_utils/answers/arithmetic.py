@@ -1,4 +1,4 @@
-"""Arithmetic in a text: an expression's steps and its value, and what a calculator writes behind "12 / 2 =". No eval."""
+"""Arithmetic in a text: an expression's steps and value, and what a calculator writes behind "12 / 2 =". No eval."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def result_behind(text: str) -> str:
 
 
 def plain(value: float) -> str:
-    """A number as one writes it, of up to ten digits. Raises ValueError for one that is larger, or smaller but not 0."""
+    """A number as one writes it, of up to ten digits. Raises ValueError for one larger, or smaller but not 0."""
     text = f"{value:.10g}"
     if "e" in text:
         raise ValueError(f"{value} is no number that one writes out")

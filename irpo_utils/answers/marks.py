@@ -27,7 +27,8 @@ _RETRACTED = re.compile(
 # What denies, doubts or changes a box from right beside it. A bound is none of it: "so there are at least \\boxed{5}".
 _BESIDE = (
     re.compile(
-        r"(?:\b(?:not|never|negative|minus|maybe|perhaps|possibly|half of|twice|[a-z]+n['’]t)|≠|√|\\(?:neq?|not|neg)|=\s?[-−])"
+        r"(?:\b(?:not|never|negative|minus|maybe|perhaps|possibly|half of|twice|[a-z]+n['’]t)"
+        r"|≠|√|\\(?:neq?|not|neg)|=\s?[-−])"
         r"\s?\$*\s?$",
         re.IGNORECASE,
     ),
@@ -103,7 +104,7 @@ def boxed(text: str) -> str | None:
 
 
 def boxed_as_said(text: str) -> str | None:
-    r"""What is boxed, with the words and signs right beside the box that change it: "not \boxed{5}", "\boxed{5} hundred"."""
+    r"""What is boxed, with the words and signs right beside it that change it: "not \boxed{5}", "\boxed{5} hundred"."""
     found = _last_boxes(text)
     if found is None:
         return None

@@ -46,7 +46,8 @@ _PLAIN = str.maketrans(
     }
 )  # fmt: skip
 _NOISE = re.compile(
-    r"\\[,!;:]|\\ |\\text(?:bf|it|rm)?\b|\\math(?:rm|bf)\b|\\mbox\b|\\f?box(?:ed)?\b|\\left|\\right|\\[()\[\]]|\\?\$|\\(?=[%#&])|[`€£¥₹]"
+    r"\\[,!;:]|\\ |\\text(?:bf|it|rm)?\b|\\math(?:rm|bf)\b|\\mbox\b|\\f?box(?:ed)?\b"
+    r"|\\left|\\right|\\[()\[\]]|\\?\$|\\(?=[%#&])|[`€£¥₹]"
 )
 # Stars of Markdown: on the outer side of what they emphasise there is nothing, or a space, or punctuation.
 _STARS = re.compile(r"(?<!\S)\*{1,3}(?=\S)|(?<=[^\s*])\*{1,3}(?=[\s.,;:!?)]|$)")

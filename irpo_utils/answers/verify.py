@@ -4,8 +4,8 @@ math-verify's own limits are signals, which work in a main thread only and do no
 (`python -m irpo_utils.answers.verify`) loads math-verify once and forks a child, which reads a pair a line, writes 1 or
 0 and the CPU time it took, and dies when its timer fires; the worker forks the next one in milliseconds.
 
-Every check first gets `QUICK` seconds, which honest ones hardly ever exceed. Those that need more share a budget,
-the shortest first, with `seconds` at most for each. So an answer that takes less than `QUICK` is decided whatever stands
+Every check first gets `QUICK` seconds, which honest ones hardly ever exceed. Those that need more share a budget, the
+shortest first, with `seconds` at most for each. So an answer that takes less than `QUICK` is decided whatever stands
 beside it, and as long as the budget lasts, every verdict is what a limit of `seconds` alone would give. Where it does
 not last, the checks that are left are undecided, which is neither right nor wrong, and are counted. All of these limits
 are CPU time: a busy machine decides as an idle one, a slower one may leave more undecided.

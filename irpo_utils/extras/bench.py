@@ -8,8 +8,8 @@ tokenizing and importing are not timed.
 
 The shapes with random weights show what sharing prompts is worth: their samples differ from the first token on, and
 have a fixed length, so that every contender draws the same number of tokens. The embedded model was trained, so it also
-shows what sharing first tokens is worth. SmolLM2-135M, where its package is installed, is a model as it comes: asked the
-stories with an instruction, and trained as an adapter (rank 8); in bfloat16 where the machine multiplies it.
+shows what sharing first tokens is worth. SmolLM2-135M, where its package is installed, is a model as it comes: asked
+the stories with an instruction, and trained as an adapter (rank 8); in bfloat16 where the machine multiplies it.
 
 Peak memory is that of one training in a process of its own, over what the process holds with model and pairs loaded.
 """
@@ -201,8 +201,8 @@ class TimedTrainer(DPOTrainer):
 def trainers(shape: Shape) -> dict[str, Callable[[], float]]:
     """What trains on the pairs and returns pairs per second, reference pass included.
 
-    They are this project, and TRL in several set-ups. All take one optimizer step (AdamW) per K pairs, on all weights or
-    on an adapter, from the same start.
+    They are this project, and TRL in several set-ups. All take one optimizer step (AdamW) per K pairs, on all weights
+    or on an adapter, from the same start.
     """
     model, _, prompts, _ = load(shape)
     words = model.config.vocab_size

@@ -1,7 +1,8 @@
 """Ray, on this machine or on those of a cluster: actors, what they answer, and whole methods and seeds as tasks.
 
-Ray places the actors, starts one anew that has died, and gives it its work again. `RAY_ADDRESS` names the cluster; without
-it Ray is started here, for as long as it is needed (site/pages/clusters.md). Nothing here needs torch, so that the driver starts fast.
+Ray places the actors, starts one anew that has died, and gives it its work again. `RAY_ADDRESS` names the cluster;
+without it Ray is started here, for as long as it is needed (site/pages/clusters.md). Nothing here needs torch, so that
+the driver starts fast.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ STORE = 1 << 28  # bytes of a local cluster's memory for what travels
 
 
 def check(config: Settings, jobs: int = 1) -> None:
-    """Look, before a run, whether there is Ray for what is asked of it. Raises ConfigError, which says what to change."""
+    """Look before a run whether there is Ray for what is asked of it. Raises ConfigError, which says what to change."""
     workers = config.sampling.workers
     try:
         version("ray")
@@ -37,7 +38,8 @@ def check(config: Settings, jobs: int = 1) -> None:
         raise ConfigError(f'{name}: ray is not installed; pip install -e ".[ray]", or set {name}=1') from None
     if jobs > 1 and workers > 1:
         raise ConfigError(
-            "jobs: the workers of one method and seed would wait for what the others hold; set jobs=1 or sampling.workers=1"
+            "jobs: the workers of one method and seed would wait for what the others hold; "
+            "set jobs=1 or sampling.workers=1"
         )
     gpus = config.sampling.gpus_per_worker
     if jobs > 1 and gpus and config.train.processes > gpus:
@@ -114,14 +116,15 @@ def results(actors: list[Any], calls: list[tuple]) -> Iterator[Any]:
     try:
         while pool.has_next():
             yield pool.get_next_unordered()
-            # One that finds nothing more to do ends, and makes room for one whose machine was lost: its chunk waits for it.
+            # One that finds no more to do ends, and makes room for one whose machine was lost: its chunk waits for it.
             while pool.has_free():
                 pool.pop_idle()
     except RayTaskError as error:
         raise error.cause from error
     except RayError as error:
         raise RuntimeError(
-            f"a worker ended {RESTARTS + 1} times, often for want of memory (sampling.max_rows says how much it takes); "
+            f"a worker ended {RESTARTS + 1} times, often for want of memory "
+            "(sampling.max_rows says how much it takes); "
             f"the same command goes on from the chunks that are done\n{error}"
         ) from None
 
@@ -140,8 +143,8 @@ def actor(ray: Any, kind: type, config: Settings) -> Any:
         )
     if gpus > max(there):
         raise ConfigError(
-            f"sampling.gpus_per_worker: it is {gpus:g}, and the machine with the most GPUs has {max(there):.0f}; lower it, "
-            "or start the cluster with such a machine"
+            f"sampling.gpus_per_worker: it is {gpus:g}, and the machine with the most GPUs has {max(there):.0f}; "
+            "lower it, or start the cluster with such a machine"
         )
     # Sums depend on the number of threads, and Ray chooses one where none is set.
     environment = {"env_vars": {"OMP_NUM_THREADS": str(config.threads)}}
@@ -153,12 +156,12 @@ class Runner:
     """An actor that runs commands of this project, one after another."""
 
     def do(self, name: str, command: list[str]) -> tuple[str, int]:
-        """The command's name and exit status. Behind its arguments comes the number of this process, with which it ends."""
+        """The command's name and exit status. Behind its arguments comes this process's number, with which it ends."""
         return name, subprocess.run([*command, str(os.getpid())], stdin=subprocess.DEVNULL).returncode
 
 
 def run_commands(commands: dict[str, list[str]], jobs: int, config: Settings) -> Iterator[tuple[str, int]]:
-    """Run every command, `jobs` at a time, on the machines of the cluster; the name and exit status of each, as they end."""
+    """Run every command, `jobs` at a time, on the cluster's machines; the name and exit status of each, as they end."""
     with connected(jobs * config.threads) as ray:
         kind = actor(ray, Runner, config)
         actors = [kind.remote() for _ in range(min(jobs, len(commands)))]

@@ -5,8 +5,8 @@
 th_0 is what th_1 was trained from (the paper: the SFT model), or any model before it: M_3 beyond M_2, or beyond the
 base. Two LoRA adapters on one base give one adapter on it, and exactly: with D_i = s_i B_i A_i the change that adapter
 i makes, (1 + a) D_1 - a D_0 is the product of the stacked [(1 + a) s_1 B_1, -a s_0 B_0] and [A_1; A_0], of rank
-r_1 + r_0. Base weights are neither read nor changed, so they may be in 4 bits. Which a is best is for dev data to say; that search
-is left out here.
+r_1 + r_0. Base weights are neither read nor changed, so they may be in 4 bits. Which a is best is for dev data to say;
+that search is left out here.
 """
 
 from __future__ import annotations

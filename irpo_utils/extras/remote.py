@@ -1,8 +1,8 @@
-"""What engines in other processes have in common: a request for every problem, or every beginning, with a seed of its own.
+"""What engines in other processes share: a request for every problem, or every beginning, with a seed of its own.
 
-Such an engine draws what `sampling.sample` draws, with other random numbers: other samples of the same distribution, and
-greedy ones that agree up to rounding. Each problem has seeds of its own, so its samples do not depend on its batch where
-logits do not: in float32.
+Such an engine draws what `sampling.sample` draws, with other random numbers: other samples of the same distribution,
+and greedy ones that agree up to rounding. Each problem has seeds of its own, so its samples do not depend on its batch
+where logits do not: in float32.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Sample with a server that is running already, `sampling.engine=server sampling.url=http://node1:8000`.
 
-Any that speaks the completions protocol of OpenAI's, takes a prompt as token ids and returns the ids that it drew, as
-`vllm serve` does (`return_token_ids`). It spreads the requests over its GPUs itself; site/pages/clusters.md says how to start one.
+Any that speaks OpenAI's completions protocol, takes a prompt as token ids and returns the ids it drew, as `vllm serve`
+does (`return_token_ids`). It spreads requests over its GPUs itself; how to start one: site/pages/clusters.md.
 
 The `model` of a request is the base's name, `model.path`, or that of M_t's adapter there, `served_name`: a hash of its
 files, so that an adapter which was trained anew is another one. A server that has none of that name is asked to load it
@@ -83,8 +83,9 @@ class Server(Remote):
             self._ask("/v1/load_lora_adapter", {"lora_name": self.adapter, "lora_path": str(policy.absolute())})
         except ServerError as error:
             raise ServerError(
-                f"{error}\nthe adapter of M_t is not there: load {policy.absolute()} by the name {self.adapter}, or start "
-                "the server so that it may be asked to (VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve --enable-lora)"
+                f"{error}\nthe adapter of M_t is not there: load {policy.absolute()} by the name {self.adapter}, "
+                "or start the server so that it may be asked to "
+                "(VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve --enable-lora)"
             ) from None
 
     def _ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
@@ -143,8 +144,8 @@ class Server(Remote):
             found = [([int(i) for i in ids], float(sum(logps))) for ids, logps in drawn]
         except (KeyError, TypeError):
             raise ServerError(
-                f"{self.url} returns no token ids with their log-probabilities, which training needs as they were drawn; "
-                "it must know return_token_ids, as vllm serve does"
+                f"{self.url} returns no token ids with their log-probabilities, "
+                "which training needs as they were drawn; it must know return_token_ids, as vllm serve does"
             ) from None
         if sent != {tuple(request.prompt)} or len(found) != orders.n:
             raise ServerError(
@@ -153,14 +154,15 @@ class Server(Remote):
         for ids, _ in found:
             if not ids or (ids[-1] not in orders.stops and len(ids) != request.max_new_tokens):
                 raise ServerError(
-                    f"{self.url} cuts responses: one has {len(ids)} of {request.max_new_tokens} tokens and no end; see the "
-                    "server's --max-model-len, and its limit of new tokens (vllm serve --generation-config vllm)"
+                    f"{self.url} cuts responses: one has {len(ids)} of {request.max_new_tokens} tokens and no end; "
+                    "see the server's --max-model-len, and its limit of new tokens "
+                    "(vllm serve --generation-config vllm)"
                 )
         return found
 
 
 def check(config: Settings, jobs: int = 1) -> None:
-    """Look, before a run, whether the server is there and has the base. Raises ConfigError, which says what to change."""
+    """Look before a run whether the server is there and has the base. Raises ConfigError, which says what to change."""
     try:
         Server(config, None)
     except ServerError as error:

@@ -265,7 +265,8 @@ def check(loss: Loss, pairs: list[Pair], has_reference: bool, reference_is_start
     if loss not in ENGINES:
         known = ", ".join(one.__name__ for one in ENGINES)
         raise ConfigError(
-            f"train.engine: trl has no loss {getattr(loss, '__name__', loss)!r} here, only {known}; set train.engine=own"
+            f"train.engine: trl has no loss {getattr(loss, '__name__', loss)!r} here, only {known}; "
+            "set train.engine=own"
         )
     alone = ENGINES[loss][0] is GroupTrainer
     for refused, why in (

@@ -1,9 +1,9 @@
 """Several processes that draw, `sampling.workers=W`: Ray actors, here or on all machines of a cluster.
 
-A stage cuts its problems into chunks, which depend on the configuration alone. Each actor holds the sampler of the engine
-that the run has, and does one chunk after another; the stage's own process writes what comes back. So the artefacts of
-any number of workers are the same (on machines that compute alike), and a stage that is killed, or finds a file there,
-goes on with any other number.
+A stage cuts its problems into chunks, which depend on the configuration alone. Each actor holds the sampler of the
+engine that the run has, and does one chunk after another; the stage's own process writes what comes back. So the
+artefacts of any number of workers are the same (on machines that compute alike), and a stage that is killed, or finds a
+file there, goes on with any other number.
 """
 
 from __future__ import annotations

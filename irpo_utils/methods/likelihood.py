@@ -24,8 +24,8 @@ from .rewards import Job
 def likelihood(job: Job) -> tuple[list[Sample], dict[str, Any]]:
     """A thought z is worth log M_t(y | x, z) - beta * (log M_t(z | x) - log M_0(z | x)), where y is the gold answer.
 
-    Sums over tokens, in nats; beta is `train.beta`. Each thought joins the samples with the gold answer in place of its own
-    (`extra`), and `thought` tells the two apart.
+    Sums over tokens, in nats; beta is `train.beta`. Each thought joins the samples with the gold answer in place of its
+    own (`extra`), and `thought` tells the two apart.
 
     Raises:
         ValueError: a gold answer is not one line, as that of a program, or the tokenizer joins it to the line before.

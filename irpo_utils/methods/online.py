@@ -71,8 +71,9 @@ class Draws:
             asked |= {p.id for p in part}
         if not pairs:
             raise ValueError(
-                f"no pair can be made of {counted['samples']} samples after step {step}: {counted['all_right']} problems "
-                f"have no wrong answer, {counted['none_right']} no right one; lower train.max_steps, or take other problems"
+                f"no pair can be made of {counted['samples']} samples after step {step}: "
+                f"{counted['all_right']} problems have no wrong answer, {counted['none_right']} no right one; "
+                "lower train.max_steps, or take other problems"
             )
         shuffled = random.Random(f"{self.seed}/{step}").sample(pairs, len(pairs))
         pairs = list(islice(cycle(shuffled), wanted))
@@ -93,7 +94,7 @@ class Draws:
         return pairs, counted
 
     def next_problems(self, place: int, count: int, asked: set[str]) -> tuple[list[Problem], int]:
-        """Up to `count` problems from `place` on in the passes over all, none of those `asked`; and the place behind them."""
+        """Up to `count` problems from `place` on in the passes over all, none of `asked`; and the place behind them."""
         found, count = {}, min(count, len(self.problems) - len(asked))
         while len(found) < count:
             turn, first = divmod(place, len(self.problems))

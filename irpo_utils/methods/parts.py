@@ -1,7 +1,7 @@
-"""The table of parts: every reward, selection, loss and engine, by name. A recipe names a row, or a function of your own.
+"""The table of parts: every reward, selection, loss and engine, by name. A recipe names a row, or your own function.
 
-A row says where the function is, as "module:function", and what has to be known of it before it is loaded: checks, keys and
-errors read that here. So nothing is imported until it is used, and a part of `extras` is named here only.
+A row says where the function is, as "module:function", and what has to be known of it before it is loaded: checks, keys
+and errors read that here. So nothing is imported until it is used, and a part of `extras` is named here only.
 
 A part of your own is a function in a Python file, `my_parts.py:hardest` (a relative path is relative to the project):
 
@@ -37,7 +37,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Reward(Part):
-    """(job) -> (samples, facts), for a `rewards.Job`. `answer` has no function: the answer's verdict is in the samples."""
+    """(job) -> (samples, facts), for a `rewards.Job`. `answer` has no function: its verdict is in the samples."""
 
     number: bool = True  # not just right or wrong
     settings: tuple[str, ...] = ()  # that it looks at: whole sections ("judge"), or parameters ("train.micro_batch")
@@ -47,7 +47,7 @@ class Reward(Part):
 
 @dataclass(frozen=True)
 class Selection(Part):
-    """(samples of a problem, its gold solution, the `pairs` section, a random generator) -> [(chosen, rejected or None)]."""
+    """(a problem's samples, its gold solution, section `pairs`, a random generator) -> [(chosen, rejected or None)]."""
 
     pairs: bool = True  # or single responses
     samples: bool = True  # whether it looks at samples, or at gold solutions alone
@@ -73,14 +73,21 @@ class Loss(Part):
 
 
 # The last: which solutions its reward model sees.
-PROCESS = ("process", "train.micro_batch", "train.warmup", "train.max_grad_norm", "train.optimizer", "train.gradient_checkpointing", "pairs.max_tokens")  # fmt: skip
+PROCESS = (
+    "process", "train.micro_batch", "train.warmup", "train.max_grad_norm", "train.optimizer",
+    "train.gradient_checkpointing", "pairs.max_tokens",
+)  # fmt: skip
 REWARDS = {
     "none": Reward("", number=False),
     "answer": Reward("", number=False),
     "rationalized": Reward("irpo_utils.methods.rationalize:rationalized", number=False),
-    "process": Reward("irpo_utils.extras.process.labels:process", settings=PROCESS, files=("labels.jsonl", "reward_model")),
+    "process": Reward(
+        "irpo_utils.extras.process.labels:process", settings=PROCESS, files=("labels.jsonl", "reward_model")
+    ),
     "votes": Reward("irpo_utils.methods.votes:votes"),
-    "likelihood": Reward("irpo_utils.methods.likelihood:likelihood", settings=("train.beta", "train.micro_batch"), m0=True),
+    "likelihood": Reward(
+        "irpo_utils.methods.likelihood:likelihood", settings=("train.beta", "train.micro_batch"), m0=True
+    ),
     "judge": Reward("irpo_utils.extras.judge:judged", settings=("judge", "train.micro_batch")),
 }  # fmt: skip
 SELECTIONS = {
@@ -130,9 +137,13 @@ LOSSES = {
     "exmate": Loss("irpo_utils.model.losses:exmate", reference=False, parameters=("penalty",)),
     "dpo+exmate": Loss("irpo_utils.model.losses:dpo_exmate", parameters=("beta", "alpha", "penalty")),
     "policy_gradient": Loss("irpo_utils.model.losses:policy_gradient", pairs=False, reference=False, gaps=True),
-    "policy_gradient_mean": Loss("irpo_utils.model.losses:policy_gradient_mean", pairs=False, reference=False, gaps=True),
+    "policy_gradient_mean": Loss(
+        "irpo_utils.model.losses:policy_gradient_mean", pairs=False, reference=False, gaps=True
+    ),
     "latro": Loss("irpo_utils.model.losses:latro", reference=False, continues=True),
-    "extrapolate": Loss("irpo_utils.extras.expo:extrapolated", pairs=False, reference=False, trains=False, parameters=("extrapolation",)),
+    "extrapolate": Loss(
+        "irpo_utils.extras.expo:extrapolated", pairs=False, reference=False, trains=False, parameters=("extrapolation",)
+    ),
 }  # fmt: skip
 KINDS: dict[str, tuple[dict[str, Any], type[Part]]] = {
     "reward": (REWARDS, Reward),
@@ -149,13 +160,16 @@ class Engine(Part):
     version: str = ""  # () -> its version, where it lies in an environment of its own
 
     def opener(self, config: Settings) -> Callable[..., Any]:
-        """What opens a sampler: the engine's own function, or that of `sampling.workers` processes that have the engine."""
+        """What opens a sampler: the engine's function, or that of `sampling.workers` processes that have the engine."""
         return (WORKERS if config.sampling.workers > 1 else self).load()
 
 
 SAMPLERS = {
     "transformers": Engine("irpo_utils.methods.sampler:opened"),
-    "vllm": Engine("irpo_utils.extras.vllm.engine:opened", "irpo_utils.extras.vllm.engine:check", "irpo_utils.extras.vllm.engine:version"),
+    "vllm": Engine(
+        "irpo_utils.extras.vllm.engine:opened", "irpo_utils.extras.vllm.engine:check",
+        "irpo_utils.extras.vllm.engine:version",
+    ),
     "server": Engine("irpo_utils.extras.server:opened", "irpo_utils.extras.server:check"),
 }  # fmt: skip
 # Any of these in several processes; no engine of its own, since what is drawn is the same.

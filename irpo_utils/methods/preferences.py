@@ -1,8 +1,8 @@
 """Preference data from elsewhere, `pairs.file`, in place of a round's own pairs.
 
-A line is in one of TRL's forms: `prompt`, `chosen` and `rejected` as texts, or as lists of {"role", "content"}. Where the
-latter two hold the whole conversation, `prompt` is not looked at. Texts are encoded as the task's own are: a prompt goes
-through the chat template, a response ends with the token that ends a turn. No sampler saw them, so their `logp` is None.
+A line is in one of TRL's forms: `prompt`, `chosen` and `rejected` as texts, or as lists of {"role", "content"}. Where
+the latter two hold the whole conversation, `prompt` is not looked at. Texts are encoded as the task's own: a prompt
+goes through the chat template, a response ends with the token that ends a turn. No sampler saw them, so `logp` is None.
 """
 
 from __future__ import annotations
@@ -63,7 +63,10 @@ def read(config: Settings, imitates: bool = False, seed: int = 0) -> tuple[list[
             )
             pairs.append(Pair(f"pair-{number}", text, answers[0], other[0], prompt, chosen, other[1], None, None))
     if not pairs:
-        why = f"{audit['over_long']} exceed pairs.max_tokens (it is {limit}; raise it), {audit['held_out']} ask a question of dev or test"
+        why = (
+            f"{audit['over_long']} exceed pairs.max_tokens (it is {limit}; raise it), "
+            f"{audit['held_out']} ask a question of dev or test"
+        )
         raise ConfigError(f"pairs.file: no pair of {source} is left of {len(rows)}: {why}")
     if 0 < cap < len(pairs):
         audit["capped"] = len(pairs) - cap
@@ -72,7 +75,7 @@ def read(config: Settings, imitates: bool = False, seed: int = 0) -> tuple[list[
 
 
 def conversation(row: Any) -> tuple[Turns, str, str]:
-    """What was said, and the chosen and the rejected answer to it. Raises ValueError for a line that is neither form."""
+    """What was said, and the chosen and rejected answer to it. Raises ValueError for a line that is neither form."""
     fields = {"prompt": [], **row} if isinstance(row, dict) else {}
     prompt, chosen, rejected = (turns_of(fields.get(name), name, role) for name, role in ROLES.items())
     said = chosen[:-1] or prompt

@@ -12,9 +12,9 @@ from .rewards import Job
 def rationalized(job: Job) -> tuple[list[Sample], dict[str, Any]]:
     """Samples with the gold answer as a hint, for problems that have no right one (STaR, section 3.2).
 
-    The hint is a line behind the question, and only in the prompt that is sampled: what is right joins the problem's samples
-    as if it had been drawn without it (`extra`: it was drawn on top of the N). An answer of several lines, as a program, is no
-    hint but the solution; such a problem stays failed.
+    The hint is a line behind the question, and only in the prompt that is sampled: what is right joins the problem's
+    samples as if it had been drawn without it (`extra`: it was drawn on top of the N). An answer of several lines, as a
+    program, is no hint but the solution; such a problem stays failed.
     """
     failed = [p for p in job.problems if not any(s.reward == 1 for s in job.samples[p.id])]
     short = [p for p in failed if p.answer and "\n" not in p.answer]

@@ -1,7 +1,7 @@
 """A method is a recipe: for each round a reward, a selection, a loss, a start and a reference (`recipes.yaml`).
 
-All methods share one code path. A method of your own is an entry in a YAML file of yours (`recipes=my_methods.yaml`), which
-names parts of the table (`parts.py`) or functions of your own.
+All methods share one code path. A method of your own is an entry in a YAML file of yours (`recipes=my_methods.yaml`),
+which names parts of the table (`parts.py`) or functions of your own.
 """
 
 from __future__ import annotations

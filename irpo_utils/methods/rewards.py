@@ -27,7 +27,7 @@ class Job:
     m0: Path | None = None  # the folder of M_0, for a reward that looks at it; None is the base
 
     def sampler(self, config: Settings | None = None, task: Task | None = None, problems: list[Problem] | None = None):
-        """A sampler of the policy, of another task or with other settings if they are given. Use it in a `with` block."""
+        """A sampler of the policy, of another task or with other settings if given. Use it in a `with` block."""
         config = config or self.config
         opened = parts.SAMPLERS[config.sampling.engine].opener(config)
         return opened(config, self.policy, task or self.task, problems or self.problems)

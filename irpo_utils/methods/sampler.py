@@ -31,7 +31,7 @@ CHUNK = 8  # batches of samples that a killed stage loses at most, for each proc
 
 @dataclass(frozen=True)
 class Calculator:
-    """Writes the result behind an arithmetic expression and "=", as in GSM8K's solutions (arXiv 2110.14168, 2407.18248)."""
+    """Writes results behind arithmetic expressions and "=", as in GSM8K's solutions (arXiv 2110.14168, 2407.18248)."""
 
     tokenizer: PreTrainedTokenizerBase
 
@@ -59,7 +59,7 @@ def calculator_of(tokenizer: PreTrainedTokenizerBase) -> Calculator:
 
 @dataclass(frozen=True)
 class Sampler:
-    """A policy that can be asked problems of a task. `draw` is `sampling.sample` without its model, or another engine's."""
+    """A policy that is asked problems of a task. `draw` is `sampling.sample` without its model, or another engine's."""
 
     draw: Draw
     tokenizer: PreTrainedTokenizerBase
@@ -165,7 +165,7 @@ class Sampler:
         return made
 
     def graded(self, drawn: list[tuple[Problem, int, Completion]]) -> list[Sample]:
-        """Responses with what their answers are worth. A marked answer counts; `flexible` says what another would earn."""
+        """Responses with their answers' worth. A marked answer counts; `flexible` says what another would earn."""
         texts = [self.tokenizer.decode(c.token_ids[:-1] if c.finished else c.token_ids) for _, _, c in drawn]
         problems = [p for p, _, _ in drawn]
         strict = grade(self.task, texts, problems)

@@ -85,7 +85,10 @@ def distinct_of(samples: list[Sample], gold: Sample | None, config: PairsConfig,
 
 
 def capped_of(samples: list[Sample], gold: Sample | None, config: PairsConfig, rng: random.Random) -> Chosen:
-    """The first `max_per_problem` right samples, so that easy problems do not take over (ReST-EM, arXiv 2312.06585, section 5: 10)."""
+    """The first `max_per_problem` right samples, so that easy problems do not take over.
+
+    ReST-EM (arXiv 2312.06585, section 5) takes 10.
+    """
     return [(s, None) for s in right(samples)[: config.max_per_problem]]
 
 
@@ -104,7 +107,7 @@ def gold_against_own_of(samples: list[Sample], gold: Sample | None, config: Pair
 def best_against_worst_of(
     samples: list[Sample], gold: Sample | None, config: PairsConfig, rng: random.Random
 ) -> Chosen:
-    """The sample with the highest reward against the one with the lowest; none for a tie (Self-Rewarding, arXiv 2401.10020)."""
+    """The sample of highest reward against that of lowest; none for a tie (Self-Rewarding, arXiv 2401.10020)."""
     scored = [s for s in distinct(samples) if s.reward is not None]
     best, worst = (pick(scored, key=lambda s: s.reward, default=None) for pick in (max, min))
     return [(best, worst)] if scored and best.reward > worst.reward else []
@@ -113,7 +116,7 @@ def best_against_worst_of(
 def diverse_of(samples: list[Sample], gold: Sample | None, config: PairsConfig, rng: random.Random) -> Chosen:
     """The rarest right sample against the commonest wrong one, the first of those that tie (DivPO, arXiv 2501.18101).
 
-    What is counted is how often a sample's tokens were drawn: right samples have one answer, which cannot tell them apart.
+    Counted is how often a sample's tokens were drawn: right samples have one answer, which cannot tell them apart.
     """
     drawn = Counter(s.token_ids for s in samples)
     rarest = min(right(samples), key=lambda s: drawn[s.token_ids], default=None)
@@ -122,20 +125,20 @@ def diverse_of(samples: list[Sample], gold: Sample | None, config: PairsConfig, 
 
 
 def margin_of(samples: list[Sample], gold: Sample | None, config: PairsConfig, rng: random.Random) -> Chosen:
-    """K random ones of the pairs whose rewards differ by at least eta (SIPF, arXiv 2412.08393); unparsed counts as 0."""
+    """K random pairs of those whose rewards differ by at least eta (SIPF, arXiv 2412.08393); unparsed counts as 0."""
     worth = [(s.reward or 0.0, s) for s in distinct(samples)]
     apart = [(w, loser) for (a, w), (b, loser) in product(worth, worth) if a - b >= config.eta]
     return rng.sample(apart, min(config.k, len(apart)))
 
 
 def voted_of(samples: list[Sample], gold: Sample | None, config: PairsConfig, rng: random.Random) -> Chosen:
-    """A sample with the most votes against one with the fewest, where the former has at least `least_votes` (ScPO, arXiv 2411.04109)."""
+    """A sample with the most votes and at least `least_votes` against one with the fewest (ScPO, arXiv 2411.04109)."""
     best = best_against_worst_of(samples, gold, config, rng)
     return [pair for pair in best if pair[0].reward >= config.least_votes]
 
 
 def group_of(samples: list[Sample], gold: Sample | None, config: PairsConfig, rng: random.Random) -> Chosen:
-    """Every sample with its advantage as its reward: by how much it is above the mean of the others (RLOO, arXiv 2402.14740).
+    """Every sample with its advantage as reward: how far it is above the mean of the others (RLOO, arXiv 2402.14740).
 
     Dr. GRPO's (arXiv 2503.20783) is (N - 1) / N of it. Unparsed counts as 0. Samples that never ended are not there, so
     the mean is over the others. A problem whose samples are all worth the same gives none.
@@ -153,7 +156,7 @@ def above_others(worth: list[float]) -> list[float]:
 
 
 def group_scaled_of(samples: list[Sample], gold: Sample | None, config: PairsConfig, rng: random.Random) -> Chosen:
-    """Every sample with GRPO's advantage: above the mean of all, in standard deviations (arXiv 2402.03300). Else as `group_of`."""
+    """As `group_of`, with GRPO's advantage (arXiv 2402.03300): standard deviations above the mean of all."""
     worth = [s.reward or 0.0 for s in samples]
     if len(set(worth)) < 2:
         return []
@@ -162,10 +165,10 @@ def group_scaled_of(samples: list[Sample], gold: Sample | None, config: PairsCon
 
 
 def first_wrong_step_of(samples: list[Sample], gold: Sample | None, config: PairsConfig, rng: random.Random) -> Chosen:
-    """A right next step against the one where a wrong solution first goes wrong, at most K pairs (Step-DPO, arXiv 2406.18629).
+    """A right next step against the first wrong one of a wrong solution, at most K pairs (Step-DPO, arXiv 2406.18629).
 
-    A step whose score is below a half is wrong. The right one is from a right solution that begins with the same tokens.
-    Both responses end with the step: what they share cancels in DPO's log-ratios, as if it were part of the prompt.
+    A step whose score is below a half is wrong. The right one is from a right solution that begins with the same
+    tokens. Both responses end with the step: what they share cancels in DPO's log-ratios, as if part of the prompt.
     """
 
     def cut(s: Sample, steps: int) -> Sample:
@@ -212,8 +215,8 @@ def select(
         selection: a row of `parts.SELECTIONS`, or a function of your own, "file.py:function".
         samples: problem id -> its samples; empty for a method that needs none.
         prompts: problem id -> its prompt, with the gold solution where there is one.
-        config: `max_tokens` bounds prompt + response, longer ones are dropped and counted; `max_pairs` is a random cap on
-            all pairs, 0 for none.
+        config: `max_tokens` bounds prompt + response, longer ones are dropped and counted; `max_pairs` is a random cap
+            on all pairs, 0 for none.
         seed: of the cap, and of selections that draw.
 
     Raises:
@@ -236,7 +239,7 @@ def made(
     config: PairsConfig,
     seed: int | str,
 ) -> tuple[list[Pair], Counter[str]]:
-    """All pairs that a selection makes, maybe none, and what was counted on the way; the arguments are those of `select`."""
+    """All pairs that a selection makes, maybe none, and what was counted on the way; its arguments are `select`'s."""
     row = parts.part("selection", selection)
     choose = row.load()
     audit: Counter[str] = Counter()
@@ -250,7 +253,8 @@ def made(
             ]
         except Exception as error:  # a selection of the user's may do anything
             raise ValueError(
-                f"{selection} fails on problem {name}: {type(error).__name__}: {error}; it gives a list of (chosen, rejected)"
+                f"{selection} fails on problem {name}: {type(error).__name__}: {error}; "
+                "it gives a list of (chosen, rejected)"
             ) from error
         if row.pairs and any(loser is None for _, loser in chosen):
             raise ValueError(f"{selection} gave a response without a rejected one; set its attribute pairs = False")
@@ -343,14 +347,14 @@ def _nothing(row: parts.Selection, selection: str, audit: Counter[str], golds: i
         )
     if not audit["rewarded"]:
         return (
-            f"no pair can be made: none of {audit['samples']} samples has a reward, so the judge wrote no score that can be read; "
-            "take a larger model, or set judge.read=scores"
+            f"no pair can be made: none of {audit['samples']} samples has a reward, so the judge wrote no score "
+            "that can be read; take a larger model, or set judge.read=scores"
         )
     hints = [row.hint] if row.hint else []
     hints += ["raise sampling.n or sampling.temperature", "or take other problems"]
     return (
-        f"no pair can be made of {audit['samples']} samples (selection {selection!r}): {audit['none_right']} problems have "
-        f"no right answer, {audit['all_right']} no wrong one; {audit['unfinished']} samples are unfinished "
+        f"no pair can be made of {audit['samples']} samples (selection {selection!r}): {audit['none_right']} problems "
+        f"have no right answer, {audit['all_right']} no wrong one; {audit['unfinished']} samples are unfinished "
         f"(sampling.max_new_tokens), {audit['over_long']} and {audit['gold_over_long']} gold solutions are too long "
         f"(pairs.max_tokens); {', '.join(hints)}"
     )
@@ -377,7 +381,7 @@ GOLD_KEYS = ("problems", "gold_over_long", "problems_with_pairs", "capped", "pai
 
 
 def jaccard(a: str, b: str) -> float:
-    """Words that two texts share, as a share of the words of either; 1 for two texts without any. Words are split at blanks."""
+    """Words that two texts share, out of those of either; 1 for two texts without any. Words are split at blanks."""
     first, second = set(a.split()), set(b.split())
     return len(first & second) / len(first | second) if first | second else 1.0
 
@@ -385,8 +389,8 @@ def jaccard(a: str, b: str) -> float:
 def dissimilar(samples: list[Sample]) -> list[Sample]:
     """The samples, in order, whose `response` has a Jaccard similarity below 0.7 with every one kept before it.
 
-    So DPO-ST dedupes the rationales that it trains on (arXiv 2407.18248), with the words of a response as its set; two that
-    differ in the order of their words only are one.
+    So DPO-ST dedupes the rationales that it trains on (arXiv 2407.18248), with the words of a response as its set; two
+    that differ in the order of their words only are one.
     """
     kept: list[Sample] = []
     for s in samples:

@@ -14,8 +14,8 @@ def votes(job: Job) -> tuple[list[Sample], dict[str, Any]]:
     """Each sample's reward is the share of its problem's samples that have its answer; None where none could be read.
 
     Returns:
-        the samples, and facts: of the problems with a majority (the first of those that tie) how many have the right one.
-        No method sees it. Where a wrong answer is easily guessed, the majority misleads.
+        the samples, and facts: of the problems with a majority (the first of those that tie) how many have the right
+        one. No method sees it. Where a wrong answer is easily guessed, the majority misleads.
     """
     voted: list[Sample] = []
     right = led = 0

@@ -1,10 +1,9 @@
 """A LoRA adapter beside its frozen base, run without peft's detour.
 
-peft has autograd run and keep every product, scaling and sum of a layer by itself, and beside a 16-bit base it turns the
+peft has autograd run and keep every product, scaling and sum of a layer by itself, and beside a 16-bit base turns the
 layer's whole input and output to float32 for them. Here a layer is one function with its gradient (`train_beside`), or
-one module where it only samples (`sample_beside`). Both round A and B to the type of the base for their products, so
-that the model that is trained is the one that was sampled; what is trained stays float32. On a 4-bit base training is
-peft's.
+one module where it only samples (`sample_beside`). Both round A and B to the base's type for their products, so that
+the model that is trained is the one that was sampled; what is trained stays float32. On a 4-bit base peft trains.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Load the base model, its tokenizer, and one iteration's policy.
 
 A policy is one directory: a LoRA adapter on the frozen base (`adapter_config.json`), or, with `model.tuning: full`, a
-whole small model. M_0 is the base itself, or a policy (a warm start). Nothing is ever merged back into quantized weights:
-they would be quantized anew, and the model that is sampled would not be the one that was trained. Adapters are float32
-whatever the base is (peft casts them so), since a LoRA step is smaller than what bfloat16 can tell apart; beside a
-16-bit base they are rounded for their products alone (`adapter`).
+whole small model. M_0 is the base itself, or a policy (a warm start). Nothing is ever merged back into quantized
+weights: they would be quantized anew, and the model that is sampled would not be the one that was trained. Adapters are
+float32 whatever the base is (peft casts them so), since a LoRA step is smaller than what bfloat16 can tell apart;
+beside a 16-bit base they are rounded for their products alone (`adapter`).
 """
 
 from __future__ import annotations
@@ -285,10 +285,10 @@ def load_policy(
 ) -> PreTrainedModel:
     """M_t: the base for `policy=None`, else what the directory `policy` holds.
 
-    With `trainable`, the same function ready for training: a fresh adapter (which starts as the identity) on the base, or
-    the adapter of M_t going on. For inference a 4-bit base is unpacked where memory allows, and an adapter on a float32
-    base is folded in, both in memory only. Folded into 16 bits, an adapter would be rounded away; it stays beside its
-    layer there (`adapter`).
+    With `trainable`, the same function ready for training: a fresh adapter (which starts as the identity) on the base,
+    or the adapter of M_t going on. For inference a 4-bit base is unpacked where memory allows, and an adapter on a
+    float32 base is folded in, both in memory only. Folded into 16 bits, an adapter would be rounded away; it stays
+    beside its layer there (`adapter`).
 
     Args:
         seed: of a fresh adapter. threads: CPU threads from now on; 0 leaves their number as it is.

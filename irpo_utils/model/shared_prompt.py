@@ -46,8 +46,8 @@ def run_prefix(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> tuple[Dynam
     config = causal.config.get_text_config()
     # How a token is turned may depend on the length that is run with it.
     turned_by_length = (getattr(config, "rope_parameters", None) or {}).get("rope_type") in ("dynamic", "longrope")
-    # Padding comes to stand between the prefix and what follows. An attention of the model's own kind (MPT, GPT-Neo) may
-    # measure distances in the cache, padding included.
+    # Padding comes to stand between the prefix and what follows. An attention of the model's own kind (MPT, GPT-Neo)
+    # may measure distances in the cache, padding included.
     own_kind = not causal._can_set_attn_implementation() or not sees_all(config)
     if count < 2 or turned_by_length or own_kind:
         return cache, mask
@@ -93,8 +93,8 @@ class SampleLayer(DynamicLayer):
     `prompt` are those of the prompts [problems, heads, length, width]; `buffers` those of the responses
     [capacity, heads, tokens, width], of which `rows` rows and `length` tokens are in use.
 
-    Products of 16-bit numbers on a CPU copy what is not contiguous, which took three times as long as the product. There
-    the buffers grow by pieces, and `keys` and `values` are all of their tokens; those not in use are 0.
+    Products of 16-bit numbers on a CPU copy what is not contiguous, which took three times as long as the product.
+    There the buffers grow by pieces, and `keys` and `values` are all of their tokens; those not in use are 0.
     """
 
     def __init__(self, prompt: tuple[Tensor, Tensor], capacity: int, max_tokens: int, shared: bool):

@@ -98,7 +98,7 @@ class PreferenceTrainer(Trainer):
 
 
 class OnlineTrainer(PreferenceTrainer):
-    """Trains on pairs that the policy draws while it trains: every `every` steps `draw` gives those up to the next draw.
+    """Trains on pairs that the policy draws as it trains: every `every` steps `draw` gives those up to the next draw.
 
     The Trainer fetches batches before it takes their steps, so what it fetches are numbers of pairs; the pairs
     themselves are looked up when their step begins.
@@ -307,7 +307,7 @@ def kept_reference_logps(
 
 
 def mean_logps(logps: Logps) -> dict[str, float]:
-    """The mean log-probability of pairs' chosen and rejected responses, in nats, by the names that a step's record has."""
+    """The mean log-probability of pairs' chosen and rejected responses, in nats, by the names in a step's record."""
     return {
         f"watched_{side}_logp": sum(pair[i] for pair in logps) / len(logps)
         for i, side in enumerate(("chosen", "rejected"))
@@ -363,13 +363,13 @@ def train(
         stop_after: stop after this step, on the schedule of the whole training.
         keep_reference: a file for the log-probabilities of `model` before step 1, and what (as JSON) names the model.
         engine: the trainer's class; another one has the constructor, `terms` and `dpo_terms` of this one.
-        draw: where pairs are drawn while it trains (`config.sync_every`), what draws them after so many steps; each time
-            as many as there are `pairs`, which are the first draw. There are `config.max_steps` steps then.
+        draw: where pairs are drawn while it trains (`config.sync_every`), what draws them after so many steps; each
+            time as many as there are `pairs`, which are the first draw. There are `config.max_steps` steps then.
 
     Returns:
         step and score of the best policy, the DPO term at the start and the gap of `check_sampled` (each None where it
-        is not checked), the number of steps, the tokens of prompts and responses trained on, and the watched pairs' mean
-        log-probabilities before the first step (the steps' records have those after them).
+        is not checked), the number of steps, the tokens of prompts and responses trained on, and the watched pairs'
+        mean log-probabilities before the first step (the steps' records have those after them).
 
     Raises:
         ValueError: the pairs should bring the reference's log-probabilities, and do not.

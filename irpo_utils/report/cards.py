@@ -1,4 +1,4 @@
-"""The card of a model or of preference data that leaves a run, from its manifests: what was not measured is not in it."""
+"""The card of a model or preference data that leaves a run, from its manifests: what was not measured is not in it."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def write_card(stage: Stage, path: Path, front: dict[str, Any], **facts: Any) ->
 
 
 def maker(stage: Stage) -> Stage:
-    """The stage that made what leaves: a round's last one but its evaluation; of M_0 its warm start, or its evaluation."""
+    """The stage that made what leaves: a round's last but its evaluation; of M_0 its warm start, or its evaluation."""
     if not stage.iteration:
         names = stages_of_m0(stage.config)[:1]
     else:
@@ -59,7 +59,7 @@ def maker(stage: Stage) -> Stage:
 
 
 def result(kind: type[Stage], of: Stage, t: int, name: str) -> dict[str, Any]:
-    """A JSON file that round t left; nothing unless the manifest names the file, and an evaluation's the policy, as it is."""
+    """A JSON file that round t left; nothing unless the manifest names it, and an evaluation's the policy, as it is."""
     stage = kind(of.run_folder, of.method, of.seed, t)
     path, manifest = stage.folder / name, stage.manifest()
     if not manifest or not path.is_file() or manifest["outputs"][name] != file_hash(path):

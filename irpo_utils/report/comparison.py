@@ -246,7 +246,7 @@ def differences_in_words(run: Path, metrics: pd.DataFrame, ahead: pd.DataFrame, 
 
 
 def _judge_in_words(run: Path, config: Config, method: str) -> list[str]:
-    """What a first round's judge is worth, a text for each seed; nothing of a reward that gives no verdict on itself."""
+    """What a first round's judge is worth, a text per seed; nothing of a reward that gives no verdict on itself."""
     facts = [RewardStage(run, method, seed, 1, config).facts("reward.json") for seed in range(config.seeds)]
     name = f"The judge of {config.recipe(method).label}, before the first round"
     return [f"{name}, seed {seed}: {own['verdict']}" for seed, own in enumerate(facts) if "verdict" in own]

@@ -1,4 +1,4 @@
-"""Solutions that are equations: what went wrong in one ("23 - 8 = 15" for "23 + 8 = 31"), and gold ones from formulas."""
+"""Solutions as equations: what went wrong in one ("23 - 8 = 15" for "23 + 8 = 31"), and gold ones from formulas."""
 
 from __future__ import annotations
 

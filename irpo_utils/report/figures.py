@@ -289,10 +289,10 @@ def watched_logps(table: pd.DataFrame) -> Figure:
 
 
 def loss_panels(table: pd.DataFrame) -> Figure:
-    """Mean log-probability of fixed chosen (solid) and rejected (dashed) responses against steps, a panel for each loss.
+    """Mean log-probability of fixed chosen (solid) and rejected (dashed) responses against steps, a panel per loss.
 
     Args:
-        table: `loss`, `step`, `chosen`, `rejected`. Axes end at ten nats below the start; what falls further leaves them.
+        table: `loss`, `step`, `chosen`, `rejected`. Axes end ten nats below the start; what falls further leaves them.
     """
     losses = list(dict.fromkeys(table.loss))
     high = -(-len(losses) // 2)

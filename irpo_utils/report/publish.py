@@ -1,4 +1,4 @@
-"""What leaves a run: small artefacts for the repository (`publish`), models (`export`, `extrapolate`), preference data (`pairs`)."""
+"""What leaves a run: small artefacts to commit (`publish`), models (`export`, `extrapolate`), preferences (`pairs`)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LARGEST_ADAPTER = 12e6  # bytes, before it is rounded
 
 
 def export(arguments: list[str]) -> int:
-    """`export RUN FOLDER [method=...] [seed=...] [iteration=...] [push=...]`: write M_t as one whole model, with a card.
+    """`export RUN FOLDER [method=...] [seed=...] [iteration=...] [push=...]`: write M_t as a whole model, with a card.
 
     Raises:
         ConfigError: an argument is wrong, or the folder is not empty. MissingArtefact: there is no such run or model.
@@ -43,7 +43,7 @@ def export(arguments: list[str]) -> int:
 
 
 def pairs(arguments: list[str]) -> int:
-    """`pairs RUN FILE [method=...] [seed=...] [iteration=...] [form=...] [push=...]`: write a round's pairs, with a card.
+    """`pairs RUN FILE [method=...] [seed=...] [iteration=...] [form=...] [push=...]`: write a round's pairs and a card.
 
     Raises:
         ConfigError: an argument is wrong, the file is there already, or the round rejects nothing. MissingArtefact:
@@ -68,7 +68,7 @@ def pairs(arguments: list[str]) -> int:
     return 0
 
 
-# How a pair is written: TRL's two forms, and LLaMA-Factory's ShareGPT form. The prompt is the text before the chat template.
+# How a pair is written: TRL's two forms, and LLaMA-Factory's ShareGPT. The prompt is the text before the chat template.
 FORMS = {
     "text": lambda p: {"prompt": p.prompt, "chosen": p.chosen, "rejected": p.rejected},
     "messages": lambda p: {
@@ -155,9 +155,8 @@ def publish(run: Path) -> None:
     """Copy a run's small artefacts (notebooks, tables, figures, small adapters; no samples) to outputs/reference.
 
     Of several methods the first has all its notebooks published (of seed 0), the others those that it has not. Its last
-    adapter comes along, and that of M_0 after a warm start, rounded to bfloat16.
-    Of a run on a benchmark the notebooks that show its problems are left out, but for the few that 20_real_model quotes:
-    the records are others' to publish.
+    adapter comes along, and that of M_0 after a warm start, rounded to bfloat16. Of a run on a benchmark the notebooks
+    that show its problems are left out, but for the few that 20_real_model quotes: the records are others' to publish.
 
     Raises:
         MissingArtefact: the run holds no results.

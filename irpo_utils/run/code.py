@@ -12,8 +12,8 @@ from pathlib import Path
 
 from ..files import PACKAGE
 
-# Modules that keep results, or name what makes them: what they choose stands in the key as parameters. And what a person
-# sees while they are made.
+# Modules that keep results, or name what makes them: what they choose stands in the key as parameters. And what a
+# person sees while they are made.
 BOOKKEEPING = (
     "files",
     "settings",

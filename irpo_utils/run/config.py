@@ -1,4 +1,4 @@
-"""A run's configuration: read from a YAML preset and `key=value` overrides, and checked once. What is wrong with it is said in one line.
+"""A run's configuration: read from a YAML preset and `key=value` overrides, checked once, its faults said in one line.
 
 The parameters are in `settings.py`. Here are the methods that a run has, hyper-parameters of one method alone
 (`irpo.train.lr=1e-3`), and the messages.
@@ -42,7 +42,8 @@ class Config(Settings):
     def _runnable(self) -> Config:
         if self.task.name not in TASKS and ".py:" not in self.task.name:
             raise ValueError(
-                f"task.name: no task is called {self.task.name!r}; there is: {', '.join(sorted(TASKS))}, or a class of your own as in my_task.py:MyTask"
+                f"task.name: no task is called {self.task.name!r}; there is: {', '.join(sorted(TASKS))}, "
+                "or a class of your own as in my_task.py:MyTask"
             )
         if not self.methods:
             raise ValueError("methods: expected at least one value")
@@ -56,7 +57,8 @@ class Config(Settings):
                 )
             if self.iterations < (least := len(self.catalogue[name].rounds)):
                 raise ValueError(
-                    f"iterations: {name} needs {least} rounds before it repeats; set iterations={least}, or leave it out of methods"
+                    f"iterations: {name} needs {least} rounds before it repeats; "
+                    f"set iterations={least}, or leave it out of methods"
                 )
         for name, own in self.method_settings.items():
             try:
@@ -73,8 +75,8 @@ class Config(Settings):
             at_start = choices.reference_is_start or choices.reference == "none"
             if choices.trains and known and (choices.loss not in known or not at_start):
                 raise ConfigError(
-                    f"train.engine: {train.engine} cannot train round {t} of {method} ({choices.loss}, {choices.reference} "
-                    f"reference); set {method}.train.engine=own, or leave the method out"
+                    f"train.engine: {train.engine} cannot train round {t} of {method} ({choices.loss}, "
+                    f"{choices.reference} reference); set {method}.train.engine=own, or leave the method out"
                 )
             if train.engine != "own" and self.sampling.calculator:
                 raise ConfigError(
@@ -85,8 +87,8 @@ class Config(Settings):
                 choices.has_reward_stage or choices.accumulate or again or not at_start
             ):
                 raise ConfigError(
-                    f"train.sync_every: round {t} of {method} cannot draw while it trains; that takes rewards by the answer, "
-                    "no earlier pairs, a start at M_t and a reference that is the model it starts from; "
+                    f"train.sync_every: round {t} of {method} cannot draw while it trains; that takes rewards "
+                    "by the answer, no earlier pairs, a start at M_t and a reference that is the model it starts from; "
                     f"set {method}.train.sync_every=0, or leave the method out"
                 )
 
@@ -101,7 +103,7 @@ class Config(Settings):
         return self.recipe(method).count(self.iterations)
 
     def for_round(self, method: str, t: int) -> Config:
-        """This configuration with the hyper-parameters of a method's round t: those of the method that it inherits from, then its own.
+        """This configuration with the hyper-parameters of a method's round t: those that it inherits, then its own.
 
         Its own do not count in the rounds that come once before those that repeat (a first one on gold).
         """
@@ -163,8 +165,8 @@ def _read(name: str, text: str, kind: Any) -> Any:
 def configured(base: dict[str, Any], overrides: Iterable[tuple[str, str]] = ()) -> Config:
     """The configuration that a file's parameters and `overrides` of the command line make, with every "auto" resolved.
 
-    A general override (`train.lr`) reaches methods that have settings of their own; a method's own (`irpo.train.lr`) wins
-    over it, in any order.
+    A general override (`train.lr`) reaches methods that have settings of their own; a method's own (`irpo.train.lr`)
+    wins over it, in any order.
 
     Args:
         base: what a YAML file holds, sections nested or dotted.
@@ -224,7 +226,8 @@ def check_own(method: str, name: str, names: list[str]) -> None:
         raise ConfigError(unknown(f"{method}.{name}".rstrip("."), own))
     if name.partition(".")[0] not in PER_METHOD:
         raise ConfigError(
-            f"{method}.{name}: only {', '.join(f'{part}.*' for part in PER_METHOD)} can differ between methods, so that they share their samples"
+            f"{method}.{name}: only {', '.join(f'{part}.*' for part in PER_METHOD)} can differ between methods, "
+            "so that they share their samples"
         )
     if name == "train.retrain_with_dev":
         raise ConfigError(f"{method}.{name}: {name} is for all methods, since it decides what is sampled")
@@ -248,7 +251,7 @@ def flatten(raw: Any) -> dict[str, Any]:
 
 
 def resolve_auto(config: Config) -> Config:
-    """The configuration with every "auto" replaced by what this machine has, so that a run's record says what was used."""
+    """The configuration with every "auto" replaced by what this machine has, so a run's record says what was used."""
     open_ones = {name: both for name, both in AUTO.items() if value_of(config, name) == "auto"}
     if not open_ones:
         return config

@@ -169,7 +169,8 @@ def check_simulator(config: Config) -> None:
         (folder / "adapter_config.json").is_file() or (folder / "config.json").is_file()
     ):
         raise ConfigError(
-            f"process.simulator: {name} is no folder with an adapter_config.json or a config.json; name an adapter, a model or a hub name"
+            f"process.simulator: {name} is no folder with an adapter_config.json or a config.json; "
+            "name an adapter, a model or a hub name"
         )
 
 
@@ -186,13 +187,14 @@ def check_methods(config: Config) -> None:
 
 
 def check_gold(config: Config, problems: dict[str, list[Problem]]) -> list[str]:
-    """What to say of gold solutions that a task has not. Raises a ValueError where methods, or a warm start, need them."""
+    """What to say of gold solutions that a task lacks. Raises ValueError where methods, or a warm start, need them."""
     train, warm = problems["train"], config.warm_start.problems
     if warm and len(train) <= warm:
         raise ValueError(f"warm_start.problems: the warm start takes all {len(train)} training problems; lower it")
     if warm and not all(p.solution for p in train[:warm]):
         raise ValueError(
-            f"warm_start.problems: not all of the first {warm} training problems have a gold solution; lower it, or add solutions"
+            f"warm_start.problems: not all of the first {warm} training problems have a gold solution; "
+            "lower it, or add solutions"
         )
     if any(p.solution for p in train[warm:]):
         return []
@@ -232,7 +234,8 @@ def start(preset: str, settings: list[str], replaces: bool = False) -> None:
         replaces: whether finished stages may be done again that took long.
 
     Raises:
-        ConfigError: see `configure`, `check_inputs`; or much would be replaced. StageFailed: a stage failed, in the end.
+        ConfigError: see `configure`, `check_inputs`; or much would be replaced.
+        StageFailed: a stage failed, in the end.
     """
     started = time.monotonic()
     config, run, jobs = configure(preset, settings)
@@ -246,7 +249,8 @@ def start(preset: str, settings: list[str], replaces: bool = False) -> None:
         write_text(run / "config.yaml", dump(config))
         print(*notes, sep="\n", end="\n" if notes else "")
         print(
-            f"{run.name}: {', '.join(config.methods)}; {config.seeds} seed(s), {config.iterations} iterations -> {relative(run)}"
+            f"{run.name}: {', '.join(config.methods)}; {config.seeds} seed(s), "
+            f"{config.iterations} iterations -> {relative(run)}"
         )
         # Side by side method by method: the methods of one seed would wait for its M_0 together.
         work = [(method, seed) for method in config.methods for seed in range(config.seeds)]
@@ -334,7 +338,7 @@ def why(run: Path, config: Config) -> None:
 
 
 def with_reasons(plans: Iterable[list[Stage]]) -> Iterator[tuple[Stage, list[str], Stage | None]]:
-    """Each stage once, why it is not done, and a stage not done that its inputs come from, directly or through others."""
+    """Each stage once, why it is not done, and a stage not done that its inputs come from, directly or not."""
     awaited: dict[Path, Stage] = {}  # a file -> the stage to run that it comes from
     seen = set()
     for stage in chain.from_iterable(plans):
@@ -364,7 +368,7 @@ def method_seed_command(run: Path, method: str, seed: int) -> list[str]:
 
 
 def run_on_cluster(run: Path, config: Config, work: list[tuple[str, int]], jobs: int) -> list[str]:
-    """Every method and seed as a task of the cluster that `RAY_ADDRESS` names, `jobs` at a time; returns what failed."""
+    """Each method and seed as a task of the cluster that `RAY_ADDRESS` names, `jobs` at a time; returns what failed."""
     commands = {f"{method}, seed {seed}": method_seed_command(run, method, seed) for method, seed in work}
     done = COMMANDS.load()(commands, jobs, config)
     return [f"{name}: its message is above" for name, status in done if status]

@@ -83,7 +83,7 @@ def sampling_bytes(shape: Shape, config: Settings, prompt: int, free_bytes: floa
 
 
 def dev_score_bytes(shape: Shape, config: Settings, prompt: int) -> dict[str, float]:
-    """Memory of a dev score, by part: decoding beside all that training keeps; greedy, but where a round draws meanwhile."""
+    """Memory of a dev score, by part: decoding beside what training keeps; greedy unless a round draws meanwhile."""
     rows, n = min(DEV_SCORE_ROWS, config.sampling.max_rows), 1
     if config.train.sync_every:
         rows, n = config.sampling.max_rows, config.sampling.n
@@ -186,7 +186,7 @@ def workers_beside(sampling: SamplingConfig) -> float:
 
 
 def processes_beside(train: TrainConfig) -> int:
-    """Processes that train in this machine's memory; a GPU has one. Where another launcher starts them is not known: 1."""
+    """Processes that train in this machine's memory, one on a GPU. Where another launcher starts them is unknown: 1."""
     return 1 if torch.cuda.is_available() or os.environ.get("IRPO_LAUNCHER") else train.processes
 
 

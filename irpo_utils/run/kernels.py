@@ -1,10 +1,10 @@
 """Kernels for the driver's notebooks that are forked from one process which has imported their libraries already.
 
-PyTorch, transformers and peft take ten seconds of a CPU to import, longer than many a stage takes. A run starts one process
-that imports what its notebooks import, and forks a kernel for each of them.
+PyTorch, transformers and peft take ten seconds of a CPU to import, longer than many a stage takes. A run starts one
+process that imports what its notebooks import, and forks a kernel for each of them.
 
-On Linux, and where no GPU is: a process forked from one that has looked at CUDA cannot use it, and with a GPU the stages are
-long. Elsewhere every kernel is started anew. What a notebook computes is the same.
+On Linux, and where no GPU is: a process forked from one that has looked at CUDA cannot use it, and with a GPU the
+stages are long. Elsewhere every kernel is started anew. What a notebook computes is the same.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ class Forked:
 
 @cache
 def forker(threads: int, package: tuple[tuple[str, int], ...]) -> Forker:
-    """One for every number of threads; and a new one where the package was edited, since the old one has imported it."""
+    """One for each number of threads; and a new one where the package was edited, since the old one has imported it."""
     return Forker(threads)
 
 

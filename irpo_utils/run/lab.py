@@ -15,8 +15,8 @@ FOLDER = OUTPUTS / "lab"
 def copies() -> list[str]:
     """Bring the working copies up to date; returns what to say of those that are not.
 
-    A copy that was not changed follows its notebook. One that was changed is kept: where the notebook has changed since as
-    well, the new one lies beside it.
+    A copy that was not changed follows its notebook. One that was changed is kept: where the notebook has changed since
+    as well, the new one lies beside it.
     """
     FOLDER.mkdir(parents=True, exist_ok=True)
     record = FOLDER / ".copied.json"  # name -> hash of what was copied

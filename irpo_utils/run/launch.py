@@ -6,8 +6,8 @@
 IRPO_LAUNCHER names another launcher, of one machine or several, that takes `-m` as Python does:
 
     IRPO_LAUNCHER="torchrun --nproc-per-node 8"
-    IRPO_LAUNCHER="srun --overlap --kill-on-bad-exit=1 --nodes 4 --ntasks-per-node 1 torchrun --nnodes 4 --nproc-per-node 8 \\
-        --rdzv-backend c10d --rdzv-endpoint $HEAD:29500"
+    IRPO_LAUNCHER="srun --overlap --kill-on-bad-exit=1 --nodes 4 --ntasks-per-node 1 \\
+        torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint $HEAD:29500"
 
 Several machines share the project's folder.
 """

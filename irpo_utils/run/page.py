@@ -30,7 +30,7 @@ def page(notebook: Path, title: str) -> str:
     from traitlets.config import Config
 
     def shown(markup: str) -> str:
-        """Markup of a cell or an output. A tag that is not allowed is shown as text; a link to a script leads nowhere."""
+        """Markup of a cell or output. A tag that is not allowed is shown as text; a link to a script leads nowhere."""
         allowed = {*bleach.ALLOWED_TAGS, *TAGS}
         return bleach.clean(
             visible(markup), allowed, {"*": ["id", "class"], "a": ["href"]}, protocols=["http", "https"]

@@ -1,12 +1,12 @@
 """Bookkeeping of a run: where each artefact is, what a stage's result depends on, and whether it is done.
 
     outputs/<run>/config.yaml
-    outputs/<run>/m0/seed_<s>/             M_0 (its adapter, if it has one), its evaluation and samples, shared by all methods
+    outputs/<run>/m0/seed_<s>/   M_0 (its adapter, if it has one), its evaluation and samples, shared by all methods
     outputs/<run>/<method>/seed_<s>/iteration_<t>/   samples of M_{t-1}, pairs, the policy M_t, its evaluation
     outputs/<run>/report.html, metrics.csv, timing.csv
 
-A stage is done when its manifest says so. The manifest is written last and holds the stage's key: its parameters, its input
-files, the code that it runs and the versions of packages. If one of these differs now, the stage runs again, and
+A stage is done when its manifest says so. The manifest is written last and holds the stage's key: its parameters, its
+input files, the code that it runs and the versions of packages. If one of these differs now, the stage runs again, and
 `why_not_done` says which one.
 """
 
@@ -198,7 +198,7 @@ class Stage:
         return json.loads(path.read_text())
 
     def input(self, name: str) -> Path | None:
-        """The path of an input; None for one that this stage has not, as that of M_0 where it is the base. Raises MissingArtefact."""
+        """An input's path; None for one this stage has not, as M_0's where it is the base. Raises MissingArtefact."""
         path, made_by = self.reads().get(name, (None, ""))
         if path is not None and not path.exists():
             raise MissingArtefact(f"{relative(path)} is missing; run notebooks/{made_by} first")
@@ -217,7 +217,7 @@ class Stage:
         return Sample.by_problem(self.records("samples", Sample)) if self.choices.draws else {}
 
     def training_problems(self, task: Task) -> list[Problem]:
-        """The training problems but for those of the warm start; the dev problems too, if training is repeated with them."""
+        """The training problems but for the warm start's; the dev problems too, if training is repeated with them."""
         own = task.problems("train")[self.config.warm_start.problems :]
         return own + (task.problems("dev") if self.config.train.retrain_with_dev else [])
 
@@ -231,7 +231,7 @@ class Stage:
     # What it depends on.
 
     def section(self, name: str, only: Iterable[str] = (), without: Iterable[str] = ()) -> dict[str, Any]:
-        """The parameters of a section of the configuration, as "train.lr", but for those that say where it is computed."""
+        """Parameters of a section of the configuration, as "train.lr", but for those that say where it is computed."""
         section: Section = getattr(self.config, name)
         found = section.model_dump(mode="json", include=set(only) or None, exclude={*without, *PLACES.get(name, ())})
         return {f"{name}.{leaf}": value for leaf, value in found.items()}
@@ -336,7 +336,7 @@ class Stage:
         return manifest if manifest and set(manifest["outputs"]) == set(self.writes()) else None
 
     def replaced(self) -> dict[Path, dict[str, Any]]:
-        """The manifests of what this stage will replace: its own, and those of another kind of round that left such files."""
+        """Manifests of what this stage replaces: its own, and those of another kind of round that left such files."""
         there = {path: read_manifest(path) for path in sorted(self.folder.glob("*.manifest.json"))}
         return {path: found for path, found in there.items() if found and {*found["outputs"]} & {*self.writes()}}
 
@@ -378,7 +378,7 @@ class Stage:
         What an earlier run of the stage has left stays until `finish` puts the new outputs in its place.
 
         Raises:
-            ConfigError: the method has no such stage in this round, or its code was edited after this process loaded it.
+            ConfigError: the method has no such stage in the round, or its code was edited after this process loaded it.
             MissingArtefact: an input is missing. Busy: another process is at work on this stage.
         """
         wanted = self.choices.stages(self.config.train.sync_every) if self.iteration else stages_of_m0(self.config)

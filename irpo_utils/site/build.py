@@ -1,4 +1,4 @@
-"""`./run_all.sh --site`: the book of the project, from its executed notebooks and the pages in this folder -> outputs/site."""
+"""`./run_all.sh --site`: the project's book, from its executed notebooks and this folder's pages -> outputs/site."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def add_interactive(cells: list[Any], name: str, heading: str) -> None:
 
 
 def interactive_facts(run: Path) -> dict[str, Any]:
-    """What the figures in interactive/ show of a published run: means over seeds, in percent and millions of forward passes."""
+    """What interactive/ shows of a published run: means over seeds, in percent and millions of forward passes."""
     known, table = catalogue(), pd.read_csv(run / "methods.csv")
     table["passes"] = comparison.forward_passes(table) / 1e6
     mean = table.groupby(["method", "iteration"], sort=False).mean().reset_index()

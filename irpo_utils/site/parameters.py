@@ -80,7 +80,7 @@ def limits_of(metadata: list[Any]) -> str:
 
 
 def comments(section: type) -> dict[str, str]:
-    """Field -> what the comments above it and beside it say; none for a class that is no section of the configuration."""
+    """Field -> what the comments above and beside it say; none for a class that is no section of the configuration."""
     if not issubclass(section, Section):
         return {}
     source = textwrap.dedent(inspect.getsource(section))

@@ -1,6 +1,7 @@
-"""An executed notebook as a page: what is shown of its cells and outputs. Each function is one change, made in place on a copy.
+"""An executed notebook as a page: what is shown of its cells and outputs.
 
-What a model wrote is text. Of HTML only pandas' tables stay, and they are built anew.
+Each function is one change, made in place on a copy. What a model wrote is text. Of HTML only pandas' tables stay, and
+they are built anew.
 """
 
 from __future__ import annotations
@@ -132,7 +133,7 @@ def rebuilt_table(source: str) -> str | None:
 
 
 def add_alt_texts(cells: list[Cell]) -> None:
-    """Give every figure an alt text: the notebook's own, else the heading above it and the first sentence below that."""
+    """Give each figure an alt text: the notebook's own, else the heading above it and the first sentence below that."""
     heading, sentence = "A figure", ""
     for cell in cells:
         if cell["cell_type"] == "markdown":

@@ -36,7 +36,8 @@ _OTHER = re.compile(
 )
 # Behind a letter: what begins a reason, or rules another option out. What stands there may name any option.
 _REASON = re.compile(
-    r"\b(?:because|since|as|due to|which|that|so|where|while|whereas|for)\b|(?:\bnot|\brather than|\binstead of|\bnor) \(?[A-E]\b|[.;:] ",
+    r"\b(?:because|since|as|due to|which|that|so|where|while|whereas|for)\b"
+    r"|(?:\bnot|\brather than|\binstead of|\bnor) \(?[A-E]\b|[.;:] ",
     re.I,
 )
 _NAMED = re.compile(r"(?<![\w'’])\(?([B-E])(?![\w'’])|\(A\)|\bA[).]*$")

@@ -125,7 +125,8 @@ class RecordTask(Task):
 
     `task.train`, `task.dev` and `task.test` name files or hub data sets (several are joined); without them a task's own
     `sources` are taken. Dev problems come out of training unless `task.dev` is given, and test problems too, for a task
-    without sources of its own that is given none to test on. The order is one of hashes of the questions, so that a cut (`task.train_size` and so on; 0 takes all) is a random sample, and the same every time.
+    without sources of its own that is given none to test on. The order is one of hashes of the questions, so that a cut
+    (`task.train_size` and so on; 0 takes all) is a random sample, and the same every time.
 
     Raises (from `problems`):
         ValueError: a source is missing, or a record is malformed (named by file and line).
@@ -256,7 +257,7 @@ class RecordTask(Task):
         return found
 
     def _hold_out(self, problems: list[Problem], split: str) -> tuple[list[Problem], list[Problem]]:
-        """The first of the problems, as many as `split` has, and those of the others that ask none of their questions."""
+        """The first of the problems, as many as `split` has, and those others that ask none of their questions."""
         count = getattr(self.config, f"{split}_size")
         if not 0 < count < len(problems):
             few = (

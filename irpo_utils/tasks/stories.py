@@ -384,7 +384,7 @@ class Stories(Task):
         return verdicts + [("extra", "other")] * found.extra
 
     def check_lines(self, problem: Problem, response: str) -> list[bool]:
-        """Whether each line that is not empty is right *given the lines before it*, [lines]; the final answer is one."""
+        """Whether each non-empty line is right *given the lines before it*, [lines]; the final answer is one."""
         return list(check(story_of(problem), response).lines)
 
 

@@ -139,7 +139,7 @@ def score_samples(
     how: str,
     max_rows: int = 64,
 ) -> list[Sample]:
-    """`samples` with `step_scores` and `step_ends` [steps] and, as `reward`, the path reward. `answer_reward` stays the answer's.
+    """`samples` with `step_scores` and `step_ends` [steps]; `reward` is the path reward, `answer_reward` the answer's.
 
     An unfinished sample gets the reward of the steps that it has.
 

@@ -44,10 +44,10 @@ def presets() -> dict[str, str]:
 
 
 def read_preset(name: str) -> dict[str, Any]:
-    """A preset as it is written: one file, or a task's and a model's part put together, as dotted names with their values.
+    """A preset as written: one file, or a task's and a model's part put together, as dotted names with their values.
 
-    Each part says what the paper does, and under `quick` what the quick size changes; a model's part says under a task's
-    name (with `-quick`: in that size) what it needs for that task.
+    Each part says what the paper does, and under `quick` what the quick size changes; a model's part says under a
+    task's name (with `-quick`: in that size) what it needs for that task.
     """
     parts = _parts(name)
     if parts is None:

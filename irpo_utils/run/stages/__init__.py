@@ -69,13 +69,14 @@ def finished(run: Path) -> tuple[Config, list[str]]:
     if not whole:
         line = next(iter(left_out.values()))
         raise MissingArtefact(
-            f"no method of {relative(run)} is finished ({line}); run that notebook, or ./run_all.sh {shlex.quote(run.name)}"
+            f"no method of {relative(run)} is finished ({line}); run that notebook, "
+            f"or ./run_all.sh {shlex.quote(run.name)}"
         )
     return (config.but(methods=whole) if left_out else config), list(left_out.values())
 
 
 def evaluations(run: Path, config: Config) -> list[dict[str, Any]]:
-    """Every evaluation of a run: method, seed, iteration and the contents of `evaluation.json`. M_0 counts for each method."""
+    """Every evaluation of a run: method, seed, iteration and its `evaluation.json`. M_0 counts for each method."""
     rows = []
     for method, seed in method_seeds(config):
         for t in range(config.rounds(method) + 1):

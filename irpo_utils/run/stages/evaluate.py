@@ -1,4 +1,4 @@
-"""04: greedy accuracy of M_t on dev and test, maj@k and pass@k on test, and which steps are wrong where a task knows."""
+"""04: greedy accuracy of M_t on dev and test, maj@k and pass@k on test; which steps are wrong where a task knows."""
 
 from __future__ import annotations
 

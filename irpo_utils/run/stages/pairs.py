@@ -62,7 +62,7 @@ class PairsStage(Stage):
         if samples:
             audit["drawn_tokens"] = sum(len(s.token_ids) for own in samples.values() for s in own if not s.extra)
         if "earlier" in self.reads():
-            # Whoever drew them, it was not the model that is trained now: their log-probabilities are not to be compared.
+            # Whoever drew them was not the model that is trained now: their log-probabilities are not to be compared.
             earlier = self.records("earlier", Pair)
             pairs = [replace(pair, chosen_logp=None, rejected_logp=None) for pair in earlier] + pairs
             audit["accumulated"] = len(pairs)

@@ -1,4 +1,4 @@
-"""01: the prompts of a round, and N graded samples of M_{t-1} for each; a round on gold solutions alone draws nothing."""
+"""01: the prompts of a round, and N graded samples of M_{t-1} for each; a round on gold solutions alone draws none."""
 
 from __future__ import annotations
 

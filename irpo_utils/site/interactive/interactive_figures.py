@@ -1,7 +1,8 @@
-"""Figures that answer to the hand, as a directive of Sphinx: ```{interactive} NAME``` draws the function NAME with Bokeh.
+"""Figures that answer to the hand, as a Sphinx directive: ```{interactive} NAME``` draws the function NAME with Bokeh.
 
-Sphinx loads this file in an environment of its own, without the project. What was measured comes from `interactive.json`, which
-`build.py` writes beside the pages. Bokeh's script is one file of the site; it is loaded by the pages that have a figure.
+Sphinx loads this file in an environment of its own, without the project. What was measured comes from
+`interactive.json`, which `build.py` writes beside the pages. Bokeh's script is one file of the site; it is loaded by
+the pages that have a figure.
 """
 
 import json
