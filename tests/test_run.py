@@ -29,6 +29,7 @@ from irpo_utils.files import (
 )
 from irpo_utils.model.load import load_policy
 from irpo_utils.model.records import Prompt
+from irpo_utils.run import driver
 from irpo_utils.run.config import dump
 from irpo_utils.run.driver import check_inputs, why
 from irpo_utils.run.notebooks import run_notebook
@@ -160,6 +161,33 @@ def test_why_tells_what_was_interrupted_and_what_stands_behind_it(tmp_path, caps
         "done, but 02_pairs before it is not",
         "it has not run yet",
     ]
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from irpo_utils.files import locked
+with locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.readline()
+"""
+
+
+def test_an_evaluation_that_another_process_makes_is_come_back_to(tmp_path, monkeypatch):
+    evaluated, *others = stages = plan(load_preset("micro", ["iterations=1"]), tmp_path, "irpo", 0)
+    command = [sys.executable, "-c", HOLD, str(evaluated.folder / f".{evaluated.name}.turn")]
+    other = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    other.stdout.readline()
+    ran = []
+
+    def execute(stage):
+        ran.append(stage)
+        if len(ran) == len(others):
+            other.communicate()
+
+    monkeypatch.setattr(driver, "execute", execute)
+    driver.run_stages(stages, watch=False)
+    assert ran == [*others, evaluated]
 
 
 RUN_NOTEBOOKS = """

@@ -35,6 +35,7 @@ from ..files import ROOT, resolve
 from ..settings import ModelConfig
 from . import packaged
 from .adapter import sample_beside, train_beside
+from .attention import attend_by_products
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
@@ -167,7 +168,7 @@ def load_base(
     causal = kind is AutoModelForCausalLM
     weights = stored_weights(config) if quantization else model.state_dict().items()
     check_loaded(f"model.path: {config.path}", loading, weights, new=whole, unused=() if causal else ("lm_head",))
-    return same_function(model)
+    return attend_by_products(same_function(model))
 
 
 def check_loaded(
@@ -277,7 +278,7 @@ def load_whole(
         ignore_mismatched_sizes=True,  # which check_loaded refuses by name
     )
     check_loaded(str(folder), loading, model.state_dict().items())
-    return model
+    return attend_by_products(model)
 
 
 def load_policy(

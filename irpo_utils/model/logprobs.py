@@ -34,6 +34,7 @@ from .shape import sees_all
 from .shared_prompt import repeated, run_prefix
 
 CHUNK = 1 << 25  # logits that are made at once (128 MiB in float32); fewer than that are kept for the backward pass
+GROUP = {True: 256, False: 2048}  # tokens that a group of rows of its own must save; on a CPU or not
 Row = tuple[Sequence[int], Sequence[int]]  # prompt ids, response ids
 
 
@@ -196,27 +197,51 @@ def tree_trial(model: PreTrainedModel) -> str | None:
 
 
 def padded_states(model: PreTrainedModel, batch: dict[str, Tensor], prefix: DynamicCache | None = None) -> Tensor:
-    """`response_states` from one row of prompt and response for each response.
+    """`response_states` from one row of prompt and response for each response; rows of like length run together.
 
     `prefix` is the cache of what all prompts begin with, which is not run again then.
     """
-    prompts, mask, owner = batch["prompts"], batch["prompt_mask"], batch["owner"]
-    lengths = mask.sum(-1)[owner]
-    count, width = batch["fed"].shape
-    ids = batch["fed"].new_zeros(count, int(lengths.max()) + width)
-    columns = lengths.unsqueeze(-1) + torch.arange(width, device=ids.device)
-    for row, (prompt, length) in enumerate(zip(prompts[owner], lengths.tolist(), strict=True)):
+    prompts, mask, owner, fed = batch["prompts"], batch["prompt_mask"], batch["owner"], batch["fed"]
+    shared = prefix.get_seq_length() if prefix else 0
+    own = mask.sum(-1)[owner]  # of each row: tokens of the prompt
+    token = torch.arange(1, fed.shape[1] + 1, device=fed.device)
+    ends = own + (batch["scored"] * token).amax(-1)  # behind the last state that is looked at
+    ids = fed.new_zeros(len(fed), prompts.shape[1] + fed.shape[1])
+    for row, (prompt, length) in enumerate(zip(prompts[owner], own.tolist(), strict=True)):
         ids[row, :length] = prompt[prompts.shape[1] - length :]
-    ids.scatter_(1, columns, batch["fed"])
-    length = prefix.get_seq_length() if prefix else 0
-    cache = repeated(prefix, count) if length else None
-    # What is right of a row's end is seen by nothing before it.
-    hidden = (
-        causal_model(model)
-        .base_model(input_ids=ids[:, length:], past_key_values=cache, use_cache=cache is not None)
-        .last_hidden_state
-    )
-    return hidden.gather(1, (columns - length).unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
+    columns = own.unsqueeze(-1) + token - 1
+    ids.scatter_(1, columns, fed)
+    states = []
+    order, sizes = groups_of_like_length((ends - shared).tolist(), overhead=GROUP[fed.device.type == "cpu"])
+    for rows in torch.tensor(order, device=fed.device).split(sizes):
+        cache = repeated(prefix, len(rows)) if shared else None
+        hidden = causal_model(
+            model
+        ).base_model(  # what is right of a row's end is seen by nothing before it
+            input_ids=ids[rows, shared : int(ends[rows].max())], past_key_values=cache, use_cache=cache is not None
+        )
+        hidden = hidden.last_hidden_state
+        where = (columns[rows] - shared).clamp_(max=hidden.shape[1] - 1).unsqueeze(-1)
+        states.append(hidden.gather(1, where.expand(-1, -1, hidden.shape[-1])))
+    return torch.cat(states)[torch.tensor(order, device=fed.device).argsort()]
+
+
+def groups_of_like_length(lengths: list[int], overhead: int) -> tuple[list[int], list[int]]:
+    """An order of rows by length, and the sizes of groups in it that leave the least to run.
+
+    A group costs its rows times its longest one, padding and all, and `overhead` tokens for being one more.
+    """
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    least, begins = [0], [0]  # of the first n rows in order: the least cost, and where the last group begins
+    for end, row in enumerate(order, 1):
+        costs = [least[i] + (end - i) * lengths[row] + overhead for i in range(end)]
+        begins.append(min(range(end), key=costs.__getitem__))
+        least.append(costs[begins[-1]])
+    sizes, end = [], len(order)
+    while end:
+        sizes.append(end - begins[end])
+        end = begins[end]
+    return order, sizes[::-1]
 
 
 def summed_logps(model: PreTrainedModel, hidden: Tensor, tokens: Tensor, scored: Tensor) -> Tensor:

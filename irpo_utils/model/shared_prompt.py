@@ -184,7 +184,7 @@ class SampleCache(DynamicCache):
         """
         _, heads, group, n = rows.shape
         if self.slots is not None:
-            grid = rows.new_zeros(len(self.mask) * self.rows_per_prompt, heads, group, n)
+            grid = rows.new_empty(len(self.mask) * self.rows_per_prompt, heads, group, n)  # by_row takes what is filled
             rows = grid.index_copy_(0, self.slots, rows)
         rows = rows.view(len(self.mask), self.rows_per_prompt, heads, group, n).transpose(1, 2)
         return rows.reshape(len(self.mask), heads, self.rows_per_prompt * group, n)

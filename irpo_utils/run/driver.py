@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any
 
 from ..files import (
     NOTEBOOKS,
+    Busy,
     ConfigError,
     MissingArtefact,
     load_object,
@@ -70,16 +71,24 @@ def run_stages(stages: list[Stage], after: int = 0, watch: bool = True) -> None:
         after: how many stages of others follow (for the time left). watch: show how far each is.
     """
     spent: list[float] = []
-    for i, stage in enumerate(stages):
-        # M_0's stages are shared: whoever comes first does them, the others wait and then find them done.
-        with locked(stage.folder / f".{stage.name}.turn", patience=-1):
+    todo = list(enumerate(stages, 1))
+    for i, stage in todo:
+        # M_0's stages are shared: whoever comes first does them, the others wait and then find them done. No stage
+        # reads an evaluation, so they come back to that one at the end.
+        puts_off = stage.name == "04_evaluate" and len(todo) == len(stages)
+        with ExitStack() as turn:
+            try:
+                turn.enter_context(locked(stage.folder / f".{stage.name}.turn", patience=0 if puts_off else -1))
+            except Busy:
+                todo.append((i, stage))
+                continue
             # A run killed between the manifest and the page has the artefacts but not their notebook.
             found = stage.why_not_done()
             if not found and executed(stage).exists():
-                say(f"[{i + 1}/{len(stages)}] {stage.label()}: done already")
+                say(f"[{i}/{len(stages)}] {stage.label()}: done already")
                 continue
-            left = f", about {sum(spent) / len(spent) * (len(stages) - i + after):.0f} s left" if spent else ""
-            say(f"[{i + 1}/{len(stages)}] {stage.label()}{reasons(stage, found)} ...{left}")
+            left = f", about {sum(spent) / len(spent) * (len(stages) - i + 1 + after):.0f} s left" if spent else ""
+            say(f"[{i}/{len(stages)}] {stage.label()}{reasons(stage, found)} ...{left}")
             started = time.monotonic()
             with watched(of_stage(stage)) if watch else nullcontext():
                 execute(stage)
