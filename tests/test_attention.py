@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_models import build
 from torch.nn import functional
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from irpo_utils.model import attention, load
 from irpo_utils.settings import ModelConfig
@@ -55,6 +56,11 @@ def test_result_and_gradients_are_those_of_an_exact_computation(rows, heads, gro
         assert (x.grad.double() - y.grad).norm() < 2e-2 * size
 
 
+@pytest.fixture(autouse=True)
+def a_cpu_that_multiplies_bfloat16(monkeypatch):
+    monkeypatch.setattr(load, "cpu_multiplies_bfloat16", lambda: True)
+
+
 @pytest.mark.parametrize("family, dtype, kind", [
     ("llama", "bfloat16", "products"), ("qwen2", "bfloat16", "products"), ("llama", "float32", "sdpa"),
 ])  # fmt: skip
@@ -70,7 +76,27 @@ def test_a_16_bit_model_on_a_cpu_has_it_and_computes_the_same(tmp_path, family, 
     assert off(got, wanted.double()) < 3e-2
 
 
-def test_a_model_that_asks_more_of_its_attention_keeps_its_own(tmp_path, monkeypatch):
-    """One that caps its scores, for which this one has no code."""
-    model = load.load_base(ModelConfig(path=str(build("gemma2", tmp_path / "gemma2", TEXTS)), dtype="bfloat16"))
-    assert model.config._attn_implementation != "products"
+def test_a_cpu_without_such_products_and_a_model_to_be_divided_keep_the_fused_kernel(tmp_path, monkeypatch):
+    config = ModelConfig(path=str(build("llama", tmp_path / "llama", TEXTS)), dtype="bfloat16")
+    with monkeypatch.context() as patch:
+        patch.setattr(load, "cpu_multiplies_bfloat16", lambda: False)
+        assert load.load_base(config).config._attn_implementation == "sdpa"
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert load.load_base(config).config._attn_implementation == "sdpa"
+
+
+def asks_more(module, query, key, value, attention_mask, *, cap, **options):
+    return attention.attend(module, query, key, value, attention_mask)
+
+
+def sees_all(module, query, key, value, attention_mask, **options):
+    return attention.attend(module, query, key, value, torch.zeros_like(attention_mask))
+
+
+@pytest.mark.parametrize("attend, reason", [(asks_more, "asks more"), (sees_all, "computes other states")])
+def test_a_model_for_which_it_does_not_fit_keeps_its_own(tmp_path, monkeypatch, attend, reason):
+    config = ModelConfig(path=str(build("llama", tmp_path / "llama", TEXTS)), dtype="bfloat16")
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "products", attend)
+    with pytest.warns(UserWarning, match=f"attention stays PyTorch's, since a llama {reason}"):
+        model = load.load_base(config)
+    assert model.config._attn_implementation == "sdpa"

@@ -29,6 +29,8 @@ from irpo_utils.run.stages import EvaluateStage, SampleStage, TrainStage
         ("5 =", ""),  # nothing to compute
         ("x + 3 =", ""),
         ("a2 + 3=", ""),
+        ("At 10:30 + 15 =", ""),
+        ("Ratio 2:3 * 4 =", ""),
         ("4 / 0 =", ""),
         ("9" * 150 + " * " + "9" * 150 + " =", ""),
         ("", ""),
@@ -115,6 +117,16 @@ def test_what_is_written_is_neither_scored_nor_trained_on(seed_model, tokenizer,
         losses = batch_losses(seed_model, batch, nll, {})[0]
     by_hand = [-s.logp / (len(s.token_ids) - len(s.inserted)) for s in some]
     assert losses.nll.tolist() == pytest.approx(by_hand, abs=1e-4)
+
+    # The same tokens where somebody wrote them all: another response, though in the same batch.
+    alike = [pairs[0], replace(pairs[0], chosen_inserted=())]
+    (drawn_by_model, _), (written_by_hand, _) = reference_logps(seed_model, alike)
+    assert written_by_hand < drawn_by_model
+    with torch.no_grad():
+        both, one, other = (
+            batch_losses(seed_model, pair_batch(p), nll, {})[0].nll for p in (alike, alike[:1], alike[1:])
+        )
+    assert both.tolist() == pytest.approx([one.item(), other.item()], abs=1e-4)
 
 
 def test_a_response_that_is_cut_keeps_the_numbers_that_it_has(seed_model, tokenizer, task, asked):

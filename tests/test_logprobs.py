@@ -1,7 +1,7 @@
 """Shared prompts change nothing: log-probabilities and gradients are those of one padded row for each response."""
 
 from dataclasses import replace
-from itertools import groupby
+from itertools import chain, combinations, groupby, pairwise
 
 import numpy as np
 import pytest
@@ -30,6 +30,14 @@ def networks():
         more = {"sliding_window": 8} if name == "gemma2" else {}  # shorter than the rows below
         found[name] = AutoModelForCausalLM.from_config(kind(vocab_size=40, **SHAPE, **more)).train()
     return found
+
+
+@pytest.fixture(scope="module", autouse=True)
+def rows_of_like_length_run_together():
+    """However few tokens that saves."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(logprobs, "GROUP_ON_CPU", 1)
+        yield
 
 
 def make_pairs(lengths: list[tuple[int, int, int]]) -> list[Pair]:
@@ -107,6 +115,20 @@ def test_any_lengths_score_as_each_response_alone(networks, lengths):
         together = logprobs.response_logps(model, logprobs.collate(rows))
         alone = torch.cat([padded_logps(model, logprobs.collate([row])) for row in rows])
     assert torch.allclose(together, alone, rtol=1e-5, atol=1e-4)
+
+
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=7), st.integers(0, 20))
+def test_groups_of_rows_of_like_length_leave_the_least_to_run(lengths, overhead):
+    def cost(groups):
+        return sum(overhead + len(group) * max(group) for group in groups)
+
+    order, sizes = logprobs.groups_of_like_length(lengths, overhead)
+    assert sorted(order) == list(range(len(lengths)))
+    ordered = [lengths[row] for row in order]
+    found = [ordered[sum(sizes[:i]) :][:size] for i, size in enumerate(sizes)]
+    assert list(chain.from_iterable(found)) == sorted(lengths)
+    every = ([0, *cuts, len(ordered)] for n in range(len(ordered)) for cuts in combinations(range(1, len(ordered)), n))
+    assert cost(found) == min(cost([ordered[a:b] for a, b in pairwise(ends)]) for ends in every)
 
 
 def test_what_prompts_begin_with_is_run_once(networks):

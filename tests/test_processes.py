@@ -33,6 +33,7 @@ CASES = {
     "dpo, at once": {"settings": {"micro_batch": 4}},  # nothing is accumulated in two processes
     "dpo+nll, checkpointed": {"settings": {"gradient_checkpointing": True}},
     "dpo+nll, float32": {"dtype": torch.float32, "settings": HALF_WAY},
+    "nll, float32": {"dtype": torch.float32, "settings": HALF_WAY},
 }
 
 
@@ -141,7 +142,10 @@ def as_shards(folder):
     shutil.rmtree(folder / "checkpoints" / "checkpoint-4", ignore_errors=True) if processes.rank() == 0 else None
     processes.wait()
     resumed = ranks.train(folder, "dpo+nll", HALF_WAY, model=again)
-    return parts, scores, found, resumed, of_both_dtypes(folder / "mixed", processes.sharded)
+    single = processes.sharded(ranks.small_policy())
+    with mock.patch.object(logprobs, "GROUP_ON_CPU", 1):  # rows of one process are of like length, the other's are not
+        single = ranks.train(folder / "nll", "nll", HALF_WAY, model=single)
+    return parts, scores, found, resumed, single, of_both_dtypes(folder / "mixed", processes.sharded)
 
 
 def test_a_sharded_model_scores_and_trains_as_the_whole(trained, tmp_path):
@@ -150,11 +154,12 @@ def test_a_sharded_model_scores_and_trains_as_the_whole(trained, tmp_path):
     one = trained[0]["dpo+nll, float32"]
     with mock.patch.object(logprobs, "FSDPModule", torch.nn.Module):  # in the rows of a sharded model: 16 bits tell
         mixed = of_both_dtypes(tmp_path / "one")
-    for parts, scores, found, resumed, shards in ranks.together(2, as_shards, tmp_path):
+    for parts, scores, found, resumed, single, shards in ranks.together(2, as_shards, tmp_path):
         assert parts == {True}  # each process holds a part of every weight
         assert torch.allclose(scores, whole, rtol=0, atol=1e-5)
         assert_same(one, found, tolerance=2e-5)
         assert_same(one, resumed, tolerance=2e-5)
+        assert_same(trained[0]["nll, float32"], single, tolerance=2e-5)
         assert torch.equal(shards[0], mixed[0])
         assert_same(mixed[1], shards[1], tolerance=1e-3)
     kept = load.load_file(tmp_path / "best" / "adapter_model.safetensors")

@@ -16,7 +16,7 @@ OPERATIONS = {
 LONGEST = 200  # characters of a line or an expression that is read
 ARITHMETIC = re.compile(r"[-+*/().\d\s]+$")
 # An expression at the end that is no part of a longer one: it begins with a number or a bracket.
-WHOLE = re.compile(r"(?:^|[=:<(\n]|[a-z][.!?] )[ \t]*((?:-?[\d.]|\()[-+*/().\d \t]*)$")
+WHOLE = re.compile(r"(?:^|[=<(\n]|(?<!\d):|[a-z][.!?] )[ \t]*((?:-?[\d.]|\()[-+*/().\d \t]*)$")
 
 
 class Step(NamedTuple):

@@ -176,9 +176,9 @@ def likely_scores(
     Nothing is drawn token by token: the second value is how many tokens of prompts the model read instead.
     """
     head, rests = score_tokens(tokenizer)
-    responses = {(name, tuple(rest)): (*ids, *head) for name, ids in prompts.items() for rest in rests}
+    responses = {(name, tuple(rest), ()): (*ids, *head) for name, ids in prompts.items() for rest in rests}
     found = distinct_logps(model, responses, 2 * config.train.micro_batch)
-    logps = np.array([[found[name, tuple(rest)] for rest in rests] for name in prompts]).reshape(-1, len(SCORES))
+    logps = np.array([[found[name, tuple(rest), ()] for rest in rests] for name in prompts]).reshape(-1, len(SCORES))
     cumulative = np.exp((logps - logps.max(-1, keepdims=True)) / config.judge.temperature).cumsum(-1)
     scores = {}
     for name, steps in zip(prompts, cumulative, strict=True):

@@ -15,9 +15,9 @@ from transformers import PreTrainedTokenizerBase
 
 from ..answers.marks import MARKS
 from ..model.load import load_policy, load_tokenizer
-from ..model.logprobs import distinct_logps
+from ..model.logprobs import Response, distinct_logps
 from ..model.prompts import stop_ids, text_ids
-from ..model.records import Ids, Sample
+from ..model.records import Sample
 from .rewards import Job
 
 
@@ -34,20 +34,18 @@ def likelihood(job: Job) -> tuple[list[Sample], dict[str, Any]]:
     end, answers = stop_ids(config.model, tokenizer)[0], {p.id: p.answer for p in job.problems}
     drawn = [s for own in job.samples.values() for s in own]
     whole = [answered(tokenizer, s, answers[s.problem], end) for s in drawn]
-    thoughts = [(s.problem, s.token_ids[: s.thought]) for s in whole]
+    solutions = [(s.problem, s.token_ids, s.inserted) for s in whole]
+    thoughts = [(s.problem, s.token_ids[: s.thought], s.inserted) for s in whole]
 
-    written = {(s.problem, ids): s.inserted for s in whole for ids in (s.token_ids, s.token_ids[: s.thought])}
-
-    def logps(policy: Path | None, responses: list[tuple[str, Ids]]) -> dict[tuple[str, Ids], float]:
+    def logps(policy: Path | None, responses: list[Response]) -> dict[Response, float]:
         model = load_policy(config.model, policy, threads=config.threads)
-        prompts = {(name, ids): job.prompts[name].prompt_ids for name, ids in responses if ids}
-        return distinct_logps(model, prompts, 2 * config.train.micro_batch, written) | {
-            (name, ()): 0.0 for name in answers
-        }
+        prompts = {response: job.prompts[response[0]].prompt_ids for response in responses if response[1]}
+        empty = {response: 0.0 for response in responses if not response[1]}
+        return empty | distinct_logps(model, prompts, 2 * config.train.micro_batch)
 
-    own = logps(job.policy, [(s.problem, s.token_ids) for s in whole] + thoughts)
+    own = logps(job.policy, solutions + thoughts)
     first = own if job.policy == job.m0 else logps(job.m0, thoughts)
-    likely = [own[s.problem, s.token_ids] - own[z] for s, z in zip(whole, thoughts, strict=True)]
+    likely = [own[s] - own[z] for s, z in zip(solutions, thoughts, strict=True)]
     rewards = [y - config.train.beta * (own[z] - first[z]) for y, z in zip(likely, thoughts, strict=True)]
     facts = {
         "thoughts": len(whole),

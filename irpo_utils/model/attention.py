@@ -1,17 +1,17 @@
 """Attention of 16-bit numbers on a CPU as matrix products, and its gradient.
 
 PyTorch's fused kernel keeps scores in registers, but does not use there what multiplies 16-bit matrices (AMX,
-AVX512-BF16). Whole products do: for as many tokens as a problem has, forward
-and backward pass take a third to two thirds of the time. Scores are made anew for the gradient, and for a few rows at a
-time, so that no layer keeps them.
+AVX512-BF16). Whole products do: for as many tokens as a problem has, forward and backward pass take a
+third to two thirds of the time. Scores are made anew for the gradient, and for a few rows at a time, so that no layer
+keeps them.
 """
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
@@ -79,25 +79,12 @@ AttentionInterface.register("products", attend)
 AttentionMaskInterface.register("products", eager_mask)
 
 
-def attend_by_products(model: PreTrainedModel) -> PreTrainedModel:
-    """The model, whose attention is `Attention` where that is faster and gives what its own does."""
-    own = model.config._attn_implementation
-    if (
-        own == "sdpa"
-        and model.device.type == "cpu"
-        and model.dtype.itemsize == 2
-        and model._can_set_attn_implementation()
-    ):
-        reason = trial(model)
-        if reason:
-            model.set_attn_implementation(own)
-            warnings.warn(f"attention stays PyTorch's, since a {model.config.model_type} {reason}", stacklevel=2)
-    return model
-
-
 @torch.no_grad()
-def trial(model: PreTrainedModel) -> str | None:
-    """Give the model `Attention` and try it on a few tokens; what is wrong, None if nothing is."""
+def attend_by_products(model: PreTrainedModel) -> str | None:
+    """Give the model `Attention` and try it on a few tokens. If it does not fit, say why; the model keeps its own."""
+    if not model._can_set_attn_implementation():
+        return "does not let its attention be replaced"
+    own = model.config._attn_implementation
     ids = torch.arange(3, 15).view(2, 6) % model.config.get_text_config().vocab_size
     mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6])
 
@@ -109,6 +96,11 @@ def trial(model: PreTrainedModel) -> str | None:
     model.set_attn_implementation("products")
     try:
         off = ((states() - wanted).norm() / wanted.norm()).item()
-    except (TypeError, RuntimeError) as error:
-        return f"asks more of it ({type(error).__name__}: {error})"
-    return None if off < 5e-2 else f"computes other states then (off by {off:.1e} of their size)"
+        reason = None if off < 5e-2 else f"computes other states with ours (off by {off:.1e} of their size)"
+    except Exception as error:
+        if should_reduce_batch_size(error):  # that says nothing of the model
+            raise
+        reason = f"asks more of its attention ({type(error).__name__}: {error})"
+    if reason:
+        model.set_attn_implementation(own)
+    return reason

@@ -168,7 +168,7 @@ def load_base(
     causal = kind is AutoModelForCausalLM
     weights = stored_weights(config) if quantization else model.state_dict().items()
     check_loaded(f"model.path: {config.path}", loading, weights, new=whole, unused=() if causal else ("lm_head",))
-    return attend_by_products(same_function(model))
+    return as_run_here(model)
 
 
 def check_loaded(
@@ -214,6 +214,16 @@ def stored_weights(config: ModelConfig) -> Iterator[tuple[str, torch.Tensor]]:
 
 def finite(tensor: torch.Tensor) -> bool:
     return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
+
+
+def as_run_here(model: PreTrainedModel) -> PreTrainedModel:
+    """A model that was just loaded, as it is sampled and trained: one function, and the fastest attention for it."""
+    model = same_function(model)
+    on_cpu = model.device.type == "cpu" and not shards()  # which are loaded there to be divided
+    fused = model.config._attn_implementation == "sdpa" and model.dtype == torch.bfloat16
+    if on_cpu and fused and cpu_multiplies_bfloat16():
+        passes(model, attend_by_products, "attention stays PyTorch's")
+    return model
 
 
 def same_function(model: PreTrainedModel) -> PreTrainedModel:
@@ -278,7 +288,7 @@ def load_whole(
         ignore_mismatched_sizes=True,  # which check_loaded refuses by name
     )
     check_loaded(str(folder), loading, model.state_dict().items())
-    return attend_by_products(model)
+    return as_run_here(model)
 
 
 def load_policy(

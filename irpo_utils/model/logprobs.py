@@ -34,8 +34,10 @@ from .shape import sees_all
 from .shared_prompt import repeated, run_prefix
 
 CHUNK = 1 << 25  # logits that are made at once (128 MiB in float32); fewer than that are kept for the backward pass
-GROUP = {True: 256, False: 2048}  # tokens that a group of rows of its own must save; on a CPU or not
+# Tokens that a group of rows of its own must save. A GPU is hardly faster with few than with many.
+GROUP_ON_CPU, GROUP_ON_GPU = 256, 2048
 Row = tuple[Sequence[int], Sequence[int]]  # prompt ids, response ids
+Response = tuple[str, Ids, Ids]  # problem, its tokens, the numbers of those that the model did not draw
 
 
 def padded(rows: Sequence[Sequence[int]], left: bool = False) -> tuple[Tensor, Tensor]:
@@ -211,16 +213,16 @@ def padded_states(model: PreTrainedModel, batch: dict[str, Tensor], prefix: Dyna
         ids[row, :length] = prompt[prompts.shape[1] - length :]
     columns = own.unsqueeze(-1) + token - 1
     ids.scatter_(1, columns, fed)
-    states = []
-    order, sizes = groups_of_like_length((ends - shared).tolist(), overhead=GROUP[fed.device.type == "cpu"])
+    if isinstance(model, FSDPModule):  # each process has a batch of its own, and is to run as often as the others
+        order, sizes = list(range(len(fed))), [len(fed)]
+    else:
+        overhead = GROUP_ON_CPU if fed.device.type == "cpu" else GROUP_ON_GPU
+        order, sizes = groups_of_like_length((ends - shared).tolist(), overhead)
+    backbone, states = causal_model(model).base_model, []
     for rows in torch.tensor(order, device=fed.device).split(sizes):
         cache = repeated(prefix, len(rows)) if shared else None
-        hidden = causal_model(
-            model
-        ).base_model(  # what is right of a row's end is seen by nothing before it
-            input_ids=ids[rows, shared : int(ends[rows].max())], past_key_values=cache, use_cache=cache is not None
-        )
-        hidden = hidden.last_hidden_state
+        here = ids[rows, shared : int(ends[rows].max())]  # what is right of a row's end is seen by nothing before it
+        hidden = backbone(input_ids=here, past_key_values=cache, use_cache=cache is not None).last_hidden_state
         where = (columns[rows] - shared).clamp_(max=hidden.shape[1] - 1).unsqueeze(-1)
         states.append(hidden.gather(1, where.expand(-1, -1, hidden.shape[-1])))
     return torch.cat(states)[torch.tensor(order, device=fed.device).argsort()]
@@ -302,24 +304,17 @@ def reference_logps(model: PreTrainedModel, pairs: list[Pair], max_rows: int = 6
 
     Each distinct response is scored once, `max_rows` of them at a time.
     """
-    prompts: dict[tuple[str, Ids], Ids] = {}
-    inserted: dict[tuple[str, Ids], Ids] = {}
-    for p in pairs:
-        for response, numbers in ((p.chosen_ids, p.chosen_inserted), (p.rejected_ids, p.rejected_inserted)):
-            if response:
-                prompts[p.problem, response], inserted[p.problem, response] = p.prompt_ids, numbers
-    scores = distinct_logps(model, prompts, max_rows, inserted)
-    return [(scores.get((p.problem, p.chosen_ids), 0.0), scores.get((p.problem, p.rejected_ids), 0.0)) for p in pairs]
+    rows = [
+        ((p.problem, p.chosen_ids, p.chosen_inserted), (p.problem, p.rejected_ids, p.rejected_inserted)) for p in pairs
+    ]
+    prompts = {row: p.prompt_ids for p, both in zip(pairs, rows, strict=True) for row in both if row[1]}
+    scores = distinct_logps(model, prompts, max_rows)
+    return [(scores.get(chosen, 0.0), scores.get(rejected, 0.0)) for chosen, rejected in rows]
 
 
 @torch.no_grad()
-def distinct_logps(
-    model: PreTrainedModel,
-    prompts: dict[tuple[str, Ids], Ids],
-    max_rows: int,
-    inserted: dict[tuple[str, Ids], Ids] | None = None,
-) -> dict[tuple[str, Ids], float]:
-    """log p of every response, in nats: (problem, response) -> its prompt, as (problem, response) -> log p.
+def distinct_logps(model: PreTrainedModel, prompts: dict[Response, Ids], max_rows: int) -> dict[Response, float]:
+    """log p of every response, in nats, given the prompt of each.
 
     `max_rows` responses are run at a time. Where several processes train, each runs a part of them.
     """
@@ -330,9 +325,9 @@ def distinct_logps(
     parts = [todo[i : i + max_rows] for i in range(0, len(todo), max_rows)]
     with counting("log-probabilities", -(-len(parts) // world_size()), "batches") as count:
 
-        def score(part: list[tuple[str, Ids]]) -> list[float]:
-            rows, unscored = [(prompts[key], key[1]) for key in part], [(inserted or {}).get(key, ()) for key in part]
-            batch = to_device(collate(rows, unscored), model)
+        def score(part: list[Response]) -> list[float]:
+            rows = [(prompts[response], response[1]) for response in part]
+            batch = to_device(collate(rows, [inserted for *_, inserted in part]), model)
             logps = through(model, response_logps, batch).tolist()
             count()
             return logps
@@ -353,18 +348,15 @@ def pair_batch(pairs: list[Pair]) -> dict[str, Tensor]:
     the reference's log-probabilities, where the pairs have them. `lengths` and `rejected_lengths` [pairs] are the
     chosen and rejected responses' numbers of scored tokens, `reward_gaps` [pairs] their rewards' differences.
     """
-    number: dict[tuple[Ids, Ids], int] = {}  # of a row, by its prompt and response
-    inserted: list[Ids] = []  # of a row
+    number: dict[tuple[Ids, Ids, Ids], int] = {}  # of a row, by its prompt, response and what of it is not scored
 
-    def row(prompt: Ids, response: Ids, unscored: Ids) -> int:
-        if (prompt, response) not in number:
-            inserted.append(unscored)
-        return number.setdefault((prompt, response), len(number))
+    def row(*own: Ids) -> int:
+        return number.setdefault(own, len(number))
 
     chosen = [row(p.prompt_ids, p.chosen_ids, p.chosen_inserted) for p in pairs]
     rejected = [row(p.prompt_ids, p.rejected_ids, p.rejected_inserted) if p.rejected_ids else -1 for p in pairs]
     batch = {
-        **collate(list(number), inserted),
+        **collate([(prompt, response) for prompt, response, _ in number], [inserted for *_, inserted in number]),
         "chosen": torch.tensor(chosen),
         "rejected": torch.tensor(rejected),
         "lengths": torch.tensor([len(p.chosen_ids) - len(p.chosen_inserted) for p in pairs]),
