@@ -14,6 +14,8 @@ from typing import Annotated, Any, Literal, Self, get_args, get_origin
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
+VERSIONS = ("torch", "transformers", "tokenizers", "peft", "bitsandbytes", "accelerate")  # make what a model computes
+MATH_VERSIONS = ("math-verify", "latex2sympy2_extended", "sympy")  # of what checks LaTeX answers
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM has room for
 EXECUTIONS = ("isolated", "i-accept-the-risk")  # how sampled programs are run, see extras/code/sandbox.py
 # Parameters that say where something is computed or shown, and not what comes of it: they are in no stage's key.

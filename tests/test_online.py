@@ -42,6 +42,7 @@ def advantages(select, values):
 def test_an_advantage_is_the_reward_above_the_mean_of_the_others():
     assert advantages(group_of, [1.0, 0.0, 0.0, None]) == [1.0, -1 / 3, -1 / 3, -1 / 3]
     assert advantages(group_of, [1.0, 1.0, 1.0]) == advantages(group_scaled_of, [0.0, None]) == []
+    assert advantages(group_scaled_of, [0.3, 0.1 + 0.2]) == []  # they differ in the last digit
     assert advantages(group_scaled_of, [1.0, 0.0]) == pytest.approx([0.5**0.5, -(0.5**0.5)])
 
 
@@ -230,7 +231,7 @@ def test_problems_are_asked_in_turn_and_pairs_repeated_where_they_are_too_few(
     assert behind > 10
     few = replace(draws, batch=40)  # 80 pairs are wanted, of 10 problems with one pair each at most
     pairs, counted = few.fresh(0)
-    assert len(pairs) == 80 and counted["made"] <= 10 and counted["asked"] == 10
+    assert len(pairs) == 80 and counted["made"] <= 10 and counted["tried"] == 10
     assert len({(p.problem, p.chosen_ids) for p in pairs}) == counted["made"]
 
 

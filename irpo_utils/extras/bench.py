@@ -144,6 +144,8 @@ def samplers(shape: Shape, stack: ExitStack) -> dict[str, Callable[[], float]]:
     def generated(size: int) -> int:
         """One batch after the other: where nothing differs between batches, two of them have the rate of all."""
         set_seed(0)
+        own = model.config._attn_implementation
+        model.set_attn_implementation("sdpa")
         todo, drawn = sorted(prompts.values(), key=len), 0
         for i in range(0, len(todo) if eos >= 0 else min(len(todo), 2 * size), size):
             ids, mask = (t.to(model.device) for t in logprobs.padded(todo[i : i + size], left=True))
@@ -159,6 +161,7 @@ def samplers(shape: Shape, stack: ExitStack) -> dict[str, Callable[[], float]]:
             )[:, ids.shape[1] :]
             ended = (out == eos).int().cumsum(-1) - (out == eos).int()
             drawn += int((ended == 0).sum())
+        model.set_attn_implementation(own)
         return drawn
 
     sizes = [s for s in ((8, 16) if eos >= 0 else (1, 2)) if s <= shape.problems]  # the best ones of a longer search
@@ -247,6 +250,8 @@ def trainers(shape: Shape) -> dict[str, Callable[[], float]]:
         # For an adapter the trainer makes a frozen copy of it by itself.
         policy, reference = copy.deepcopy(model), None if precompute or shape.lora else copy.deepcopy(model)
         as_in_peft(policy)
+        for own in filter(None, (policy, reference)):
+            models.causal_model(own).set_attn_implementation("sdpa")
         arguments = DPOConfig(
             tempfile.mkdtemp(),
             loss_type=["sigmoid", "sft"],

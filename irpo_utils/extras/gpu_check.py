@@ -42,7 +42,7 @@ from ..model.prompts import encode_prompts, stop_ids
 from ..model.sampling import sample
 from ..model.shape import Shape as ModelShape
 from ..model.training import LN2, PreferenceTrainer, train
-from ..settings import ModelConfig, PairsConfig, SamplingConfig, Settings, TaskConfig, TrainConfig
+from ..settings import VERSIONS, ModelConfig, PairsConfig, SamplingConfig, Settings, TaskConfig, TrainConfig
 from ..tasks import get_task
 from .synthetic import Shape, make_pairs, random_prompts, word_tokenizer
 
@@ -477,7 +477,7 @@ def lines_of(result: dict[str, Any]) -> list[str]:
 
 def versions() -> dict[str, str | None]:
     found: dict[str, str | None] = {"python": sys.version.split()[0]}
-    for name in ("torch", "transformers", "peft", "bitsandbytes", "accelerate"):
+    for name in VERSIONS:
         try:
             found[name] = version(name)
         except PackageNotFoundError:

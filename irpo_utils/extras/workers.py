@@ -8,6 +8,7 @@ file there, goes on with any other number.
 
 from __future__ import annotations
 
+import platform
 import socket
 import sys
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from ..files import PACKAGE, ConfigError, file_hash, own_modules
 from ..methods.parts import SAMPLERS
 from ..methods.sampler import Sampler, Work
 from ..model.records import Record
-from ..settings import Settings
+from ..settings import MATH_VERSIONS, VERSIONS, Settings
 from ..tasks.base import Problem, Task
 from .cluster import actor, connected, results
 
@@ -59,8 +60,8 @@ class Worker:
 
 def code_here() -> dict[str, str]:
     """What a draw depends on beside the configuration, on this machine: versions, and a hash of the package's code."""
-    versions = {name: version(name) for name in ("torch", "transformers", "tokenizers", "peft")}
-    return versions | {"irpo_utils": file_hash(PACKAGE, (".py",))}
+    versions = {name: version(name) for name in (*VERSIONS, *MATH_VERSIONS)}
+    return versions | {"python": platform.python_version()} | {"irpo_utils": file_hash(PACKAGE, (".py",))}
 
 
 @contextmanager

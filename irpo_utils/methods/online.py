@@ -59,16 +59,16 @@ class Draws:
             ValueError: a pass over all problems makes none.
         """
         config, earlier, counted = self.sampler.config, sum(self.counted(step).values(), Counter()), Counter()
-        wanted, pairs, asked = config.train.sync_every * self.batch, [], set()
+        wanted, pairs, tried = config.train.sync_every * self.batch, [], set()
         most = config.sampling.n if parts.part("selection", self.selection).signed else config.pairs.k
-        while len(pairs) < wanted and len(asked) < len(self.problems):
+        while len(pairs) < wanted and len(tried) < len(self.problems):
             both = earlier + counted
-            rate = max(both["made"] / both["asked"], 1 / len(self.problems)) if both["asked"] else most
-            part, place = self.next_problems(both["place"], math.ceil((wanted - len(pairs)) / rate), asked)
+            rate = max(both["made"] / both["tried"], 1 / len(self.problems)) if both["tried"] else most
+            part, place = self.next_problems(both["place"], math.ceil((wanted - len(pairs)) / rate), tried)
             own, found = self.drawn(part, step)
             pairs += own
-            counted += found + Counter(asked=len(part), place=place - both["place"], made=len(own))
-            asked |= {p.id for p in part}
+            counted += found + Counter(tried=len(part), place=place - both["place"], made=len(own))
+            tried |= {p.id for p in part}
         if not pairs:
             raise ValueError(
                 f"no pair can be made of {counted['samples']} samples after step {step}: "
@@ -93,16 +93,16 @@ class Draws:
         counted["drawn_tokens"] = sum(len(s.token_ids) for own in samples.values() for s in own)
         return pairs, counted
 
-    def next_problems(self, place: int, count: int, asked: set[str]) -> tuple[list[Problem], int]:
-        """Up to `count` problems from `place` on in the passes over all, none of `asked`; and the place behind them."""
-        found, count = {}, min(count, len(self.problems) - len(asked))
+    def next_problems(self, place: int, count: int, tried: set[str]) -> tuple[list[Problem], int]:
+        """Up to `count` problems from `place` on in the passes over all, none of `tried`; and the place behind them."""
+        found, count = {}, min(count, len(self.problems) - len(tried))
         while len(found) < count:
             turn, first = divmod(place, len(self.problems))
             order = random.Random(f"{self.seed}/{turn}").sample(self.problems, len(self.problems))
             for problem in order[first:]:
                 if len(found) < count:
                     place += 1
-                    found |= {problem.id: problem} if problem.id not in asked else {}
+                    found |= {problem.id: problem} if problem.id not in tried else {}
         return list(found.values()), place
 
 
@@ -144,6 +144,6 @@ class OnlineTraining(Training):
         Record.write(self.folder / "pairs.jsonl", pairs)
         audit = audited(pairs, total, drawn=True) | {"drawn_tokens": total["drawn_tokens"]}
         write_json(self.folder / "audit.json", audit)
-        shown = ("asked", "samples", "right", "drawn_tokens")
+        shown = ("tried", "samples", "right", "drawn_tokens")
         counts = [{"step": step, **{name: own[name] for name in shown}} for step, own in each.items()]
         return facts | self.kept(self.folder, model) | {"draws": counts}

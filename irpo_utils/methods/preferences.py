@@ -7,9 +7,7 @@ goes through the chat template, a response ends with the token that ends a turn.
 
 from __future__ import annotations
 
-import random
 from collections import Counter
-from statistics import mean
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -21,6 +19,7 @@ from ..model.records import Pair
 from ..settings import Settings
 from ..tasks import get_task
 from ..tasks.records import alike, is_file, read_file, read_hub
+from .select import capped, mean_tokens
 
 Turns = list[dict[str, str]]
 ROLES = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
@@ -35,14 +34,14 @@ def read(config: Settings, imitates: bool = False, seed: int = 0) -> tuple[list[
     Raises:
         ConfigError: there is no such file, a line of it is not preference data, or no pair is left.
     """
-    source, limit, cap = config.pairs.file, config.pairs.max_tokens, config.pairs.max_pairs
+    source, limit = config.pairs.file, config.pairs.max_tokens
     if not source:
         raise ConfigError("pairs.file: the selection 'file' needs preference data, as in pairs.file=pairs.jsonl")
     tokenizer, task = load_tokenizer(config.model), get_task(config.task)
     end = stop_ids(config.model, tokenizer)[0]
     held_out = {alike(t) for s in ("dev", "test") for p in task.problems(s) for t in (p.question, task.prompt(p))}
     rows = read_file(resolve(source), "pairs.file") if is_file(source) else read_hub(source, "pairs.file")
-    pairs, audit = [], Counter(problems=len(rows), duplicates=0, over_long=0, held_out=0, capped=0)
+    pairs, audit = [], Counter(problems=len(rows), duplicates=0, over_long=0, held_out=0)
     for number, (place, row) in enumerate(rows, 1):
         try:
             turns, *answers = conversation(row)
@@ -68,22 +67,20 @@ def read(config: Settings, imitates: bool = False, seed: int = 0) -> tuple[list[
             f"{audit['held_out']} ask a question of dev or test"
         )
         raise ConfigError(f"pairs.file: no pair of {source} is left of {len(rows)}: {why}")
-    if 0 < cap < len(pairs):
-        audit["capped"] = len(pairs) - cap
-        pairs = random.Random(seed).sample(pairs, cap)
-    return pairs, {**audit, "pairs": len(pairs), "chosen_tokens": mean(len(p.chosen_ids) for p in pairs)}
+    pairs = capped(pairs, config.pairs.max_pairs, seed, audit)
+    return pairs, {**audit, "pairs": len(pairs), **mean_tokens(pairs)}
 
 
 def conversation(row: Any) -> tuple[Turns, str, str]:
     """What was said, and the chosen and rejected answer to it. Raises ValueError for a line that is neither form."""
     fields = {"prompt": [], **row} if isinstance(row, dict) else {}
     prompt, chosen, rejected = (turns_of(fields.get(name), name, role) for name, role in ROLES.items())
-    said = chosen[:-1] or prompt
+    turns = chosen[:-1] or prompt
     if chosen[:-1] != rejected[:-1]:
         raise ValueError("chosen and rejected answer different conversations; they may differ in the last turn alone")
-    if not said or said[-1]["role"] != "user" or {chosen[-1]["role"], rejected[-1]["role"]} != {"assistant"}:
+    if not turns or turns[-1]["role"] != "user" or {chosen[-1]["role"], rejected[-1]["role"]} != {"assistant"}:
         raise ValueError("expected a prompt that ends with the user's turn, and an answer of the assistant's to it")
-    return said, chosen[-1]["content"], rejected[-1]["content"]
+    return turns, chosen[-1]["content"], rejected[-1]["content"]
 
 
 def turns_of(found: Any, name: str, role: str) -> Turns:

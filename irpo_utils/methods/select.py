@@ -161,6 +161,8 @@ def group_scaled_of(samples: list[Sample], gold: Sample | None, config: PairsCon
     if len(set(worth)) < 2:
         return []
     middle, spread = mean(worth), stdev(worth)
+    if spread < 1e-9 * max(map(abs, worth)):  # rounding
+        return []
     return [(replace(s, reward=(own - middle) / spread), None) for s, own in zip(samples, worth, strict=True)]
 
 
@@ -226,10 +228,14 @@ def select(
     if not pairs:
         golds = sum(bool(p.gold) for p in prompts.values())
         raise ValueError(_nothing(parts.part("selection", selection), selection, audit, golds))
-    audit["capped"] = max(0, len(pairs) - config.max_pairs) if config.max_pairs else 0
-    if audit["capped"]:
-        pairs = random.Random(seed).sample(pairs, config.max_pairs)
+    pairs = capped(pairs, config.max_pairs, seed, audit)
     return pairs, audited(pairs, audit, drawn=bool(samples))
+
+
+def capped(pairs: list[Pair], most: int, seed: int | str, audit: Counter[str]) -> list[Pair]:
+    """At most `most` of the pairs (0: all), drawn with the seed; `audit` counts the others."""
+    audit["capped"] = max(0, len(pairs) - most) if most else 0
+    return random.Random(seed).sample(pairs, most) if audit["capped"] else pairs
 
 
 def made(
@@ -266,11 +272,15 @@ def made(
 def audited(pairs: list[Pair], audit: Counter[str], drawn: bool) -> dict[str, Any]:
     """The audit of what is trained on: what was counted, and mean lengths. `drawn`: whether there were samples."""
     audit["pairs"] = len(pairs)
-    facts: dict[str, Any] = {key: audit[key] for key in AUDIT_KEYS if drawn or key in GOLD_KEYS}
-    facts["chosen_tokens"] = mean(len(p.chosen_ids) for p in pairs)
-    if rejected := mean(len(p.rejected_ids) for p in pairs):
-        facts |= {"rejected_tokens": rejected, "length_gap": facts["chosen_tokens"] - rejected}
-    return facts
+    return {key: audit[key] for key in AUDIT_KEYS if drawn or key in GOLD_KEYS} | mean_tokens(pairs)
+
+
+def mean_tokens(pairs: list[Pair]) -> dict[str, float]:
+    """The mean lengths of chosen and rejected responses, and by how much the chosen are longer."""
+    chosen, rejected = mean(len(p.chosen_ids) for p in pairs), mean(len(p.rejected_ids) for p in pairs)
+    return {"chosen_tokens": chosen} | (
+        {"rejected_tokens": rejected, "length_gap": chosen - rejected} if rejected else {}
+    )
 
 
 def _usable(

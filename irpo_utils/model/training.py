@@ -449,8 +449,9 @@ def train(
     recorder.trainer = None  # trainer and recorder hold each other, and with them the model and its optimizer
     check_same(model)
     if draw is not None:
-        drawn = [pair for step in range(0, steps, config.sync_every) for pair in draw(step)]
-        trained_tokens = sum(map(pair_tokens, drawn[: batch * steps]))
+        taken = stop_after or steps
+        drawn = [pair for step in range(0, taken, config.sync_every) for pair in draw(step)]
+        trained_tokens = sum(map(pair_tokens, drawn[: batch * taken]))
     best = from_first(lambda: json.loads((folder / "best" / "best.json").read_text()))
     return {
         "best_step": best["step"],

@@ -72,7 +72,7 @@ def run_stages(stages: list[Stage], after: int = 0, watch: bool = True) -> None:
     """
     spent: list[float] = []
     todo = list(enumerate(stages, 1))
-    for i, stage in todo:
+    for position, (i, stage) in enumerate(todo):
         # M_0's stages are shared: whoever comes first does them, the others wait and then find them done. No stage
         # reads an evaluation, so they come back to that one at the end.
         puts_off = stage.name == "04_evaluate" and len(todo) == len(stages)
@@ -87,7 +87,7 @@ def run_stages(stages: list[Stage], after: int = 0, watch: bool = True) -> None:
             if not found and executed(stage).exists():
                 say(f"[{i}/{len(stages)}] {stage.label()}: done already")
                 continue
-            left = f", about {sum(spent) / len(spent) * (len(stages) - i + 1 + after):.0f} s left" if spent else ""
+            left = f", about {sum(spent) / len(spent) * (len(todo) - position + after):.0f} s left" if spent else ""
             say(f"[{i}/{len(stages)}] {stage.label()}{reasons(stage, found)} ...{left}")
             started = time.monotonic()
             with watched(of_stage(stage)) if watch else nullcontext():

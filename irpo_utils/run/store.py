@@ -44,7 +44,7 @@ from ..methods.parts import SAMPLERS, Engine
 from ..model import packaged
 from ..model.records import Prompt, Record, Sample
 from ..progress import kept
-from ..settings import PLACES, ModelConfig, Section
+from ..settings import MATH_VERSIONS, PLACES, VERSIONS, ModelConfig, Section
 from ..tasks import TASKS
 from ..tasks.base import Problem, Task
 from ..tasks.records import is_file
@@ -53,8 +53,6 @@ from .config import Config, dump, read_config
 from .presets import load_preset, presets
 
 Kind = TypeVar("Kind", bound=Record)
-VERSIONS = ("torch", "transformers", "tokenizers", "peft", "bitsandbytes", "accelerate")
-MATH_VERSIONS = ("math-verify", "latex2sympy2_extended", "sympy")  # of what checks LaTeX answers
 # What of a model's folder makes the model.
 MODEL_FILES = (".safetensors", ".json", ".model", ".txt", ".jinja", ".py")
 PUBLISHED = OUTPUTS / "reference"
