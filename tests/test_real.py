@@ -259,9 +259,10 @@ def test_dropout_in_the_base_is_off(folders, tmp_path):
     facts = json.loads((tmp_path / "model" / "config.json").read_text())
     (tmp_path / "model" / "config.json").write_text(json.dumps(facts | {"attention_dropout": 0.5}))
     config = load_preset("gsm8k-qwen2.5-0.5b", settings("gsm8k", tmp_path / "model")).model
-    model = load.load_policy(config, trainable=True).train()
     ids = torch.arange(5, 30).unsqueeze(0)
-    assert torch.equal(model(ids).logits, model(ids).logits)
+    for policy in (None, tmp_path / "model"):  # the base with an adapter; a whole model that was trained
+        model = load.load_policy(config, policy, trainable=True).train()
+        assert torch.equal(model(ids).logits, model(ids).logits)
 
 
 @pytest.mark.parametrize(

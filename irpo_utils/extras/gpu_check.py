@@ -290,9 +290,6 @@ def run_micro(now: Work) -> Iterator[Row]:
     yield row("the last model, greedy on test", stage.result()[0]["test"]["greedy"], "of the problems")
 
 
-MODEL = "irpo-gpu-check-"  # how the folder of a model with random weights begins
-
-
 class TimedTrainer(PreferenceTrainer):
     """Notes when each micro-batch begins."""
 
@@ -306,7 +303,7 @@ class TimedTrainer(PreferenceTrainer):
 def train_in_four_bits(now: Work) -> Iterator[Row]:
     """NF4 + LoRA + paged 8-bit AdamW on the large model: loaded from its files, scored, trained."""
     peaks, longest = Peaks.measured(), int(1.2 * now.shape.response) + 1 + now.shape.prompt + 5
-    with tempfile.TemporaryDirectory(prefix=MODEL, dir=roomy()) as folder:
+    with tempfile.TemporaryDirectory() as folder:
         model_folder = Path(folder) / "model"
         started = finished()
         now.large.model(torch.bfloat16).save_pretrained(model_folder)
@@ -445,20 +442,18 @@ def apart(name: str, patience: float) -> dict[str, Any]:
     target.unlink(missing_ok=True)
     command = [sys.executable, "-m", "irpo_utils.extras.gpu_check", name, str(target)]
     quiet = {"TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore"}
-    try:
-        done = subprocess.run(
-            command, cwd=ROOT, env=os.environ | quiet, capture_output=True, text=True, timeout=patience
-        )
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        ended = f"it ended with exit code {done.returncode}: {last}" if done.returncode else ""
-    except subprocess.TimeoutExpired:
-        ended = f"it was ended after {patience:.0f} s"
+    with tempfile.TemporaryDirectory(dir=roomy()) as folder:  # goes with what a part that is killed leaves in it
+        own = os.environ | quiet | {"TMPDIR": folder}
+        try:
+            done = subprocess.run(command, cwd=ROOT, env=own, capture_output=True, text=True, timeout=patience)
+            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            ended = f"it ended with exit code {done.returncode}: {last}" if done.returncode else ""
+        except subprocess.TimeoutExpired:
+            ended = f"it was ended after {patience:.0f} s"
     found = json.loads(target.read_text()) if target.exists() else {"rows": []}
     target.unlink(missing_ok=True)
     if ended:
         found["reason"] = ended
-    for left in Path(roomy() or tempfile.gettempdir()).glob(f"{MODEL}*"):
-        shutil.rmtree(left, ignore_errors=True)  # of a part that was killed
     return found
 
 
