@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 Record = dict[str, Any]
+KS = (1, 2, 4, 8, 16, 32)  # of maj@k and pass@k
 
 
 def wilson(correct: int, total: int) -> tuple[float, float]:
@@ -77,13 +78,7 @@ def sign_test(gained: int, lost: int) -> float:
 
 def auc(scores: Sequence[float], labels: Sequence[int]) -> float | None:
     """Probability that a positive scores above a negative, [n] each; ties count half. None if either is missing."""
-    scores, positive = np.asarray(scores, dtype=float), np.asarray(labels, dtype=bool)
-    if positive.all() or not positive.any():
-        return None
-    values, at, count = np.unique(scores, return_inverse=True, return_counts=True)
-    ranks = (np.cumsum(count) - (count - 1) / 2)[at]  # of tied ones, their mean
-    n = positive.sum()
-    return float((ranks[positive].sum() - n * (n + 1) / 2) / (n * (len(values[at]) - n)))
+    return ranking([(scores, labels)], draws=0)["auc"]
 
 
 def pass_at_k(correct: int, total: int, k: int) -> float:
@@ -195,7 +190,7 @@ def summarize(records: list[Record]) -> dict[str, float]:
         out["greedy_flexible"] = sum(r["flexible"] == 1 for r in records) / total
     if samples:
         out["sampled"] = sum(x == 1 for r in records for x in r["rewards"]) / (total * samples)
-    for k in (1, 2, 4, 8, 16, 32):
+    for k in KS:
         if k <= samples:
             rewards = [[x == 1 for x in r["rewards"]] for r in records]
             per_problem = {

@@ -13,6 +13,7 @@ import time
 import pytest
 import torch
 from conftest import ROOT, drive
+from psutil import pid_exists
 
 from irpo_utils import files
 from irpo_utils.extras import remote
@@ -24,7 +25,6 @@ from irpo_utils.model.logprobs import collate, response_logps
 from irpo_utils.model.prompts import encode_prompts
 from irpo_utils.run import store
 from irpo_utils.run.presets import load_preset
-from irpo_utils.run.rank import is_there
 from irpo_utils.run.stages.evaluate import EvaluateStage
 from irpo_utils.run.stages.sample import SampleStage
 
@@ -319,9 +319,9 @@ def test_its_processes_end_in_the_midst_of_a_draw_with_the_one_that_is_killed(tm
         while not (tmp_path / "drawing").exists() or not (pids := (tmp_path / "drawing").read_text().split()):
             assert parent.poll() is None
             time.sleep(0.05)
-        assert all(is_there(int(pid)) for pid in pids)
+        assert all(pid_exists(int(pid)) for pid in pids)
         parent.kill()
     end = time.monotonic() + 10
-    while any(is_there(int(pid)) for pid in pids):
+    while any(pid_exists(int(pid)) for pid in pids):
         assert time.monotonic() < end, "a child outlives its parent"
         time.sleep(0.05)

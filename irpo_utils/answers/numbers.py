@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from decimal import Context, Inexact
 from fractions import Fraction
 from math import factorial, isqrt
 from typing import NamedTuple
@@ -485,18 +486,14 @@ def last_number(text: str) -> Fraction | None:
     return found[-1] if found else None
 
 
+EXACT = Context(prec=2000, traps=[Inexact])  # more digits than any number that is read has
+
+
 def plain(value: Fraction) -> str:
     """A number in its one way of being written: "1080", "0.5", "1/3"."""
-    denominator = value.denominator
-    for prime in (2, 5):
-        while denominator % prime == 0:
-            denominator //= prime
-    if denominator != 1:
-        return f"{value.numerator}/{value.denominator}"
     if value.denominator == 1:
         return str(value.numerator)
-    digits = 0
-    while (value * 10**digits).denominator != 1:
-        digits += 1
-    whole = str(abs(value.numerator) * 10**digits // value.denominator).zfill(digits + 1)
-    return f"{'-' if value < 0 else ''}{whole[:-digits]}.{whole[-digits:]}"
+    try:
+        return f"{EXACT.divide(value.numerator, value.denominator):f}"
+    except Inexact:
+        return f"{value.numerator}/{value.denominator}"

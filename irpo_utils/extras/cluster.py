@@ -18,6 +18,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest.mock import patch
 
 from ..files import ConfigError
 from ..settings import Settings
@@ -89,15 +90,9 @@ def quick_imports(folder: Path) -> Iterator[None]:
     each of Ray's six processes, for a check of addresses that nobody asks for. Ray gives up those that take 15 s.
     """
     (folder / "rfc3987_syntax.py").write_text("raise ImportError\n")
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(folder), *([before] if before else [])])
-    try:
+    path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+    with patch.dict(os.environ, PYTHONPATH=path):
         yield
-    finally:
-        if before is None:
-            del os.environ["PYTHONPATH"]
-        else:
-            os.environ["PYTHONPATH"] = before
 
 
 def results(actors: list[Any], calls: list[tuple]) -> Iterator[Any]:

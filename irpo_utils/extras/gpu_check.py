@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from ..files import OUTPUTS, ROOT, ConfigError, load_object, relative, write_json, write_text
 from ..model.load import device, free_bytes, load_policy, load_tokenizer
@@ -87,13 +87,8 @@ class Size:
     def model(self, dtype: torch.dtype) -> LlamaForCausalLM:
         """The model on the device, the same whenever it is made."""
         torch.manual_seed(0)
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(dtype)
-        try:
-            with device():
-                return LlamaForCausalLM(self.config).eval()
-        finally:
-            torch.set_default_dtype(before)
+        with device():
+            return AutoModelForCausalLM.from_config(self.config, dtype=dtype).eval()
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
-from functools import cache
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
@@ -23,9 +22,7 @@ from urllib.request import Request as HttpRequest
 from urllib.request import urlopen
 
 from ..files import ConfigError, file_hash
-from ..methods.sampler import Sampler
-from ..model.load import load_tokenizer
-from ..model.prompts import stop_ids
+from ..methods.sampler import Sampler, opened_when_asked
 from ..settings import Settings
 from ..tasks.base import Problem, Task
 from .remote import Answer, Orders, Remote, Request
@@ -172,7 +169,4 @@ def check(config: Settings, jobs: int = 1) -> None:
 @contextmanager
 def opened(config: Settings, policy: Path | None, task: Task, problems: list[Problem]) -> Iterator[Sampler]:
     """A sampler of M_t (None: the base) on the server, which is first asked by the first draw."""
-    tokenizer = load_tokenizer(config.model)
-    server = cache(lambda: Server(config, policy))
-    stops = stop_ids(config.model, tokenizer)
-    yield Sampler(lambda prompts, **options: server().sample(prompts, **options), tokenizer, task, stops, config)
+    yield opened_when_asked(config, task, lambda: Server(config, policy).sample)

@@ -45,7 +45,7 @@ from ..model import losses, training
 from ..model.load import causal_model
 from ..model.logprobs import padded
 from ..model.records import Pair
-from ..model.training import Loss
+from ..model.training import Loss, finite
 
 Weights = dict[str, float]
 
@@ -110,13 +110,6 @@ class OnIds:
     def _send_telemetry(self) -> None:
         """Training sends nothing anywhere."""
 
-    def finite(self, loss: Tensor) -> Tensor:
-        """The loss. Raises FloatingPointError where it is not finite."""
-        if not torch.isfinite(loss):
-            step, lr = self.state.global_step + 1, self.args.learning_rate
-            raise FloatingPointError(f"the loss is {loss.item()} at step {step}; lower train.lr (it is {lr:g})")
-        return loss
-
 
 class TokenTrainer(OnIds, DPOTrainer):
     """DPOTrainer on token ids and known reference log-probabilities."""
@@ -138,7 +131,7 @@ class TokenTrainer(OnIds, DPOTrainer):
         return dataset  # it holds them already
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None) -> Tensor:
-        loss = self.finite(super().compute_loss(model, inputs))
+        loss = finite(self, super().compute_loss(model, inputs))
         logged = {name: values[-1] for name, values in self._metrics["train"].items()}
         self._metrics["train"].clear()
         chosen = logged["logps/chosen"]
@@ -184,7 +177,7 @@ class OddsTrainer(OnIds, ORPOTrainer):
         return super().odds_ratio_loss(chosen, rejected)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None) -> Tensor:
-        loss = self.finite(super().compute_loss(model, inputs))
+        loss = finite(self, super().compute_loss(model, inputs))
         logged = {name: values[-1] for name, values in self._stored_metrics["train"].items()}
         self._stored_metrics["train"].clear()
         lengths = [(inputs[f"{side}_labels"] != -100).sum(-1) for side in ("chosen", "rejected")]
@@ -240,7 +233,7 @@ class GroupTrainer(OnIds, GRPOTrainer):
         return found
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None) -> Tensor:
-        loss = self.finite(self._compute_loss(model, inputs))
+        loss = finite(self, self._compute_loss(model, inputs))
         self._metrics["train"].clear()
         mask = inputs["completion_mask"]
         logps = (self.per_token * mask).sum(-1)

@@ -16,7 +16,7 @@ from ..answers.arithmetic import result_behind
 from ..model.load import load_policy, load_tokenizer
 from ..model.prompts import encode_prompts, encode_response, ending_tokens, stop_ids, text_ids
 from ..model.records import Prompt, Record, Sample
-from ..model.sampling import Completion, sample
+from ..model.sampling import DEV_SCORE_ROWS, Completion, sample
 from ..progress import counting
 from ..settings import Settings
 from ..tasks.base import Problem, Task
@@ -51,10 +51,7 @@ class Calculator:
         return line[len(head) :]
 
 
-@cache
-def calculator_of(tokenizer: PreTrainedTokenizerBase) -> Calculator:
-    """One for a tokenizer, since to find its triggers every token is decoded."""
-    return Calculator(tokenizer)
+calculator_of = cache(Calculator)  # to find its triggers every token is decoded
 
 
 @dataclass(frozen=True)
@@ -73,10 +70,6 @@ class Sampler:
         """What asks a model in memory the problems of `task`, and grades its responses."""
         stops = ending_tokens(tokenizer, model.generation_config)
         return cls(partial(sample, model), tokenizer, task, stops, config)
-
-    @property
-    def calculator(self) -> Calculator:
-        return calculator_of(self.tokenizer)
 
     def on(self, model: PreTrainedModel) -> Sampler:
         """The same for a model in memory."""
@@ -97,6 +90,13 @@ class Sampler:
             for p in problems
         }
 
+    def ask(self, problems: list[Problem], **options: Any) -> Iterator[dict[str, list[Completion]]]:
+        """Responses to problems, a batch at a time; `options` are those of `sampling.sample`."""
+        sampling = self.config.sampling
+        own = {"eos_id": self.stops, "max_new_tokens": sampling.max_new_tokens, "max_rows": sampling.max_rows}
+        own |= {"insert": calculator_of(self.tokenizer)} if sampling.calculator else {}
+        return self.draw(encode_prompts(self.task, self.tokenizer, problems), **own | options)
+
     def samples(
         self, problems: list[Problem], *, n: int, temperature: float, seed: int, label: str, greedy_too: bool = False
     ) -> Iterator[list[Sample]]:
@@ -104,21 +104,11 @@ class Sampler:
 
         With `greedy_too` a problem's samples come after one that is greedy, whose number is -1.
         """
-        by_id, sampling = {p.id: p for p in problems}, self.config.sampling
+        by_id, most = {p.id: p for p in problems}, self.config.sampling.max_rows
+        options = {"n": n, "temperature": temperature, "seed": seed, "greedy_too": greedy_too}
+        options["max_rows"] = most if n > 1 else min(DEV_SCORE_ROWS, most)
         with counting(label, len(problems), "problems") as count:
-            drawn = self.draw(
-                encode_prompts(self.task, self.tokenizer, problems),
-                n=n,
-                temperature=temperature,
-                seed=seed,
-                eos_id=self.stops,
-                max_new_tokens=sampling.max_new_tokens,
-                max_rows=sampling.max_rows if n > 1 else min(256, sampling.max_rows),
-                greedy_too=greedy_too,
-                progress=count.problems,
-                **({"insert": self.calculator} if sampling.calculator else {}),
-            )
-            for batch in drawn:
+            for batch in self.ask(problems, progress=count.problems, **options):
                 yield self.graded(
                     [(by_id[name], i - greedy_too, c) for name, own in batch.items() for i, c in enumerate(own)]
                 )
@@ -156,9 +146,10 @@ class Sampler:
         processes `work` and its chunk go there, so both must pickle.
         """
         missing = {path: chunk for path, chunk in chunks.items() if not path.exists()}
-        spread, made = self.spread or partial(in_turn, self), {}
+        here = ((path, work(self, chunk)) for path, chunk in missing.items())
+        made = {}
         with counting(label, len(chunks), "parts", done=len(chunks) - len(missing)) as count:
-            for path, records in spread(work, missing):
+            for path, records in self.spread(work, missing) if self.spread else here:
                 Record.write(path, records)
                 made[path] = records
                 count()
@@ -208,10 +199,11 @@ def samples_of(sampler: Sampler, chunk: tuple[list[Problem], str], **options: An
     return [s for batch in sampler.samples(problems, label=label, **options) for s in batch]
 
 
-def in_turn(sampler: Sampler, work: Work, chunks: dict[Path, Any]) -> Iterator[tuple[Path, list[Record]]]:
-    """`Sampler.spread` without other processes."""
-    for path, chunk in chunks.items():
-        yield path, work(sampler, chunk)
+def opened_when_asked(config: Settings, task: Task, start: Callable[[], Draw]) -> Sampler:
+    """A sampler of the run's model whose engine is started by its first draw."""
+    tokenizer, draw = load_tokenizer(config.model), cache(start)
+    stops = stop_ids(config.model, tokenizer)
+    return Sampler(lambda prompts, **options: draw()(prompts, **options), tokenizer, task, stops, config)
 
 
 @contextmanager
@@ -221,7 +213,6 @@ def opened(config: Settings, policy: Path | None, task: Task, problems: list[Pro
     Args:
         problems: what it will be asked, for engines that want to know how long prompts are.
     """
-    model = cache(lambda: load_policy(config.model, policy, threads=config.threads))
-    tokenizer = load_tokenizer(config.model)
-    stops = stop_ids(config.model, tokenizer)
-    yield Sampler(lambda prompts, **options: sample(model(), prompts, **options), tokenizer, task, stops, config)
+    yield opened_when_asked(
+        config, task, lambda: partial(sample, load_policy(config.model, policy, threads=config.threads))
+    )

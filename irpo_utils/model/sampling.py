@@ -35,6 +35,7 @@ from .load import causal_model, free_bytes, shards
 from .shape import cache_numbers
 from .shared_prompt import SampleCache, numbered, pad_after, repeated, run_prefix, shared_attention, shares_prompts
 
+DEV_SCORE_ROWS = 256  # responses at once where each is greedy, at most
 PREFILL_TOKENS = 1 << 15  # prompt tokens of a part that is run at once, at most
 ENOUGH_TOKENS = 1 << 11  # prompt tokens after which longer prompts are rather run by themselves
 LONGER = 1.25  # that many times as long as the shortest

@@ -61,6 +61,14 @@ def batch_losses(
     return loss(scores, **weights), chosen, rejected
 
 
+def finite(trainer: Trainer, loss: Tensor) -> Tensor:
+    """The loss of a step. Raises FloatingPointError where it is not finite."""
+    if not torch.isfinite(loss):
+        step, lr = trainer.state.global_step + 1, trainer.args.learning_rate
+        raise FloatingPointError(f"the loss is {loss.item()} at step {step}; lower train.lr (it is {lr:g})")
+    return loss
+
+
 class PreferenceTrainer(Trainer):
     """The transformers Trainer with the loss of a method; `terms` holds the last step's means for the log."""
 
@@ -74,10 +82,7 @@ class PreferenceTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         terms, chosen, rejected = batch_losses(model, inputs, self.loss, self.weights)
-        loss = terms.total.mean()
-        if not torch.isfinite(loss):
-            step, lr = self.state.global_step + 1, self.args.learning_rate
-            raise FloatingPointError(f"the loss is {loss.item()} at step {step}; lower train.lr (it is {lr:g})")
+        loss = finite(self, terms.total.mean())
         values = {
             "loss": loss,
             "dpo": terms.dpo,

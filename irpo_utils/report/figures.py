@@ -19,7 +19,7 @@ from IPython.display import display
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
-from ..metrics import bootstrap, pass_at_k
+from ..metrics import KS, bootstrap, pass_at_k
 
 if TYPE_CHECKING:  # named in annotations only; pandas takes a second to import
     import pandas as pd
@@ -134,7 +134,7 @@ def logp_curves(curves: dict[str, Steps], catalogue: Catalogue) -> Figure:
 
 def at_k(summary: dict[str, float], title: str) -> Figure:
     """maj@k and pass@k against k with their 95 % intervals, and the greedy accuracy as a line."""
-    ks = [k for k in (1, 2, 4, 8, 16, 32) if f"maj{k}" in summary]
+    ks = [k for k in KS if f"maj{k}" in summary]
     fig, ax = plt.subplots(figsize=(WIDE, 3), layout="constrained")
     for name, style, color in (("pass", "o-", BLUE), ("maj", "s-", GREEN)):
         ax.plot(ks, [summary[f"{name}{k}"] * 100 for k in ks], style, label=f"{name}@k", color=color)

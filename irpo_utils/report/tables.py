@@ -13,7 +13,7 @@ import pandas as pd
 
 from ..files import read_jsonl
 from ..methods.recipes import Round
-from ..metrics import over_seeds, sign_test, wilson
+from ..metrics import KS, over_seeds, sign_test, wilson
 from ..run.config import Config
 from ..run.stages import method_seeds, plan
 from ..run.stages.evaluate import EvaluateStage
@@ -23,7 +23,6 @@ from ..run.stages.train import TrainStage
 MODEL = ["method", "seed", "iteration"]
 KEYS = ["run", *MODEL, "split"]
 MEASURES = ["problems", "greedy", "greedy_low", "greedy_high"]
-KS = (1, 2, 4, 8, 16, 32)
 # Columns of the metrics as the table names them.
 LABELS = {
     "greedy": "greedy",

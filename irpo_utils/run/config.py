@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import cached_property
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, get_origin
 
@@ -252,19 +253,12 @@ def flatten(raw: Any) -> dict[str, Any]:
 
 def resolve_auto(config: Config) -> Config:
     """The configuration with every "auto" replaced by what this machine has, so a run's record says what was used."""
-    open_ones = {name: both for name, both in AUTO.items() if value_of(config, name) == "auto"}
+    open_ones = {name: both for name, both in AUTO.items() if attrgetter(name)(config) == "auto"}
     if not open_ones:
         return config
     cuda = load_object("torch:cuda").is_available()  # torch takes seconds to import
     there = {"model.dtype": cuda or load_object("irpo_utils.model.load:cpu_multiplies_bfloat16")()}
     return changed(config, {name: both[not there.get(name, cuda)] for name, both in open_ones.items()})
-
-
-def value_of(config: Settings, name: str) -> Any:
-    """The value of a parameter, as of "train.lr"."""
-    for part in name.split("."):
-        config = getattr(config, part)
-    return config
 
 
 def differences(before: Config, now: Config) -> list[str]:

@@ -18,7 +18,7 @@ from ..files import ROOT
 from ..model.load import base_path, load_shape, load_tokenizer, unpacks
 from ..model.logprobs import CHUNK
 from ..model.prompts import encode_prompts, stop_ids
-from ..model.sampling import PREFILL_TOKENS, most_prompts, pick_bytes
+from ..model.sampling import DEV_SCORE_ROWS, PREFILL_TOKENS, most_prompts, pick_bytes
 from ..model.shape import Shape
 from ..settings import ModelConfig, SamplingConfig, Settings, TrainConfig
 from ..tasks.base import Problem, Task
@@ -26,7 +26,6 @@ from ..tasks.base import Problem, Task
 GIB = 1 << 30
 RESERVE = 1.5 * GIB  # the CUDA context or the interpreter, and what allocators cannot use
 NF4_BITS = 4.127  # with double quantization (arXiv 2305.14314, section 3)
-DEV_SCORE_ROWS = 256  # responses at once, at most
 # Run in a process of its own, which gives the GPU back when it ends.
 FREE_BYTES = "from irpo_utils.model import load; print(load.free_bytes())"
 

@@ -16,6 +16,8 @@ import sys
 import threading
 import time
 
+from psutil import pid_exists
+
 from ..files import load_object, lock_at, take, write_json
 from ..model import processes
 from ..progress import kept
@@ -26,19 +28,9 @@ def watch(starter: str) -> None:
     """End this process when the one that waits for it (`starter`, "host:pid"), or the launcher, is gone."""
     launcher = os.getppid()
     host, _, waiting = starter.rpartition(":")
-    while os.getppid() == launcher and (host != socket.gethostname() or is_there(int(waiting))):
+    while os.getppid() == launcher and (host != socket.gethostname() or pid_exists(int(waiting))):
         time.sleep(0.5)
     os.kill(os.getpid(), signal.SIGKILL)  # it may stand in a library that awaits another process
-
-
-def is_there(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
 
 
 def work(where: str, run: str, method: str, seed: str, iteration: str) -> None:

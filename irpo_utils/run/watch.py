@@ -11,6 +11,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
+from psutil import pid_exists
+
 from .. import progress
 from ..progress import bar, described, duration
 from .store import COUNTS, Stage
@@ -84,17 +86,9 @@ def of_run(run: Path) -> Text:
 
     def text(since: float, with_bar: bool) -> str:
         files = [f for where in ("m0/seed_*", "*/seed_*/iteration_*") for f in run.glob(f"{where}/.*.partial/{COUNTS}")]
-        found = [counts for file in sorted(files) if (counts := progress.read(file, since)) and is_there(counts)]
-        stages = [f"{counts['label']} {100 * progress.share(counts['counts']):.0f} %" for counts in found]
+        found = [counts for file in sorted(files) if (counts := progress.read(file, since))]
+        at_work = [counts for counts in found if pid_exists(counts["process"])]  # one that was killed leaves its own
+        stages = [f"{counts['label']} {100 * progress.share(counts['counts']):.0f} %" for counts in at_work]
         return " | ".join(stages) or f"at work for {duration(time.time() - since)}"
 
     return text
-
-
-def is_there(found: dict) -> bool:
-    """Whether the process that has written it still lives; a stage that was killed leaves its counts."""
-    try:
-        os.kill(found["process"], 0)
-    except (OSError, TypeError, KeyError):
-        return False
-    return True

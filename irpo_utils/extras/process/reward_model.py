@@ -127,12 +127,7 @@ def score(model: PreTrainedModel, solutions: Sequence[Solution], max_rows: int =
     model.eval()
     scores: list[list[float]] = [[] for _ in solutions]
 
-    def together(i: int) -> tuple[int, Ids, int]:
-        """A prompt's responses come together, so that they share it."""
-        s = solutions[i]
-        return len(s.prompt_ids), s.prompt_ids, len(s.token_ids)
-
-    order = sorted((i for i, s in enumerate(solutions) if s.ends), key=together)
+    order = sorted((i for i, s in enumerate(solutions) if s.ends), key=lambda i: size(solutions[i]))
     for start in range(0, len(order), max_rows):
         part = order[start : start + max_rows]
         batch = to_device(step_batch([solutions[i] for i in part]), model)

@@ -131,17 +131,13 @@ def continuations(sampler: Sampler, chunk: Chunk, seed: int) -> list[Continued]:
     k, limit = config.process.continuations, config.sampling.max_new_tokens
     going_on = {name: [ids for ids in own if len(ids) < limit] for name, own in chunk.starts.items()}
     with counting(chunk.label, len(chunk.problems), "problems") as count:
-        drawn = sampler.draw(
-            encode_prompts(sampler.task, tokenizer, [p for p in chunk.problems if going_on[p.id]]),
+        drawn = sampler.ask(
+            [p for p in chunk.problems if going_on[p.id]],
             n=k,
             temperature=config.process.temperature,
             seed=seed,
-            eos_id=sampler.stops,
-            max_new_tokens=limit,
-            max_rows=config.sampling.max_rows,
             progress=count.problems,
             starts={name: [list(ids) for ids in own] for name, own in going_on.items()},
-            **({"insert": sampler.calculator} if config.sampling.calculator else {}),
         )
         by_id = {p.id: p for p in chunk.problems}
         for name, completions in ((name, batch[name]) for batch in drawn for name in batch):

@@ -27,9 +27,9 @@ from typing import Any
 import torch
 
 from ...files import ROOT, ConfigError
-from ...methods.sampler import Sampler
-from ...model.load import base_path, is_adapter, load_shape, load_tokenizer
-from ...model.prompts import encode_prompts, stop_ids
+from ...methods.sampler import Draw, Sampler, opened_when_asked
+from ...model.load import base_path, is_adapter, load_shape
+from ...model.prompts import encode_prompts
 from ...model.shape import Shape
 from ...settings import LORA_RANKS, Settings
 from ...tasks.base import Problem, Task
@@ -248,13 +248,11 @@ def opened(config: Settings, policy: Path | None, task: Task, problems: list[Pro
     Args:
         problems: those that will be sampled; the engine is started for their longest prompt.
     """
-    tokenizer = load_tokenizer(config.model)
     with ExitStack() as stack:
 
-        @cache
-        def engine() -> Engine:
-            longest = max(map(len, encode_prompts(task, tokenizer, problems).values()))
-            return stack.enter_context(Engine(config, policy, longest))
+        def start() -> Draw:
+            longest = max(map(len, encode_prompts(task, sampler.tokenizer, problems).values()))
+            return stack.enter_context(Engine(config, policy, longest)).sample
 
-        stops = stop_ids(config.model, tokenizer)
-        yield Sampler(lambda prompts, **options: engine().sample(prompts, **options), tokenizer, task, stops, config)
+        sampler = opened_when_asked(config, task, start)
+        yield sampler
