@@ -72,7 +72,7 @@ def test_run_ends_with_its_card_and_the_files(micro_run):
         (m, str(t), s) for m, last in (("irpo", 2), ("sft_gold", 1)) for t in range(last + 1) for s in ("dev", "test")
     }
     assert all(0 <= float(r["greedy_low"]) <= float(r["greedy"]) <= float(r["greedy_high"]) <= 1 for r in rows)
-    assert (run / "timing.csv").read_text().splitlines()[0] == "stage,iteration,seconds"
+    assert (run / "timing.csv").read_text().splitlines()[0] == "method,seed,iteration,stage,seconds"
     page = (run / "report.html").read_text()
     assert "IRPO" in page and "data:image/png" in page
 

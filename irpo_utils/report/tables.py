@@ -268,16 +268,17 @@ def _right_samples(audits: pd.DataFrame, config: Config, method: str) -> str:
 
 
 def timing_table(run: Path, config: Config) -> pd.DataFrame:
-    """Seconds of every stage notebook, kernel start included. A stage that methods share counts once."""
-    seen: dict[Path, tuple[str, int, float]] = {}
+    """Seconds of every stage notebook, kernel start included. A stage that methods share counts once, for "m0"."""
+    seen: dict[Path, tuple[str, int, int, str, float]] = {}
     for method, seed in method_seeds(config):
         for stage in plan(config, run, method, seed):
             notebook, seconds = stage.folder / f"{stage.name}.ipynb", (stage.manifest() or {}).get("seconds") or 0.0
             if notebook.exists():  # of a stage that was done in JupyterLab none is, or one that shows what was there
                 page = json.loads(notebook.read_text())["metadata"].get("papermill", {}).get("duration")
                 seconds = max(seconds, page or 0.0)
-            seen[stage.manifest_path()] = (stage.name, stage.iteration, round(seconds, 1))
-    return pd.DataFrame(list(seen.values()), columns=["stage", "iteration", "seconds"])
+            whose = "m0" if stage.folder == stage.m0_folder() else method
+            seen[stage.manifest_path()] = (whose, seed, stage.iteration, stage.name, round(seconds, 1))
+    return pd.DataFrame(list(seen.values()), columns=["method", "seed", "iteration", "stage", "seconds"])
 
 
 def plain(table: pd.DataFrame) -> str:

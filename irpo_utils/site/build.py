@@ -59,10 +59,10 @@ def write_sources(target: Path) -> None:
     pages = {f"notebooks/{n.name}.ipynb": f"{n.name}.ipynb" for n in executed}
     pages |= {relative(path): f"{n.name}.ipynb" for n, path in executed.items()}
     texts = sorted(path.stem for path in PAGES.glob("*.md"))
-    pages |= {f"{name}.md": f"{name}.md" for name in texts}
+    pages |= {relative(PAGES / f"{name}.md"): f"{name}.md" for name in texts}
     present = {*texts, *(n.name for n in executed)}
     for name in texts:
-        page = relinked(page_text(name, present), "", pages)
+        page = relinked(page_text(name, present), relative(PAGES), pages)
         for figure in figures(page):
             copy = target / figure
             copy.parent.mkdir(parents=True, exist_ok=True)

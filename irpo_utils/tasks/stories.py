@@ -6,7 +6,7 @@ Each event is a step of the solution. Every kind of event has a twin with which 
 an event for its twin at a rate that depends on the context: its kind, its wording, its numbers and its place in the
 story (`misreading_rate`). No single rule mends that, since what is a mistake in one story is right in another.
 
-Gold solutions are by another hand than the careless solver's: they put two steps in a line where they can, and leave
+Gold solutions are in another style than the careless solver's: they put two steps in a line where they can, and leave
 out what does not matter. Both readings of an event are known for whatever value comes in, so that a solution in either
 hand can be checked step by step. That check is for showing what was learned: a method sees the final answer only.
 
@@ -161,7 +161,7 @@ class Story:
         return "\n".join([*lines, f"Final answer: {self.answer(x)}"]), self.answer(x)
 
     def gold(self) -> str:
-        """The solution by the other hand: two steps in a line where they can be, and no step that changes nothing."""
+        """The solution in the other style: two steps in a line where they can be, and no step that changes nothing."""
         x, at, lines = self.start, 0, []
         while right := [m for m in joined_lines(self.events[at:], x) if not any(m.careless)]:
             longest = max(right, key=lambda move: len(move.text))
