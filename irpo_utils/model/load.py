@@ -247,10 +247,15 @@ def unpacks(parameters: int, free: float) -> bool:
 
 
 def free_bytes() -> float:
-    """Free bytes of the GPU, or the bytes of the machine where there is none."""
+    """Free bytes of the GPU, or `machine_bytes` where there is none."""
     if torch.cuda.is_available():
         # What PyTorch has set aside for tensors to come is free, too.
         return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    return machine_bytes()
+
+
+def machine_bytes() -> int:
+    """Bytes of the machine's memory."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 

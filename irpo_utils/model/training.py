@@ -331,6 +331,30 @@ def dpo_at_start(trainer: PreferenceTrainer, pairs: list[Pair]) -> Tensor | None
     return None if terms[0] is None else torch.cat(terms)
 
 
+def in_order(pairs: list[Pair], config: TrainConfig, seed: int) -> list[Pair]:
+    """The pairs of all passes in the order of training. What a batch's micro-batches hold is about as long."""
+    order = training_order([p.problem for p in pairs], config, seed)
+    if config.own_micro_batch(world_size()) < config.batch:  # less padding, and more prompts that are shared
+        order = sorted_in_batches(order, config.batch, lambda i: pair_order(pairs[i]))
+    return [pairs[i] for i in order]
+
+
+def held_against_start(
+    model: PreTrainedModel, pairs: list[Pair], draw: Callable[[int], list[Pair]], max_rows: int
+) -> Callable[[int], list[Pair]]:
+    """`draw`, whose pairs get the log-probabilities of the model as it is now. `pairs` are the first, with them."""
+    start = {name: weight.clone() for name, weight in trained(model).items()}
+
+    def scored(step: int) -> list[Pair]:
+        if not step:
+            return pairs
+        drawn = draw(step)
+        with with_weights(model, start):
+            return with_reference(drawn, reference_logps(model, drawn, max_rows))
+
+    return scored
+
+
 def train(
     model: PreTrainedModel,
     pairs: list[Pair],
@@ -410,24 +434,12 @@ def train(
     watched_at_start = mean_logps(start_logps[::every]) if own_reference or sampled else watch(model)
     examples: list[Any]
     if draw is None:
-        order = training_order([p.problem for p in pairs], config, seed)
-        steps = len(order) // batch
-        trained_tokens = sum(pair_tokens(pairs[i]) for i in order[: batch * (stop_after or steps)])
-        if config.own_micro_batch(world_size()) < batch:  # less padding, and more prompts that are shared
-            order = sorted_in_batches(order, batch, lambda i: pair_order(pairs[i]))
-        examples = [pairs[i] for i in order]
+        examples = in_order(pairs, config, seed)
+        steps = len(examples) // batch
     else:
         steps, examples = config.max_steps, list(range(config.max_steps * batch))
-        start_weights = {name: weight.clone() for name, weight in trained(model).items() if own_reference}
-
-        def referenced(step: int) -> list[Pair]:
-            drawn = draw(step) if step else pairs
-            if not own_reference or not step:
-                return drawn
-            with with_weights(model, start_weights):
-                return with_reference(drawn, reference_logps(model, drawn, 2 * micro_batch))
-
-        engine = partial(OnlineTrainer, draw=referenced, every=config.sync_every, count=len(pairs))
+        drawn_at = held_against_start(model, pairs, draw, 2 * micro_batch) if own_reference else draw
+        engine = partial(OnlineTrainer, draw=drawn_at, every=config.sync_every, count=len(pairs))
     recorder = Recorder(folder, config.eval_every, score, watch, show, stop_after)
     lasting = Path(re.sub(r"/\.\w+\.partial\b", "", str(folder)))  # a stage's own folder, for that which goes with it
     own = {"report_to": [*config.report_to], "run_name": relative(lasting)}
@@ -453,10 +465,9 @@ def train(
             trainer.train(resume_from_checkpoint=checkpoint)
     recorder.trainer = None  # trainer and recorder hold each other, and with them the model and its optimizer
     check_same(model)
+    taken = stop_after or steps
     if draw is not None:
-        taken = stop_after or steps
-        drawn = [pair for step in range(0, taken, config.sync_every) for pair in draw(step)]
-        trained_tokens = sum(map(pair_tokens, drawn[: batch * taken]))
+        examples = [pair for step in range(0, taken, config.sync_every) for pair in draw(step)]
     best = from_first(lambda: json.loads((folder / "best" / "best.json").read_text()))
     return {
         "best_step": best["step"],
@@ -464,6 +475,6 @@ def train(
         "steps": steps,
         "dpo_at_start": start,
         "sampler_gap": gap,
-        "trained_tokens": trained_tokens,
+        "trained_tokens": sum(map(pair_tokens, examples[: batch * taken])),
         **watched_at_start,
     }

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..files import ROOT
-from ..model.load import base_path, load_shape, load_tokenizer, unpacks
+from ..model.load import DTYPES, base_path, load_shape, load_tokenizer, unpacks
 from ..model.logprobs import CHUNK
 from ..model.prompts import encode_prompts, stop_ids
 from ..model.sampling import DEV_SCORE_ROWS, PREFILL_TOKENS, most_prompts, pick_bytes
@@ -34,16 +34,11 @@ class TooLarge(ValueError):
     """The run cannot fit; the message says by how much and what to change."""
 
 
-def number_bytes(config: ModelConfig) -> int:
-    """Bytes of one number of the base."""
-    return 4 if config.dtype == "float32" else 2
-
-
 def weight_bytes(shape: Shape, config: ModelConfig) -> float:
     """The base as it lies in memory while it is trained."""
     if config.quantize == "nf4":
-        return shape.linear * NF4_BITS / 8 + (shape.parameters - shape.linear) * number_bytes(config)
-    return shape.parameters * number_bytes(config)
+        return shape.linear * NF4_BITS / 8 + (shape.parameters - shape.linear) * DTYPES[config.dtype].itemsize
+    return shape.parameters * DTYPES[config.dtype].itemsize
 
 
 def base_bytes(shape: Shape, config: Settings) -> float:
@@ -61,7 +56,7 @@ def trained_bytes(shape: Shape, config: Settings) -> float:
 def drawing_bytes(shape: Shape, config: Settings, prompt: int, rows: int, n: int) -> dict[str, float]:
     """What drawing `rows` responses at once needs beside the model, `n` to a prompt of `prompt` tokens."""
     prompts = most_prompts(rows, n)
-    width = number_bytes(config.model)
+    width = DTYPES[config.model.dtype].itemsize
     at_once = min(prompts * prompt, max(prompt, PREFILL_TOKENS))
     return {
         "cache": 1.15 * (prompts * prompt + rows * config.sampling.max_new_tokens) * shape.cache * width,
@@ -73,7 +68,7 @@ def drawing_bytes(shape: Shape, config: Settings, prompt: int, rows: int, n: int
 def sampling_bytes(shape: Shape, config: Settings, prompt: int, free_bytes: float) -> dict[str, float]:
     """Memory of sampling and evaluation, by part, for prompts of `prompt` tokens."""
     unpacked = config.model.quantize == "nf4" and unpacks(shape.parameters, free_bytes)
-    weights = shape.parameters * number_bytes(config.model) if unpacked else weight_bytes(shape, config.model)
+    weights = shape.parameters * DTYPES[config.model.dtype].itemsize if unpacked else weight_bytes(shape, config.model)
     return {
         "weights": weights,
         "adapter": 0 if config.model.tuning == "full" else shape.lora * config.model.lora_r * 4,
@@ -92,7 +87,7 @@ def dev_score_bytes(shape: Shape, config: Settings, prompt: int) -> dict[str, fl
 
 def training_bytes(shape: Shape, config: Settings) -> dict[str, float]:
     """Memory of training, by part, for the longest pairs that `pairs.max_tokens` lets through; of each process."""
-    width, micro_batch = number_bytes(config.model), config.train.own_micro_batch(config.train.processes)
+    width, micro_batch = DTYPES[config.model.dtype].itemsize, config.train.own_micro_batch(config.train.processes)
     tokens = 2 * micro_batch * config.pairs.max_tokens  # chosen and rejected rows
     # What a block keeps for its backward pass: its input, norms, queries to output, and the three of the gated MLP;
     # on a 4-bit base LoRA's inputs a second time, in float32.

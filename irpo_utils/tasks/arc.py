@@ -81,6 +81,7 @@ class ARC(RecordTask):
         "train": ["allenai/ai2_arc:ARC-Easy:train", "allenai/ai2_arc:ARC-Challenge:train"],
         "test": ["allenai/ai2_arc:ARC-Challenge:test"],
     }
+    template = PROMPT
     fields = ("question", "choices", "answerKey")
 
     def problem(self, name: str, record: dict) -> Problem:
@@ -115,9 +116,6 @@ class ARC(RecordTask):
             return Problem(name, "", self.gold(gold))
         options = self.options(record["choices"])
         return Problem(name, "", self.gold(gold, options, record["choices"]["label"]), "", {"options": options})
-
-    def prompt(self, problem: Problem) -> str:
-        return PROMPT.format(question=problem.question)
 
     def _by_text(self, text: str, options: list[str]) -> str | None:
         wanted = plain_text(text)

@@ -21,6 +21,7 @@ class GSM8K(RecordTask):
     """The `gsm8k` task. The upstream record is {"question", "answer"}, the answer a solution that ends in `#### n`."""
 
     sources: ClassVar[dict[str, list[str]]] = {"train": ["openai/gsm8k:main:train"], "test": ["openai/gsm8k:main:test"]}
+    template = PROMPT
     fields = ("question", "answer")
 
     def problem(self, name: str, record: dict) -> Problem:
@@ -36,9 +37,6 @@ class GSM8K(RecordTask):
         if value is None:
             raise ValueError(f"the gold answer {text[-40:]!r} is not a number")
         return plain(value)
-
-    def prompt(self, problem: Problem) -> str:
-        return PROMPT.format(question=problem.question)
 
     def extract(self, response: str, problem: Problem, flexible: bool = False) -> str | None:
         first = None

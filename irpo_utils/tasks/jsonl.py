@@ -26,6 +26,7 @@ class JsonLines(RecordTask):
     Answers compare as numbers where both are numbers, else as text.
     """
 
+    template = PROMPT
     fields = ("question", "answer")
     optional = ("solution",)
 
@@ -44,9 +45,6 @@ class JsonLines(RecordTask):
         elif not self.equal(found, problem):
             raise ValueError(f"the solution ends in {found!r}, the answer is {answer!r}")
         return Problem(name, record["question"], answer, solution)
-
-    def prompt(self, problem: Problem) -> str:
-        return PROMPT.format(question=problem.question)
 
     def extract(self, response: str, problem: Problem, flexible: bool = False) -> str | None:
         found = next(candidates(response), None)

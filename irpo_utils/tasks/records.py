@@ -133,6 +133,7 @@ class RecordTask(Task):
     """
 
     sources: ClassVar[dict[str, list[str]]] = {}
+    template: ClassVar[str] = "{question}"  # of the prompt
     fields: tuple[str, ...] = ()  # what a record must have
     optional: tuple[str, ...] = ()  # what it may have; other fields are let be, unless they look like one of these
     graded_on: ClassVar[str] = '"gold": "answer"'  # what `grade` wants beside a response
@@ -153,6 +154,9 @@ class RecordTask(Task):
 
     def problems(self, split: str) -> list[Problem]:
         return self.splits[split]
+
+    def prompt(self, problem: Problem) -> str:
+        return self.template.format(question=problem.question)
 
     def belongs(self, split: str, record: dict[str, Any]) -> bool:
         """Whether a record of a split's source is one of that split; for data sets whose splits are in one file."""

@@ -168,6 +168,7 @@ class Code(RecordTask):
     A problem's `meta` has `tests`, the `names` they call, what runs `before` them and, of HumanEval, the `prompt`.
     """
 
+    template = PROMPT
     graded_on: ClassVar[str] = '"task_id": 11'
     own_processes = True  # the sandbox's
 
@@ -212,9 +213,6 @@ class Code(RecordTask):
         if problem is None:
             raise ValueError(f"no problem has the task_id {record['task_id']!r}")
         return problem
-
-    def prompt(self, problem: Problem) -> str:
-        return PROMPT.format(question=problem.question)
 
     def extract(self, response: str, problem: Problem, flexible: bool = False) -> str | None:
         header = problem.meta.get("prompt", "")

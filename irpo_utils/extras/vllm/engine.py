@@ -28,7 +28,7 @@ import torch
 
 from ...files import ROOT, ConfigError
 from ...methods.sampler import Draw, Sampler, opened_when_asked
-from ...model.load import base_path, is_adapter, load_shape
+from ...model.load import DTYPES, base_path, is_adapter, load_shape, machine_bytes
 from ...model.prompts import encode_prompts
 from ...model.shape import Shape
 from ...settings import LORA_RANKS, Settings
@@ -56,9 +56,8 @@ def interpreter() -> str:
 def cache_gib(config: Settings, context: int) -> int:
     """GiB of a CPU engine's cache: room for all its rows of `context` tokens, or a quarter of the machine's memory."""
     shape = Shape.of(load_shape(config.model), config.model.trust_remote_code)
-    width = 4 if config.model.dtype == "float32" else 2
-    wanted = min(config.sampling.max_rows, MOST_ROWS) * context * shape.cache * width
-    quarter = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
+    wanted = min(config.sampling.max_rows, MOST_ROWS) * context * shape.cache * DTYPES[config.model.dtype].itemsize
+    quarter = machine_bytes() // 4
     return max(1, min(math.ceil(wanted / GIB), quarter // GIB))
 
 
