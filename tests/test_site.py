@@ -16,7 +16,8 @@ from irpo_utils.run.config import Config
 from irpo_utils.settings import names_of
 from irpo_utils.site import build, chapters, links, parameters, prepare
 
-PAGES = {"notebooks/01_sample.ipynb": "01_sample.ipynb", "family.md": "family.md"}
+PLACE = "irpo_utils/site/pages"
+PAGES = {"notebooks/01_sample.ipynb": "01_sample.ipynb", f"{PLACE}/family.md": "family.md"}
 
 
 def cell(kind, source, tags=(), outputs=()):
@@ -54,7 +55,7 @@ def headings(notebook):
 def test_a_link_to_a_heading_of_a_notebook_finds_it_there_and_in_its_executed_copy():
     executed = {notebook.name: notebook.executed() for notebook in chapters.notebooks()}
     for path in chapters.PAGES.glob("*.md"):
-        for name, section in re.findall(r"\]\(notebooks/(\w+)\.ipynb#([\w-]+)\)", path.read_text()):
+        for name, section in re.findall(r"notebooks/(\w+)\.ipynb#([\w-]+)\)", path.read_text()):
             for notebook in filter(None, (ROOT / f"notebooks/{name}.ipynb", executed[name])):
                 assert section in headings(notebook), (path.name, name, section)
 
@@ -194,12 +195,15 @@ def test_of_other_kinds_of_output_none_is_shown():
     ("text", "folder", "expected"),
     [
         ("[x](01_sample.ipynb#by-hand)", "notebooks", "[x](01_sample.ipynb#by-hand)"),
-        ("[`x`](notebooks/01_sample.ipynb)", "", "[`x`](01_sample.ipynb)"),
-        ("[x](../README.md#three-doors)", "notebooks", "[x](index.md)"),
+        ("[`x`](../../../notebooks/01_sample.ipynb)", PLACE, "[`x`](01_sample.ipynb)"),
+        ("[x](../README.md#what-comes-out)", "notebooks", "[x](index.md)"),
         ("[x](README.md)", "", "[x](index.md)"),
         ("[x](../irpo_utils/loop.py)", "notebooks", "[x](checkout:irpo_utils/loop.py)"),
-        ("[x](notebooks/31_speed.ipynb)", "", "[x](checkout:notebooks/31_speed.ipynb)"),
-        ("[x](family.md)", "", "[x](family.md)"),
+        ("[x](../../../notebooks/31_speed.ipynb)", PLACE, "[x](checkout:notebooks/31_speed.ipynb)"),
+        ("[x](family.md)", PLACE, "[x](family.md)"),
+        ("[x](../../../notebooks/01_sample.ipynb#by-hand)", PLACE, "[x](01_sample.ipynb#by-hand)"),
+        ("[x](../../loop.py)", PLACE, "[x](checkout:irpo_utils/loop.py)"),
+        ("[x](../irpo_utils/site/pages/family.md)", "notebooks", "[x](family.md)"),
         ("[x](https://arxiv.org/abs/2404.19733) [y](#here)", "", "[x](https://arxiv.org/abs/2404.19733) [y](#here)"),
         ("![a figure](outputs/reference/tune/nll.png)", "", "![a figure](outputs/reference/tune/nll.png)"),
         ("[f](outputs/reference/tune/nll.png)", "", "[f](checkout:outputs/reference/tune/nll.png)"),
