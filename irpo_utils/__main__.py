@@ -12,10 +12,10 @@ from pathlib import Path
 
 from .files import Busy, ConfigError, MissingArtefact, load_object
 from .methods.recipes import catalogue
-from .run.config import Config, dump, read_config
+from .run.config import Config, dump
 from .run.driver import estimate, run_alone, start, why
 from .run.presets import presets
-from .run.store import is_run, run_folder
+from .run.store import is_run, read_run, run_folder
 
 HELP = """usage: ./run_all.sh [preset] [key=value ...]     run the loop, skip what is done, write outputs/<run>/report.html
        ./run_all.sh RUN [key=value ...]           go on with outputs/RUN, with the parameters that it has
@@ -110,10 +110,7 @@ def command(arguments: list[str]) -> int:
     elif words[:1] == ["why"]:
         if len(words) != 2:
             raise ConfigError("why: used as why RUN, a folder under outputs/")
-        run = run_folder(words[1])
-        if not (run / "config.yaml").is_file():
-            raise MissingArtefact(f"outputs/{words[1]} is no run; see outputs/ for those there are")
-        why(run, read_config(run / "config.yaml"))
+        why(*read_run(words[1]))
     else:
         named = words[:1] and ("=" not in words[0] or is_run(words[0]))
         preset, settings = (words[0], words[1:]) if named else ("tiny", words)

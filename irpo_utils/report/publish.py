@@ -10,7 +10,7 @@ from ..files import NOTEBOOKS, OUTPUTS, ConfigError, MissingArtefact, load_objec
 from ..model.records import Pair
 from ..run.config import configured, read_config
 from ..run.presets import key_values
-from ..run.store import Stage, run_folder
+from ..run.store import Stage, read_run
 from .cards import model_card, pairs_card
 
 EXPORT = "export: used as export RUN FOLDER [method=irpo] [seed=0] [iteration=1] [push=OWNER/NAME]"
@@ -127,10 +127,7 @@ def round_of(usage: str, arguments: list[str], *more: str) -> tuple[Stage, Path,
     names, settings = split(arguments)
     if len(names) != 2 or not set(settings) <= {"method", "seed", "iteration", *more}:
         raise ConfigError(usage)
-    run, target = run_folder(names[0]), Path(names[1]).expanduser().resolve()
-    if not (run / "config.yaml").is_file():
-        raise MissingArtefact(f"{relative(run)} is no run; see outputs/ for those there are")
-    config = read_config(run / "config.yaml")
+    (run, config), target = read_run(names[0]), Path(names[1]).expanduser().resolve()
     method = settings.get("method", config.methods[0])
     try:
         seed, t = (int(settings.get(k, v)) for k, v in (("seed", 0), ("iteration", config.rounds(method))))

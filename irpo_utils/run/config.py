@@ -19,7 +19,7 @@ from ..files import ConfigError, load_object, read_yaml
 from ..methods.parts import TRAINERS
 from ..methods.recipes import Method, catalogue
 from ..settings import Names, Settings, field_of, first_error, names_of, unknown
-from ..tasks import TASKS
+from ..tasks import check_name
 
 PER_METHOD = ("pairs", "process", "judge", "train")  # sections that may differ between methods
 AUTO = {  # what "auto" stands for where CUDA is (bfloat16 also where the CPU multiplies it), and where it is not
@@ -41,11 +41,7 @@ class Config(Settings):
 
     @model_validator(mode="after")
     def _runnable(self) -> Config:
-        if self.task.name not in TASKS and ".py:" not in self.task.name:
-            raise ValueError(
-                f"task.name: no task is called {self.task.name!r}; there is: {', '.join(sorted(TASKS))}, "
-                "or a class of your own as in my_task.py:MyTask"
-            )
+        check_name(self.task.name)
         if not self.methods:
             raise ValueError("methods: expected at least one value")
         if len(set(self.methods)) < len(self.methods):

@@ -67,6 +67,14 @@ def run_folder(name: str) -> Path:
     return OUTPUTS / name
 
 
+def read_run(name: str) -> tuple[Path, Config]:
+    """The folder and the configuration of the run outputs/NAME. Raises MissingArtefact where there is none."""
+    run = run_folder(name)
+    if not (run / "config.yaml").is_file():
+        raise MissingArtefact(f"{relative(run)} is no run; see outputs/ for those there are")
+    return run, read_config(run / "config.yaml")
+
+
 def is_run(name: str) -> bool:
     """Whether outputs/NAME is a run, and NAME is not a preset's name too."""
     return name not in presets() and name in {path.parent.name for path in OUTPUTS.glob("*/config.yaml")}

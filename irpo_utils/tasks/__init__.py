@@ -22,6 +22,15 @@ TASKS = {
 }
 
 
+def check_name(name: str) -> None:
+    """Raise a ConfigError for a name that is no task's, nor of the form of a class of the user's."""
+    if name not in TASKS and source_of(name) is None:
+        raise ConfigError(
+            f"task.name: no task is called {name!r}; there is: {', '.join(sorted(TASKS))}, "
+            "or a class of your own as in my_task.py:MyTask"
+        )
+
+
 def get_task(config: TaskConfig) -> Task:
     """The task that the parameters name.
 
@@ -30,11 +39,7 @@ def get_task(config: TaskConfig) -> Task:
     """
     if config.name in TASKS:
         return load_object(TASKS[config.name])(config)
-    if source_of(config.name) is None:
-        raise ConfigError(
-            f"task.name: no task is called {config.name!r}; there is: {', '.join(sorted(TASKS))}, "
-            "or a class of your own as in my_task.py:MyTask"
-        )
+    check_name(config.name)
     try:
         own = load_object(config.name)
     except ConfigError as error:
