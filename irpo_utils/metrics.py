@@ -42,8 +42,9 @@ def over_seeds(values: Sequence[dict[str, float]]) -> tuple[float, float, float]
 
     Seeds vary, and problems do. Where all seeds have the same problems, the variance of the mean is that of a two-way
     layout with random rows and columns, so that a problem counts once and not once a seed. Where each has its own, the
-    seeds' means hold all of it. The quantile is Student's, with Satterthwaite's degrees of freedom: few seeds give a
-    wide interval. That of one seed is a bootstrap over its problems.
+    seeds' means hold all of it; it is taken for no smaller than that of the problems alone. The quantile is Student's,
+    with Satterthwaite's degrees of freedom: few seeds give a wide interval. That of one seed is a bootstrap over its
+    problems.
 
     Args:
         values: of each seed, problem -> value.
@@ -52,14 +53,17 @@ def over_seeds(values: Sequence[dict[str, float]]) -> tuple[float, float, float]
     seeds, problems, mean = len(values), len(values[0]), float(means.mean())
     if seeds == 1:
         return mean, *bootstrap(list(values[0].values()))
-    between, among, rest = means.var(ddof=1) / seeds, 0.0, 0.0
-    if problems > 1 and all(own.keys() == values[0].keys() for own in values):
+    between, among, rest, least = means.var(ddof=1) / seeds, 0.0, 0.0, 0.0
+    if any(own.keys() != values[0].keys() for own in values):
+        # The means of few seeds may lie nearer to each other than the problems of each allow.
+        least = sum(np.var(list(own.values()), ddof=1) / len(own) for own in values if len(own) > 1) / seeds**2
+    elif problems > 1:
         table = np.array([[own[name] for name in values[0]] for own in values])
         of_problem = table.mean(0)
         residual = table - means[:, None] - of_problem + mean
         among = of_problem.var(ddof=1) / problems
         rest = (residual**2).sum() / ((seeds - 1) * (problems - 1) * seeds * problems)
-    variance = max(between, among, between + among - rest)
+    variance = max(between, among, between + among - rest, least)
     uncertain = between**2 / (seeds - 1) + among**2 / max(1, problems - 1)
     degrees = variance**2 / uncertain if uncertain else 1e9
     half = np.interp(-1 / degrees, [-1 / d for d in STUDENT], list(STUDENT.values())) * math.sqrt(variance)

@@ -131,6 +131,10 @@ def test_what_the_judge_is_worth_is_said():
     hard = [replace(sample(f"p{i}", "a", float(j < i % 4)), reward=i % 4) for i in range(60) for j in range(4)]
     only = judge.agreement(hard)
     assert only["auc_low"] > 0.6 and only["ranked"] == 0.5 and only["too_small"] and "cannot tell" in only["verdict"]
+    # Of one problem with both kinds of response an interval would be certain, and is not to be believed.
+    apart = [replace(sample(f"p{i}", "a", float(i % 2)), reward=3.0 * (i % 2)) for i in range(60) for _ in range(2)]
+    few = judge.agreement([*apart, *rows(lambda i: 4.0 if i % 3 == 0 else 1.0)[:3]])
+    assert few["ranked_low"] == 1 and few["too_small"] and few["verdict"].startswith("too few problems (1)")
     assert judge.agreement(rows(lambda i: None))["verdict"] == "no judgement could be read"
     assert judge.agreement(rows(lambda i: 1.0)[:1])["too_small"]
 

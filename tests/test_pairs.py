@@ -231,6 +231,8 @@ def test_margin_pairs_differ_by_eta_or_more():
     close = made("margin", scored, eta=0.25, k=9)
     assert sorted(close) == [("r5", "r7"), ("r5", "r8"), ("r6", "r7"), ("r6", "r8")]
     assert made("margin", scored, eta=0.45, k=9) == [("r5", "r8")]
+    tenths = [sample(5, 1.0), sample(6, 0.8), sample(7, 0.6)]  # whose differences are not 0.2 to the last digit
+    assert sorted(made("margin", tenths, eta=0.2, k=9)) == [("r5", "r6"), ("r5", "r7"), ("r6", "r7")]
     outcome = made("margin", SIX, eta=0.5, k=9)  # with rewards of 1 and 0 it is every right one against every wrong one
     assert sorted(outcome) == [(w, l) for w in ("r5", "r6", "r7") for l in ("r8", "r9")]  # noqa: E741
 
@@ -239,8 +241,8 @@ def test_margin_pairs_differ_by_eta_or_more():
 def test_margin_never_takes_a_pair_twice_nor_one_that_is_closer(rewards, eta, k):
     samples = [sample(10 + i, reward) for i, reward in enumerate(rewards)]
     pairs = margin_of(samples, None, PairsConfig(eta=eta, k=k), random.Random(0))
-    assert all(w.reward - loser.reward >= eta for w, loser in pairs)
-    possible = sum(a - b >= eta for a in rewards for b in rewards)
+    assert all(w.reward - loser.reward >= eta - 1e-9 for w, loser in pairs)
+    possible = sum(a - b >= eta - 1e-9 for a in rewards for b in rewards)
     assert len({(w.response, loser.response) for w, loser in pairs}) == len(pairs) == min(k, possible)
 
 

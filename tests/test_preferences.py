@@ -184,6 +184,8 @@ def test_a_file_that_is_not_there_and_a_selection_without_one_are_errors(tmp_pat
     assert done.returncode == 2 and "pairs.file: " in done.stderr and "none.jsonl is missing" in done.stderr
     with pytest.raises(ConfigError, match="needs preference data, as in pairs.file=pairs.jsonl"):
         read(load_preset("micro"))
+    done = drive("micro", "run=test-bad-pairs", f"pairs.file={tmp_path}/none.jsonl", "methods=irpo,latro")
+    assert done.returncode == 2 and "pairs.file: LaTRO" in done.stderr and "leave it out" in done.stderr
 
 
 def test_methods_train_on_a_file_in_place_of_samples(micro_run, tmp_path):

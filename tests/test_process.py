@@ -342,8 +342,10 @@ def test_no_reward_model_and_too_few_problems_say_so(small, labelled, tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no reward model"):
         reward_model.load_reward_model(small, tmp_path)
     one = [row for row in labelled if row.problem == labelled[0].problem]
-    with pytest.raises(ValueError, match="at least two problems"):
-        reward_model.train(small, one, tmp_path, 0)
+    without_steps = [replace(row, ends=(), labels=()) for row in labelled if row.problem != labelled[0].problem]
+    for rows in (one, one + without_steps):
+        with pytest.raises(ValueError, match="at least two problems"):
+            reward_model.train(small, rows, tmp_path, 0)
 
 
 def test_states_have_read_what_the_docstring_says(seed_model):

@@ -348,6 +348,15 @@ def test_greedy_from_any_start_is_generate_from_prompt_and_start(network):
         assert {name: ids_of(own) for name, own in found.items()} == wanted
 
 
+def test_problems_may_have_few_starts_and_many(network):
+    """Those of few, whose neighbours have more than there are rows, are drawn without them."""
+    prompts = {"0": [1], "1": [1, 5], "2": [1, 5, 6]}
+    starts = {"0": [[]], "1": [[50], [51]], "2": [[i] for i in range(52, 64)]}
+    wide, narrow = (drawn_from(network, prompts, starts=starts, max_rows=rows) for rows in (96, 8))
+    assert {name: ids_of(own) for name, own in narrow.items()} == {name: ids_of(own) for name, own in wide.items()}
+    assert drawn_from(network, {}, starts={"0": []}) == {}
+
+
 def test_what_a_start_draws_does_not_depend_on_the_others(network):
     prompts = {"a": [1, 5, 6], "b": [1, 7]}
     starts = {"a": [[], [50], [50, 51], [60, 61, 62]], "b": [[50]]}

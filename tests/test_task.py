@@ -332,6 +332,15 @@ def test_a_class_of_ones_own_is_looked_at_before_a_run(old, new, message, tmp_pa
         check_task(get_task(config), config.name)
 
 
+def test_answers_of_a_file_vote_together_however_they_are_written():
+    task = Given(SUMS)
+    problem = task.problems("train")[0]
+    spellings = [problem.answer, f"{problem.answer}.0", f"{problem.answer} apples", f"${problem.answer}"]
+    assert all(task.equal(spelling, problem) for spelling in spellings)
+    assert len({task.vote(spelling) for spelling in spellings}) == 1
+    assert task.vote("North West.") == task.vote(" north  west")
+
+
 def test_a_task_has_defaults_for_what_it_need_not_write(tmp_path):
     (tmp_path / "my_task.py").write_text(OWN)
     task = get_task(TaskConfig(name=f"{tmp_path / 'my_task.py'}:Own"))

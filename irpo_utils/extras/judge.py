@@ -34,6 +34,7 @@ Prompts = dict[str, list[int]]  # name of a question -> token ids
 Scores = dict[str, list[int | None]]  # name of a question -> the score of each judgement, None where none can be read
 SEED = 5  # added to the round's seed: the judge's random numbers are its own
 SCORES = range(6)
+LEAST = 10  # problems with right and wrong responses, of which an interval can be made
 RUBRIC = """Grade a reply to a question. Start from 0 and add one point for each of these that is true:
 - The reply is about the question.
 - It shows how it comes to its result.
@@ -209,9 +210,10 @@ def agreement(samples: list[Sample]) -> dict[str, Any]:
             right.append(s.answer_reward == 1)
     found = metrics.ranking(list(groups.values()))
     lows, highs = ([found[f"{name}_{end}"] for name in ("auc", "ranked")] for end in ("low", "high"))
-    if None in lows:
-        verdict = "no right and wrong responses with a score to compare" if groups else "no judgement could be read"
-        return found | {"too_small": True, "verdict": verdict}
+    mixed = sum(len(set(right)) == 2 for _, right in groups.values())
+    if None in lows or mixed < LEAST:
+        verdict = f"too few problems ({mixed}) have right and wrong responses with a score"
+        return found | {"too_small": True, "verdict": verdict if groups else "no judgement could be read"}
     tells = min(lows) > 0.5
     if tells:
         verdict = "the judge tells right from wrong"

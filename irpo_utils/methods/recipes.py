@@ -138,9 +138,17 @@ class Method(Section):
         return self.rounds[t - 1 if t <= last else last - self.repeat + (t - last - 1) % self.repeat]
 
     def on_file(self) -> Self:
-        """The same losses on pairs of a file: nothing is drawn, and reward and selection have no part in it."""
+        """The same losses on pairs of a file: nothing is drawn, and reward and selection have no part in it.
+
+        Raises:
+            ConfigError: a loss of it does not fit pairs of a file.
+        """
         own = {"reward": "none", "selection": "file", "accumulate": False}
-        return self.but(rounds=tuple(choices.but(**own) if choices.trains else choices for choices in self.rounds))
+        try:
+            return self.but(rounds=tuple(choices.but(**own) if choices.trains else choices for choices in self.rounds))
+        except ValidationError as error:
+            reason = first_error(error)
+            raise ConfigError(f"pairs.file: {self.label}: {reason}; leave it out of methods") from None
 
     def count(self, iterations: int) -> int:
         """How many rounds it makes of so many iterations."""

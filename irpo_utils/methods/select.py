@@ -127,7 +127,7 @@ def diverse_of(samples: list[Sample], gold: Sample | None, config: PairsConfig, 
 def margin_of(samples: list[Sample], gold: Sample | None, config: PairsConfig, rng: random.Random) -> Chosen:
     """K random pairs of those whose rewards differ by at least eta (SIPF, arXiv 2412.08393); unparsed counts as 0."""
     worth = [(s.reward or 0.0, s) for s in distinct(samples)]
-    apart = [(w, loser) for (a, w), (b, loser) in product(worth, worth) if a - b >= config.eta]
+    apart = [(w, loser) for (a, w), (b, loser) in product(worth, worth) if a - b >= config.eta - 1e-9]
     return rng.sample(apart, min(config.k, len(apart)))
 
 

@@ -384,7 +384,7 @@ def sample(
     check_starts(starts_of, prompts, eos_ids, max_new_tokens)
     order = sorted(prompts, key=lambda name: (len(prompts[name]), name))
     each, greedy = n + greedy_too, np.full((int(greedy_too), max_new_tokens), -1.0)
-    samples = each * max(map(len, starts_of.values()), default=1)  # of one problem, at most
+    samples = each * max((len(starts_of[name]) for name in prompts), default=1)  # of one problem, at most
     longest = max(map(len, prompts.values()), default=0)
     max_rows = min(max_rows, fitting_rows(model, longest, max_new_tokens, samples))
     started, tokens, done, size = time.perf_counter(), 0, 0, max(1, max_rows // samples)  # problems of a batch
@@ -406,6 +406,8 @@ def sample(
         try:
             for first in range(0, max(map(len, noise)), max_rows):  # one part, unless they exceed the rows
                 part, capacity = slice(first, first + max_rows), min(max_rows, size * samples)
+                if all(len(rows) <= first for rows in noise[: len(batch)]):
+                    break  # those with more of them wait for the next batch
                 drawn, peak_rows = sample_batch(
                     model,
                     ids[: len(batch)],

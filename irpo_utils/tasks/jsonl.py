@@ -58,6 +58,10 @@ class JsonLines(RecordTask):
             return states(answer, gold)
         return normal(answer) == normal(problem.answer)
 
+    def vote(self, answer: str) -> str:
+        value = number(answer)
+        return normal(answer) if value is None else plain(value)
+
 
 class Given(JsonLines):
     """Problems in memory: `Given([{"question": "What is 2 + 3?", "answer": "5"}, ...])`.

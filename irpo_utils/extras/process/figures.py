@@ -36,6 +36,9 @@ def outcome_counts(steps: dict[str, list[Row]]) -> Figure:
     """
     fig, axes = plt.subplots(len(steps), 1, figsize=(WIDE, 3.2 * len(steps)), layout="constrained", squeeze=False)
     for ax, (kind, own) in zip(axes.flat, steps.items(), strict=True):
+        if not own:  # no step of this kind was simulated
+            ax.set_axis_off()
+            continue
         k = len(own[0]["outcomes"])
         for truth, color, shift, name in ((True, RIGHT, -0.2, "right"), (False, WRONG, 0.2, "wrong")):
             counts = [s["outcomes"].count("1") for s in own if s["truth"] == truth]
@@ -109,7 +112,8 @@ def reliability(curves: dict[str, dict[str, tuple[list[Row], Row]]]) -> Figure:
     for ax, (kind, own) in zip(axes.flat, curves.items(), strict=True):
         ax.plot([0, 1], [0, 1], color="grey", linestyle=":", linewidth=1)
         for color, (name, (curve, facts)) in zip(colors, own.items(), strict=False):
-            label = f"{name}: AUC {facts['auc']:.2f}, ECE {facts['ece']:.2f}"
+            auc = "-" if facts["auc"] is None else f"{facts['auc']:.2f}"
+            label = f"{name}: AUC {auc}, ECE {facts['ece']:.2f}"
             scores, right = [b["score"] for b in curve], [b["right"] for b in curve]
             ax.plot(scores, right, "-", color=color, linewidth=1, label=label)
             most = max(b["count"] for b in curve)

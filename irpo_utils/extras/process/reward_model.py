@@ -161,11 +161,11 @@ def train(config: Settings, solutions: list[Solution], folder: Path, seed: int) 
     Raises:
         ValueError: there are fewer than two problems, so that none can be held out.
     """
+    solutions = [s for s in solutions if s.ends]
     problems = sorted({s.problem for s in solutions})
     if len(problems) < 2:
         raise ValueError("the reward model needs labelled steps of at least two problems, one of which is held out")
     held_out = set(random.Random(seed).sample(problems, max(1, round(HELD_OUT * len(problems)))))
-    solutions = [s for s in solutions if s.ends]
     trained = [s for s in solutions if s.problem not in held_out]
     model = load_reward_model(config, seed=seed, threads=config.threads).train()
     settings = training_settings(config, len(trained))
