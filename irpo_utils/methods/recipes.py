@@ -147,7 +147,7 @@ class Method(Section):
         try:
             return self.but(rounds=tuple(choices.but(**own) if choices.trains else choices for choices in self.rounds))
         except ValidationError as error:
-            reason = first_error(error)
+            reason = first_error(error, Method)
             raise ConfigError(f"pairs.file: {self.label}: {reason}; leave it out of methods") from None
 
     def count(self, iterations: int) -> int:
