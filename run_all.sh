@@ -15,7 +15,7 @@ find_python() {
 }
 
 # An active environment that has this checkout installed, with all it needs, is used. Else .venv is made from the pins.
-ready() { "$1" - 2>/dev/null <<'P'
+ready() { "$1" -P - 2>/dev/null <<'P'
 import importlib.metadata as m, os, re, sys, tomllib
 import irpo_utils
 if os.path.realpath(os.path.dirname(irpo_utils.__file__)) != os.path.realpath("irpo_utils"): sys.exit(1)
@@ -45,7 +45,7 @@ else
   if ! { [ -x "$python" ] && ready "$python"; }; then
     echo "setting up .venv from the pins in pyproject.toml (once, a few minutes) ..." >&2
     base=$(find_python)
-    "$python" -m pip --version >/dev/null 2>&1 || "$base" -m venv --clear .venv
+    "$python" -c 'import pip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || "$base" -m venv --clear .venv
     # torch first: a plain dependency resolution may look at builds that are not wanted
     for wanted in "$(grep -o 'torch==[0-9.]*' pyproject.toml | head -1)" "-e .[dev]"; do
       # shellcheck disable=SC2086

@@ -70,6 +70,7 @@ def test_presets_fit_a_24_gb_card(task, model, size, shapes):
             "training: .* does not fit; set train.gradient_checkpointing=true",
         ),
         (["train.micro_batch=16", "sampling.max_rows=2"], 12, r"does not fit; set train.micro_batch=8 \(it is 16"),
+        (["train.batch=18", "train.micro_batch=9", "sampling.max_rows=2"], 9, r"set train.micro_batch=3 \(it is 9"),
         (["model.quantize=none", "sampling.max_rows=1"], 10, "does not fit; set model.quantize=nf4"),
         (["sampling.max_rows=1"], 4, "does not fit; take a smaller model"),
         (["sampling.max_new_tokens=4000"], 99, "exceed the model's context of 4096; lower the latter to 3746"),

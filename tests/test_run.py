@@ -398,6 +398,11 @@ def test_a_further_test_set_is_one_parameter_and_concerns_evaluations_alone(tmp_
         if name not in ("01b_reward", "03b_extrapolate"):
             changed = stage(tmp_path, config=plain).parameters() != stage(tmp_path, config=more).parameters()
             assert changed == (name == "04_evaluate")
+    # What is trained on is left out, so how much that is concerns the evaluation of M_0, too.
+    for config, same in ((plain, True), (more, False)):
+        fewer = config.but(task=config.task.but(train_size=5))
+        one, other = (EvaluateStage(tmp_path, config=c).parameters() for c in (config, fewer))
+        assert (one == other) == same
     stage = EvaluateStage(tmp_path, iteration=0, config=more).begin()
     summary, responses = stage.run()
     stage.finish()
@@ -464,13 +469,16 @@ def test_killed_and_run_again_ends_with_the_same_metrics(micro_run):
 
 def test_publish_copies_small_files_without_this_machine_s_paths(micro_run):
     run, _ = micro_run
+    at_work = run / "irpo" / "seed_0" / "iteration_2" / ".04_evaluate.partial" / "made" / "evaluation.json"
+    write_text(at_work, "{}")
     done = drive("--publish", run.name)
+    shutil.rmtree(at_work.parents[1])
     target = ROOT / "outputs" / "reference" / run.name
     try:
         assert done.returncode == 0, done.stderr
         assert (target / "metrics.csv").read_bytes() == (run / "metrics.csv").read_bytes()
         assert (target / "irpo" / "seed_0" / "iteration_1" / "03_train.ipynb").exists()
-        assert not any(p.suffix == ".jsonl" for p in target.rglob("*"))
+        assert not any(p.suffix == ".jsonl" or p.name.startswith(".") for p in target.rglob("*"))
         (rounded,) = target.rglob("*.safetensors")
         weights = load_file(run / rounded.relative_to(target))
         assert all(torch.equal(own, weights[name].bfloat16()) for name, own in load_file(rounded).items())

@@ -10,11 +10,12 @@ import pytest
 from conftest import ROOT
 
 from irpo_utils.model.prompts import encode_prompts
-from irpo_utils.settings import TaskConfig
+from irpo_utils.settings import EvaluationConfig, TaskConfig
 from irpo_utils.tasks import check_task, get_task
 from irpo_utils.tasks.base import SPLITS, Problem
 from irpo_utils.tasks.grading import reward
 from irpo_utils.tasks.jsonl import Given
+from irpo_utils.tasks.records import further_tests
 
 
 def write_splits(folder, **lines):
@@ -217,6 +218,9 @@ def test_math_examples_are_in_every_prompt_and_not_trained_on(tmp_path):
     for problem in task.problems("train"):
         assert all(shot.question in task.prompt(problem) and shot != problem for shot in task.shots)
         assert task.prompt(problem).count("Problem:") == 5
+    fewer = get_task(task.config.but(train_size=3))
+    (further,) = further_tests(fewer, EvaluationConfig(test=(train,))).values()
+    assert len(further) == 25 - 5 - 3 - 4 and not {p.question for p in further} & {p.question for p in fewer.shots}
 
 
 @pytest.mark.parametrize(

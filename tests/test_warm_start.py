@@ -86,6 +86,8 @@ def test_without_one_there_is_no_such_stage(tmp_path):
 def test_what_leaves_the_loop_no_problem_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="warm_start.problems: the warm start takes all 48 problems"):
         load_preset("micro", ["warm_start.problems=48"])
+    long = load_preset("micro", ["warm_start.problems=4", "train.batch=1024", "warm_start.max_steps=500"])
+    assert WarmStartStage(tmp_path, config=long).config.train.max_steps == 500
     rows = [{"question": f"How many are {i}?", "answer": str(i), "solution": f"Final answer: {i}"} for i in range(12)]
     for row in rows[6:]:
         del row["solution"]

@@ -171,7 +171,7 @@ def publish(run: Path) -> None:
         raise MissingArtefact(f"{relative(run)} holds nothing to publish; run it first")
     shutil.rmtree(target, ignore_errors=True)
     for path in kept:
-        if not path.name.startswith("."):
+        if not any(part.startswith(".") for part in path.relative_to(run).parts):  # of a stage that is at work
             copy = target / path.relative_to(run)
             copy.parent.mkdir(parents=True, exist_ok=True)
             if path.suffix == ".ipynb":  # papermill notes where the files lay on this machine

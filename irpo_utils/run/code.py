@@ -82,7 +82,11 @@ def edited_since_import(files: Iterable[str]) -> list[str]:
     What runs is then not what the file says, nor the key, which is made from the file.
     """
     now = written()
-    loaded = [f for f in files if f"irpo_utils.{f.removesuffix('.py').replace('/', '.')}" in sys.modules]
+
+    def module(file: str) -> str:
+        return f"irpo_utils.{file.removesuffix('.py').removesuffix('/__init__').replace('/', '.')}"
+
+    loaded = [file for file in files if module(file) in sys.modules]
     return [file for file in loaded if now.get(file) != _WHEN_IMPORTED.get(file)]
 
 

@@ -109,8 +109,9 @@ def hint(config: Settings, stage: str, parts: dict[str, float]) -> str:
     """What to change, the largest part first."""
     largest = max(parts, key=parts.get)
     if stage != "training" and largest not in ("weights", "trained"):
-        rows = config.sampling.max_rows
-        return f"set sampling.max_rows={max(1, rows // 2)} (it is {rows}), or lower sampling.max_new_tokens"
+        now = config.sampling.max_rows
+        rows = now if stage == "sampling" else min(now, DEV_SCORE_ROWS)
+        return f"set sampling.max_rows={max(1, rows // 2)} (it is {now}), or lower sampling.max_new_tokens"
     if largest == "weights":
         if config.model.quantize == "none" and config.model.tuning == "lora":
             divide = "" if stage == "sampling" else "or divide it over GPUs (train.processes=8 train.shard=true), "
@@ -124,7 +125,9 @@ def hint(config: Settings, stage: str, parts: dict[str, float]) -> str:
         return "set train.gradient_checkpointing=true"
     pairs = config.train.own_micro_batch(config.train.processes)
     if pairs > 1:
-        return f"set train.micro_batch={pairs // 2} (it is {pairs}; train.batch stays)"
+        share = config.train.batch // config.train.processes
+        fewer = next(size for size in range(pairs // 2, 0, -1) if share % size == 0)
+        return f"set train.micro_batch={fewer} (it is {pairs}; train.batch stays)"
     return f"lower pairs.max_tokens (it is {config.pairs.max_tokens})"
 
 

@@ -84,12 +84,11 @@ class Forker:
     def fork(self, arguments: list[str], env: dict[str, str], cwd: str, modules: Iterable[str]) -> Forked:
         """A kernel with command-line `arguments`, in a process that has imported `modules` (those that there are)."""
         request = {"arguments": arguments, "env": env, "cwd": cwd, "modules": list(modules)}
-        with self._turn:
+        with self._turn, contextlib.suppress(OSError):
             self._channel.sendall((json.dumps(request) + "\n").encode())
-            answer = self._answers.readline()
-        if not answer:
-            raise RuntimeError("the process that kernels are forked from is gone; the same command goes on")
-        return Forked(int(answer))
+            if answer := self._answers.readline():
+                return Forked(int(answer))
+        raise RuntimeError("the process that kernels are forked from is gone; the same command goes on")
 
 
 class Forked:

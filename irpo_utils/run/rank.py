@@ -40,7 +40,8 @@ def work(where: str, run: str, method: str, seed: str, iteration: str) -> None:
         processes.join(stage.config.train.processes, stage.config.train.shard)
         first = processes.rank() == 0
         if first:  # what is left of a stage that was killed is gone in a second
-            take(lock_at(stage.folder / f".{stage.name}.processes.lock"), patience=20.0)
+            lock = lock_at(stage.folder / f".{stage.name}.processes.lock")  # held as long as somebody holds this
+            take(lock, patience=20.0)
         else:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - it lives as long as the process
         with kept(stage.partial / COUNTS, stage.label()) if first else contextlib.nullcontext():

@@ -92,8 +92,10 @@ def further_tests(task: Task, config: EvaluationConfig) -> dict[str, list[Proble
     Raises:
         BadRecord: a source is missing or malformed, or has fewer problems than `evaluation.test_size`.
     """
-    seen = {alike(p.question) for split in ("train", "dev") for p in task.problems(split)} if config.test else set()
-    found = {}
+    seen, found = set(), {}
+    if config.test:
+        seen = {alike(p.question) for split in ("train", "dev") for p in task.problems(split)}
+        seen |= getattr(task, "shown", set())
     for source in config.test:
         try:
             problems = _further_problems(task, source)
@@ -142,6 +144,7 @@ class RecordTask(Task):
     def __init__(self, config: TaskConfig):
         super().__init__(config)
         self.notes: list[str] = []
+        self.shown: set[str] = set()  # questions that every prompt shows, with their solutions
 
     @abstractmethod
     def problem(self, name: str, record: dict[str, Any]) -> Problem:
@@ -239,8 +242,8 @@ class RecordTask(Task):
         kept = [p for p in train if alike(p.question) not in elsewhere]
         if len(kept) < len(train):
             self.notes.append(f"task.train: {len(train) - len(kept)} questions of dev or test are left out of training")
-        shown = {alike(p.question) for p in self.examples(kept)}
-        kept = [p for p in kept if alike(p.question) not in shown]
+        self.shown = {alike(p.question) for p in self.examples(kept)}
+        kept = [p for p in kept if alike(p.question) not in self.shown]
         for split, left in (("train", kept), *((("dev", dev),) if self.config.dev else ())):
             if not left:
                 raise BadRecord(f"task.{split}: no problem is left, since all its questions are in another split too")

@@ -28,7 +28,8 @@ class EvaluateStage(Stage):
 
     def parameters(self) -> dict[str, Any]:
         return (
-            self.task_parameters(unused="train")
+            # What is trained on is left out of further test sets.
+            self.task_parameters(unused="" if self.config.evaluation.test else "train")
             | self.base_parameters()
             | self.section("evaluation", without=() if self.config.evaluation.test else ("test_size",))
             | self.section("sampling", only=["max_new_tokens", "max_rows", "engine", "calculator"])

@@ -23,7 +23,8 @@ class WarmStartStage(TrainStage):
         self.choices = Round(reward="none", selection="gold", loss="nll", start="M_0", reference="none")
         # Of the run and not of a method: all methods share M_0.
         changes = whole.warm_start.model_dump(exclude={"problems"}) | {"engine": "own", "retrain_with_dev": False}
-        changes["max_epochs"] = 2 * whole.train.batch * whole.warm_start.max_steps  # so that the steps decide
+        most = 2 * whole.train.batch * whole.warm_start.max_steps
+        changes["max_epochs"] = min(most, 1_000_000)  # so that the steps decide
         self.config = whole.but(train=whole.train.but(**changes)).for_seed(self.seed)
 
     def reads(self) -> dict[str, tuple[Path, str]]:
