@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from fractions import Fraction
+from itertools import pairwise
 
 from .marks import boxed_as_said, braced, kind_of
 from .numbers import spelled
@@ -16,6 +17,9 @@ from .verify import Verifier
 
 LONGEST = 400  # characters of an answer that are compared by more than their letters
 _FORMULA = re.compile(r"\$+([^$]+)\$+|\\\((.+?)\\\)|\\\[(.+?)\\\]")
+_POWER = re.compile(r"(?:\{\})?\^\s*\{?\s*(?:[23]|\\circ)\s*\}?")  # of a unit before it: $17$ cm$^2$
+_BETWEEN = re.compile(r"\s*[,;]?\s*(?:(?:and|or)\s*)?", re.I)  # the formulas of a list
+_STATES = re.compile(r"(?:\b(?:is|are|equals|be)|[=:])\s*$", re.I)
 _SPACES = re.compile(
     r"(?<!\\)\\[,;:!> ]|\\q?quad\b|\\(?:displaystyle|textstyle|limits)\b|~|\\(?:left|right|[bB]igg?[lr]?)(?![a-zA-Z])"
 )
@@ -76,9 +80,17 @@ def unwrap(text: str) -> str:
     r"""The mathematics of a marked answer: without `\boxed`, dollar signs or brackets around it, and the full stop."""
     text = text.strip().replace("\\$", "")
     text = boxed_as_said(text) or text
-    inside = [next(filter(None, part)).strip() for part in _FORMULA.findall(text[:2000])]
-    if inside and not _changes(_FORMULA.sub(" ", text[:2000]), len(inside)):
-        text = ", ".join(inside)
+    found = [(m, next(filter(None, m.groups())).strip()) for m in _FORMULA.finditer(text[:2000])]
+    found = [(m, inside) for m, inside in found if not _POWER.fullmatch(inside)]
+    inside, words = [inside for _, inside in found], _FORMULA.sub(" ", text[:2000])
+    if inside and not _changes(words, len(inside)):
+        last = found[-1][0]
+        if re.search(r"[0-9]", words):
+            text += " ?"
+        elif all(_BETWEEN.fullmatch(text, one.end(), other.start()) for (one, _), (other, _) in pairwise(found)):
+            text = ", ".join(inside)
+        else:  # "the value of $x$ is $5$" says 5, and "$x=5$ when $y=2$" nobody knows
+            text = inside[-1] if _STATES.search(text[: last.start()]) else f"{text} ?"
     text = _NEGATIVE.sub(r"\1-", re.sub(r"\\[()\[\]]", " ", text) if inside else text)
     return _unbraced(re.sub(r"(?<!\.)\.$", "", text.replace("$", "").strip()).strip())
 

@@ -35,11 +35,12 @@ _OTHER = re.compile(
     r"([A-E])(?=\)|\s*(?:$|[.,;/&]|or\b|and\b))"
 )
 # Behind a letter: what begins a reason, or rules another option out. What stands there may name any option.
-_REASON = re.compile(
+_BECAUSE = re.compile(
     r"\b(?:because|since|as|due to|which|that|so|where|while|whereas|for)\b"
-    r"|(?:\bnot|\brather than|\binstead of|\bnor) \(?[A-E]\b|[.;:] ",
+    r"|(?:\bnot|\brather than|\binstead of|\bnor) \(?[A-E]\b",
     re.I,
 )
+_REASON = re.compile(_BECAUSE.pattern + "|[.;:] ", re.I)
 _NAMED = re.compile(r"(?<![\w'’])\(?([B-E])(?![\w'’])|\(A\)|\bA[).]*$")
 _ALONE = re.compile(r"[\s).,;:/|&~>+-]*(?:then |however )?\(?([A-E])[\s.)]*$")
 _WORDS = re.compile(r"[a-z]+(?:['’]t)?")
@@ -140,20 +141,27 @@ class ARC(RecordTask):
             return UNCLEAR if _NAMED.search(text) and not _SEVERAL.match(text) else None
         label, rest = match[1] or match[2], text[match.end() :]
         bare = match[1] is None
-        alone = _ALONE.fullmatch(rest)
-        others = set(_OTHER.findall(rest[:40]) + ([alone[1]] if alone else [])) - {label.upper()}
+        letter = LETTERS[int(label) - 1] if label.isdigit() else label.upper()
+        claim = _BECAUSE.split(self._without_text(rest, letter, options), maxsplit=1)[0]
+        alone = _ALONE.fullmatch(claim)
+        others = set(_OTHER.findall(claim[:40]) + ([alone[1]] if alone else [])) - {label.upper()}
         if others and not label.isdigit():
             return None  # "(A) or (B)" and "A/B" choose nothing
         if bare and (
             (label.islower() and rest.strip(" .)")) or (label in "Aa" and not self._may_follow(label, rest, options))
         ):
             return UNCLEAR if _hedged(rest) or _NAMED.search(rest) else None  # the article: "A storm"
-        letter = LETTERS[int(label) - 1] if label.isdigit() else label.upper()
         if bare and label.isdigit() and rest.strip(" .)") and not rest.startswith((")", ".", ":")):
             return None  # a quantity: "3 meters"
         if _DENIED.match(rest):
             return None
         return letter if self._understood(rest, letter, options) else UNCLEAR
+
+    def _without_text(self, rest: str, letter: str, options: list[str]) -> str:
+        """What stands behind a letter, without the text of its option if it begins with that."""
+        own = dict(zip(LETTERS, options, strict=False)).get(letter, "")
+        own = re.escape(plain_text(_NOISE.sub("", own))).replace(r"\ ", r"\s+")
+        return re.sub(r"^[\s().:\]},–-]*(?:(?:an?|the)\s+)?" + own + r"(?!\w)", "", rest, flags=re.I) if own else rest
 
     def _understood(self, rest: str, letter: str, options: list[str]) -> bool:
         """Whether what stands behind a letter leaves it as it is: an option's text, a reason, or other plain words."""
