@@ -31,7 +31,7 @@ P
 # A GPU is tried with the torch that is there, of whatever version: its machine may have no network.
 if [ "${1:-}" = --gpu-check ] && python3 - 2>/dev/null <<'P'
 import sys
-import torch, transformers, peft, bitsandbytes, pydantic, filelock
+import torch, transformers, peft, bitsandbytes, pydantic, filelock, psutil
 sys.exit(sys.version_info < (3, 11))
 P
 then
