@@ -34,8 +34,9 @@ HELP = """usage: ./run_all.sh [preset] [key=value ...]     run the loop, skip wh
        ./run_all.sh --test                        run the tests
 
   run=NAME       the folder under outputs/ (default: the preset's name)
-  jobs=J         methods and seeds at work side by side (default 1; each takes `threads` CPU threads), on the machines
-                 of a Ray cluster if RAY_ADDRESS names one; sampling.workers=W: processes that draw for one of them
+  jobs=J         methods and seeds at work side by side, each on `threads` CPU threads; one that is left over evaluates.
+                 By default as many as there are cores for, and 1 where a GPU is. On the machines of a Ray cluster if
+                 RAY_ADDRESS names one; sampling.workers=W: processes that draw for one of them
                  (irpo_utils/site/pages/clusters.md)
   key=value      any parameter, as in iterations=2 seeds=3 methods=irpo,dpo train.lr=1e-3 dpo.train.beta=0.3
   --yes          do finished stages again that took long, where a changed parameter wants it
@@ -84,6 +85,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--bench", nargs="?", const="quick", choices=("quick", "full"))
     made.add_argument("--publish", metavar="RUN")
     made.add_argument("--method-seed", nargs=4, help=argparse.SUPPRESS)
+    made.add_argument("--evaluations", action="store_true", help=argparse.SUPPRESS)
     made.add_argument("words", nargs="*")
     return made
 
@@ -106,7 +108,7 @@ def command(arguments: list[str]) -> int:
         load_object("irpo_utils.report.publish:publish")(run_folder(options.publish))
     elif options.method_seed:
         run, method, seed, parent = options.method_seed
-        run_alone(Path(run), method, int(seed), int(parent))
+        run_alone(Path(run), method, int(seed), int(parent), options.evaluations)
     elif words[:1] == ["why"]:
         if len(words) != 2:
             raise ConfigError("why: used as why RUN, a folder under outputs/")

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
@@ -30,15 +30,18 @@ from ..files import (
 )
 from ..methods.parts import COMMANDS, SAMPLERS, SELECTIONS, WORKERS
 from ..model.packaged import EMBEDDED, SEED_MODEL
+from ..settings import SamplingConfig
 from ..tasks import check_task, get_task
 from ..tasks.base import Problem, Task
 from ..tasks.records import further_tests
 from .card import card
 from .config import Config, differences, dump, read_config
+from .kernels import can_fork
 from .notebooks import QUIET, StageFailed, run_notebook
 from .page import page
 from .presets import key_values, load_preset
 from .stages import finished, method_seeds, plan
+from .stages.evaluate import EvaluateStage
 from .store import Stage, is_run, run_folder
 from .watch import is_terminal, of_run, of_stage, say, watched, wipe
 
@@ -56,10 +59,20 @@ def execute(stage: Stage) -> None:
     run_notebook(NOTEBOOKS / f"{stage.name}.ipynb", executed(stage), parameters, stage.config.threads, modules)
 
 
-def reasons(stage: Stage, found: list[str]) -> str:
-    """Why a stage runs, `found`, on one line; empty for one that has not run before."""
+def is_evaluation(stage: Stage) -> bool:
+    return stage.name == EvaluateStage.name
+
+
+def is_done(stage: Stage) -> bool:
+    """Whether nothing of a stage is left: one killed between its manifest and its page has no executed notebook."""
+    return executed(stage).exists() and stage.is_done()
+
+
+def reasons(stage: Stage) -> str:
+    """Why a stage runs, on one line; empty for one that has not run before."""
     if not stage.manifest_path().exists():
         return ""
+    found = stage.why_not_done()
     more = f", and {len(found) - 3} more" if len(found) > 3 else ""
     return f" ({'; '.join(found[:3])}{more})" if found else " (its notebook is missing)"
 
@@ -73,26 +86,34 @@ def run_stages(stages: list[Stage], after: int = 0, watch: bool = True) -> None:
     spent: list[float] = []
     todo = list(enumerate(stages, 1))
     for position, (i, stage) in enumerate(todo):
+        at = f"[{i}/{len(stages)}] " if len(stages) > 1 else ""
         # M_0's stages are shared: whoever comes first does them, the others wait and then find them done. No stage
         # reads an evaluation, so they come back to that one at the end.
-        puts_off = stage.name == "04_evaluate" and len(todo) == len(stages)
+        puts_off = is_evaluation(stage) and position < len(stages)
         with ExitStack() as turn:
             try:
                 turn.enter_context(locked(stage.folder / f".{stage.name}.turn", patience=0 if puts_off else -1))
             except Busy:
                 todo.append((i, stage))
                 continue
-            # A run killed between the manifest and the page has the artefacts but not their notebook.
-            found = stage.why_not_done()
-            if not found and executed(stage).exists():
-                say(f"[{i}/{len(stages)}] {stage.label()}: done already")
+            if is_done(stage):
+                say(f"{at}{stage.label()}: done already")
                 continue
             left = f", about {sum(spent) / len(spent) * (len(todo) - position + after):.0f} s left" if spent else ""
-            say(f"[{i}/{len(stages)}] {stage.label()}{reasons(stage, found)} ...{left}")
+            say(f"{at}{stage.label()}{reasons(stage)} ...{left}")
             started = time.monotonic()
             with watched(of_stage(stage)) if watch else nullcontext():
                 execute(stage)
             spent.append(time.monotonic() - started)
+
+
+def run_evaluations(stages: list[Stage]) -> None:
+    """Of stages that another process runs in order, run the evaluations, each when all before it are done."""
+    for stage in stages:
+        if is_evaluation(stage):
+            run_stages([stage], watch=False)
+        while not is_done(stage):
+            time.sleep(1.0)
 
 
 def report(run: Path, threads: int) -> None:
@@ -222,8 +243,8 @@ def configure(preset: str, settings: list[str]) -> tuple[Config, Path, int]:
         preset: a preset's name, or that of a run that is there, which goes on as it was started.
     """
     texts = key_values(settings)
-    run, jobs = texts.pop("run", preset), texts.pop("jobs", "1")
-    if not jobs.isdecimal() or len(jobs) > 4 or int(jobs) < 1:
+    run, jobs = texts.pop("run", preset), texts.pop("jobs", None)
+    if jobs is not None and (not jobs.isdecimal() or len(jobs) > 4 or int(jobs) < 1):
         raise ConfigError(f"jobs: expected a number of at least 1, got {jobs[:20]!r}")
     if is_run(preset):
         config = read_config(run_folder(preset) / "config.yaml", texts.items())
@@ -231,7 +252,16 @@ def configure(preset: str, settings: list[str]) -> tuple[Config, Path, int]:
         config = load_preset(preset, [f"{name}={text}" for name, text in texts.items()])
     if (rounds := len(config.methods) * config.seeds * config.iterations) > 100_000:
         raise ConfigError(f"methods, seeds, iterations: {rounds:,} rounds; at most 100,000 in one run")
-    return config, run_folder(run), int(jobs)
+    return config, run_folder(run), default_jobs(config) if jobs is None else int(jobs)
+
+
+def default_jobs(config: Config) -> int:
+    """Jobs side by side where a command names none: what the cores allow, where a job has its threads and no more."""
+    own = config.sampling.workers == config.train.processes == 1 and config.sampling.engine == SamplingConfig().engine
+    if not own or not can_fork() or os.environ.get("RAY_ADDRESS"):
+        return 1
+    work = len(config.methods) * config.seeds
+    return max(1, min(len(os.sched_getaffinity(0)) // config.threads, 2 * work))  # 2: its evaluations may be apart
 
 
 def start(preset: str, settings: list[str], replaces: bool = False) -> None:
@@ -386,32 +416,49 @@ def run_on_cluster(run: Path, config: Config, work: list[tuple[str, int]], jobs:
 def run_side_by_side(run: Path, work: list[tuple[str, int]], jobs: int, lock: int) -> list[str]:
     """Every method and seed in a process of its own, `jobs` at a time; returns what failed.
 
-    Each holds the run's `lock` too, so that the run stays taken where the driver is killed and they are not yet gone.
+    A job that is left over takes the evaluations of a method and seed that is at work. Each process holds the run's
+    `lock` too, so that the run stays taken where the driver is killed and they are not yet gone.
     """
-    waiting, going, failures = list(work), {}, []
+    waiting, failures = list(work), []
+    going: dict[tuple[str, int], list[subprocess.Popen]] = {}
+
+    def begin(each: tuple[str, int], *options: str) -> subprocess.Popen:
+        command = [*method_seed_command(run, *each), str(os.getpid()), *options]
+        return subprocess.Popen(command, pass_fds=[lock])
+
     try:
         # In a log each says itself how far it is; on a terminal there is one line for all.
         with watched(of_run(run)) if is_terminal(sys.stderr) else nullcontext():
             while waiting or going:
                 while waiting and len(going) < jobs:
-                    method, seed = waiting.pop(0)
-                    command = [*method_seed_command(run, method, seed), str(os.getpid())]
-                    going[subprocess.Popen(command, pass_fds=[lock])] = f"{method}, seed {seed}"
+                    going[waiting[0]] = [begin(waiting.pop(0))]
+                alone = [each for each, processes in going.items() if len(processes) == 1]
+                for each in alone[: jobs - sum(map(len, going.values()))]:
+                    going[each].append(begin(each, "--evaluations"))
                 time.sleep(0.2)
-                for process in [p for p in going if p.poll() is not None]:
-                    name = going.pop(process)
-                    if process.returncode:
-                        failures.append(f"{name}: its message is above")
+                for each in [each for each, processes in going.items() if processes[0].poll() is not None]:
+                    ended, *beside = going.pop(each)
+                    end(beside)
+                    if ended.returncode:
+                        failures.append("{}, seed {}: its message is above".format(*each))
     finally:
-        for process in going:
-            process.terminate()
-        for process in going:
-            process.wait()
+        end(chain.from_iterable(going.values()))
     return failures
 
 
-def run_alone(run: Path, method: str, seed: int, parent: int) -> None:
-    """One method and seed, for the driver in process `parent`; ends when that does."""
+def end(processes: Iterable[subprocess.Popen]) -> None:
+    processes = list(processes)
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        process.wait()
+
+
+def run_alone(run: Path, method: str, seed: int, parent: int, beside: bool = False) -> None:
+    """One method and seed, for the driver in process `parent`; ends when that does.
+
+    Its evaluations come last, since a process `beside` this one may take them meanwhile.
+    """
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -419,8 +466,13 @@ def run_alone(run: Path, method: str, seed: int, parent: int) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, daemon=True).start()
+    stages = plan(read_config(run / "config.yaml"), run, method, seed)
+    if beside:
+        with suppress(StageFailed):  # the other process comes to it as well, and says what it was
+            run_evaluations(stages)
+        return
     try:
-        run_stages(plan(read_config(run / "config.yaml"), run, method, seed), watch=not is_terminal(sys.stderr))
+        run_stages(sorted(stages, key=is_evaluation), watch=not is_terminal(sys.stderr))
     except StageFailed as error:  # whose it is, between the lines of others
         wipe()
         raise StageFailed(f"{method}, seed {seed}: {error}") from error

@@ -254,5 +254,10 @@ def check_model(config: Settings, task: Task, problems: dict[str, list[Problem]]
         )
     lengths = [len(ids) for ids in prompts.values()]
     size = f"{shape.parameters / 1e6:,.0f} M parameters; prompts of {min(lengths)} to {max(lengths)} tokens"
-    lines = check_fits(shape, config, max(lengths), free_memory() / jobs)
+    free = free_memory()
+    lines = check_fits(shape, config, max(lengths), free)
+    try:
+        lines = check_fits(shape, config, max(lengths), free / jobs)
+    except TooLarge as error:
+        raise TooLarge(f"{error}, or fewer jobs at once (there are {jobs}, jobs=1 fits)") from None
     return [f"estimate, from the model's shape ({size}):", *(f"  {line}" for line in lines)]
