@@ -96,7 +96,8 @@ class ModelConfig(Section):
     path: str = Field(
         "seed",
         min_length=1,
-        description='a hub name, a folder, or "seed": the model in the package; with {seed} in it one for each seed',
+        description='a hub name, a folder, "seed" (the embedded model) or "smollm2" (from a package of its own); '
+        "with {seed} in it one for each seed",
     )
     tuning: Literal["lora", "full"] = "lora"  # "full" for a model small enough to save whole
     quantize: Literal["none", "nf4", "auto"] = "none"  # "nf4": 4-bit base (QLoRA); "auto": nf4 where CUDA is, else none

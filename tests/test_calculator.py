@@ -7,14 +7,17 @@ import torch
 
 from irpo_utils.answers.arithmetic import result_behind
 from irpo_utils.files import ConfigError
-from irpo_utils.methods.sampler import Sampler
+from irpo_utils.methods.sampler import Sampler, calculator_of
 from irpo_utils.methods.select import pair_of
+from irpo_utils.model import packaged
+from irpo_utils.model.load import load_tokenizer
 from irpo_utils.model.logprobs import collate, pair_batch, reference_logps, response_logps
 from irpo_utils.model.losses import nll
 from irpo_utils.model.records import Prompt
 from irpo_utils.model.training import batch_losses
 from irpo_utils.run.presets import load_preset
 from irpo_utils.run.stages import EvaluateStage, SampleStage, TrainStage
+from irpo_utils.settings import ModelConfig
 
 
 @pytest.mark.parametrize(
@@ -90,6 +93,16 @@ def test_every_equation_s_result_is_right_and_the_rest_is_drawn_as_ever(seed_mod
             for at in (i + 1 for i, letter in enumerate(response) if letter == "="):
                 slips[own] += not response[at:].startswith(result_behind(response[:at]))
     assert slips[False] > 0 == slips[True]
+
+
+def test_a_result_of_several_tokens_is_written_as_a_model_s_own_tokenizer_writes_it():
+    if not packaged.available("smollm2"):
+        pytest.skip(packaged.install("smollm2"))
+    tokenizer = load_tokenizer(ModelConfig(path="smollm2"))
+    for text, result in (("12 / 2 =", " 6"), ("12 * 12 = ", "144"), ("7 / 2 =", " 3.5"), ("2 - 31 =", " -29")):
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        written = calculator_of(tokenizer)(ids)
+        assert tokenizer.decode(ids + written) == text + result and len(written) >= len(result.strip())
 
 
 def test_responses_do_not_depend_on_the_rows_that_are_run_at_once(seed_model, tokenizer, task, asked):

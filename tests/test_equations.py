@@ -97,6 +97,7 @@ def test_a_solution_made_of_an_expression_has_its_value_and_steps_that_are_right
 
 def test_a_solution_is_made_of_arithmetic_alone():
     assert solution("(8 - 3) / 2") == "8 - 3 = 5\n5 / 2 = 2.5\nFinal answer: 2.5"
+    assert solution("0 * -3") == "0 * -3 = 0\nFinal answer: 0"
     assert solution("8") == "Final answer: 8" and solution("-3 + 5.50") == "-3 + 5.5 = 2.5\nFinal answer: 2.5"
     wrong = (
         "x + 1",

@@ -15,7 +15,7 @@ from irpo_utils.tasks import check_task, get_task
 from irpo_utils.tasks.base import SPLITS, Problem
 from irpo_utils.tasks.grading import reward
 from irpo_utils.tasks.jsonl import Given
-from irpo_utils.tasks.records import further_tests
+from irpo_utils.tasks.records import alike, further_tests
 
 
 def write_splits(folder, **lines):
@@ -220,7 +220,16 @@ def test_math_examples_are_in_every_prompt_and_not_trained_on(tmp_path):
         assert task.prompt(problem).count("Problem:") == 5
     fewer = get_task(task.config.but(train_size=3))
     (further,) = further_tests(fewer, EvaluationConfig(test=(train,))).values()
+    (tmp_path / "more").mkdir()
+    twice = further_tests(fewer, EvaluationConfig(test=(train, records(tmp_path / "more", "a.jsonl", rows[:25]))))
+    assert len({p.id for problems in twice.values() for p in problems}) == 2 * len(further)
     assert len(further) == 25 - 5 - 3 - 4 and not {p.question for p in further} & {p.question for p in fewer.shots}
+
+
+def test_two_questions_are_one_where_only_case_space_and_punctuation_differ():
+    assert alike("What is 1.5 + 2?") == alike("what is 1.5+2 ") != alike("What is 15 + 2?")
+    assert alike("Don't stop: 3.") == alike("dont stop 3") and alike("Find f'(2).") != alike("Find f(2).")
+    assert alike("Find 5!") != alike("Find 5") and alike("Go!") == alike("Go")
 
 
 @pytest.mark.parametrize(

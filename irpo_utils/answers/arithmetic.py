@@ -86,14 +86,14 @@ def result_behind(text: str) -> str:
         return ""
     try:
         found, value = unrolled(whole[1])
-        return (" " if left.endswith(" ") and not behind else "") + plain(value + 0.0) if found else ""  # no -0
+        return (" " if left.endswith(" ") and not behind else "") + plain(value) if found else ""
     except ValueError:
         return ""
 
 
 def plain(value: float) -> str:
     """A number as one writes it, of up to ten digits. Raises ValueError for one larger, or smaller but not 0."""
-    text = f"{value:.10g}"
+    text = f"{value + 0.0:.10g}"  # without the sign of -0.0
     if "e" in text:
         raise ValueError(f"{value} is no number that one writes out")
     return text

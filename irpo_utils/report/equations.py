@@ -64,15 +64,15 @@ def error(response: str, reward: float | None, gold: str) -> str:
     own, wanted = steps(response), steps(gold)
     if not own:
         return "no step"
-    for mine, theirs in zip(own, wanted, strict=False):
-        if mine.same(theirs):
-            written = f"{mine.result:.10g}".partition(".")[2]  # the digits that a rounded result has
-            if abs(mine.result - theirs.result) > (0.51 * 10 ** -len(written) if written else 1e-6):
+    for step, gold_step in zip(own, wanted, strict=False):
+        if step.same(gold_step):
+            written = f"{step.result:.10g}".partition(".")[2]  # the digits that a rounded result has
+            if abs(step.result - gold_step.result) > (0.51 * 10 ** -len(written) if written else 1e-6):
                 return "arithmetic"
-        elif mine.operands == theirs.operands:
+        elif step.operands == gold_step.operands:
             return "operation"
         else:
-            return "number" if mine.operation == theirs.operation else "other step"
+            return "number" if step.operation == gold_step.operation else "other step"
     if len(own) != len(wanted):
         return "stopped early" if len(own) < len(wanted) else "went on"
     return "last line"

@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ..files import ROOT, resolve
+from ..files import OUTPUTS, ROOT, resolve
 from ..settings import GENERATED, EvaluationConfig, TaskConfig
 from .base import BadRecord, Problem, Task
 
@@ -34,7 +34,9 @@ def read_file(path: Path, where: str) -> list[tuple[str, dict[str, Any]]]:
     if path.is_dir():
         raise BadRecord(f"{where}: {path} is a folder; name a file in it")
     if not path.exists():
-        raise BadRecord(f"{where}: {path} is missing")
+        pages = "irpo_utils/site/pages/real_models.md says what goes there, or "
+        mend = f"{pages if path.parent == OUTPUTS / 'data' else ''}name one that is there, as in {where}=my.jsonl"
+        raise BadRecord(f"{where}: {path} is missing; {mend}")
     if path.suffix == ".parquet":
         import pyarrow
         import pyarrow.parquet
@@ -81,9 +83,13 @@ def read_hub(source: str, where: str) -> list[tuple[str, dict[str, Any]]]:
     return [(f"{source}, record {i}", row) for i, row in enumerate(rows, 1)]
 
 
+# A point within a number, a derivative's prime and a factorial are none.
+PUNCTUATION = re.compile(r"[\s,;:?\"$\\]|(?<!\d)\.|\.(?!\d)|'(?!\()|(?<![\d)])!")
+
+
 def alike(question: str) -> str:
-    """A question by its letters, digits and operators: two that differ only in spaces, case or punctuation are one."""
-    return re.sub(r"[\s.,;:!?'\"$\\]+", "", question).lower()
+    """A question by its letters, numbers and operators: two that differ only in spaces, case or punctuation are one."""
+    return PUNCTUATION.sub("", question).lower()
 
 
 def further_tests(task: Task, config: EvaluationConfig) -> dict[str, list[Problem]]:
@@ -92,7 +98,7 @@ def further_tests(task: Task, config: EvaluationConfig) -> dict[str, list[Proble
     Raises:
         BadRecord: a source is missing or malformed, or has fewer problems than `evaluation.test_size`.
     """
-    seen, found = set(), {}
+    seen, found, stems = set(), {}, [Path(source).stem for source in config.test]
     if config.test:
         seen = {alike(p.question) for split in ("train", "dev") for p in task.problems(split)}
         seen |= getattr(task, "shown", set())
@@ -101,7 +107,8 @@ def further_tests(task: Task, config: EvaluationConfig) -> dict[str, list[Proble
             problems = _further_problems(task, source)
         except BadRecord as error:
             raise BadRecord(str(error).replace("task.test", "evaluation.test")) from None
-        fresh = [replace(p, id=f"{Path(source).stem}/{p.id}") for p in problems if alike(p.question) not in seen]
+        name = source if stems.count(Path(source).stem) > 1 else Path(source).stem
+        fresh = [replace(p, id=f"{name}/{p.id}") for p in problems if alike(p.question) not in seen]
         if not fresh:
             raise BadRecord(f"evaluation.test: all problems of {source} are in training or dev")
         if config.test_size > len(fresh):
