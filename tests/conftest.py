@@ -69,11 +69,15 @@ def drive_apart(*arguments: str) -> subprocess.CompletedProcess:
 
 
 def drive(*arguments: str) -> subprocess.CompletedProcess:
-    """The driver in this process: kernels are forked from one that stays, which has imported their libraries once."""
+    """The driver in this process: kernels are forked from one that stays, which has imported their libraries once.
+
+    One job, unless more are asked for: others have processes of their own, which import them again.
+    """
     signals = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     out, err = io.StringIO(), io.StringIO()
     try:
-        with mock.patch.dict(os.environ), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        alone = mock.patch("irpo_utils.run.driver.default_jobs", return_value=1)
+        with alone, mock.patch.dict(os.environ), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             status = main(list(arguments))
     finally:
         for number, handler in signals.items():

@@ -431,7 +431,8 @@ def run_side_by_side(run: Path, work: list[tuple[str, int]], jobs: int, lock: in
         with watched(of_run(run)) if is_terminal(sys.stderr) else nullcontext():
             while waiting or going:
                 while waiting and len(going) < jobs:
-                    going[waiting[0]] = [begin(waiting.pop(0))]
+                    each = waiting.pop(0)
+                    going[each] = [begin(each)]
                 alone = [each for each, processes in going.items() if len(processes) == 1]
                 for each in alone[: jobs - sum(map(len, going.values()))]:
                     going[each].append(begin(each, "--evaluations"))
