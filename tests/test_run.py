@@ -77,6 +77,35 @@ def test_run_ends_with_its_card_and_the_files(micro_run):
     assert "IRPO" in page and "data:image/png" in page
 
 
+def test_a_job_that_is_left_over_evaluates_and_changes_nothing(micro_run):
+    run, beside = micro_run[0], OUTPUTS / "test-beside"
+    remove_run(beside.name)
+    done = drive_apart("micro", f"run={beside.name}", "iterations=2", "jobs=3")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert "irpo, seed 0, iteration 0, 04_evaluate ..." in lines  # the other process numbers its lines
+    assert any(line.startswith("[1/9] irpo, seed 0, iteration 1, 01_sample ...") for line in lines)
+    for stage in ("m0/seed_0", "irpo/seed_0/iteration_1", "irpo/seed_0/iteration_2"):
+        for name in ("evaluation.json", "responses.jsonl"):
+            assert (beside / stage / name).read_bytes() == (run / stage / name).read_bytes()
+    remove_run(beside.name)
+
+
+def test_jobs_are_as_many_as_the_cores_allow_where_none_are_named(monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(driver, "can_fork", lambda: True)
+    monkeypatch.setattr(driver.os, "sched_getaffinity", lambda process: range(8), raising=False)
+
+    def jobs(*settings):
+        return driver.default_jobs(load_preset("micro", settings))
+
+    assert jobs("methods=irpo,dpo", "seeds=9") == 8 and jobs("methods=irpo,dpo", "seeds=9", "threads=3") == 2
+    assert jobs() == 2  # the evaluations apart
+    assert jobs("threads=9") == jobs("sampling.workers=2") == jobs("train.processes=2") == 1
+    monkeypatch.setattr(driver, "can_fork", lambda: False)
+    assert jobs() == 1
+
+
 def test_pairs_load_with_datasets_and_hold_the_sampled_ids(micro_run):
     from datasets import load_dataset
 
