@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -96,12 +97,17 @@ def test_jobs_are_as_many_as_the_cores_allow_where_none_are_named(monkeypatch):
     monkeypatch.setattr(driver, "can_fork", lambda: True)
     monkeypatch.setattr(driver.os, "sched_getaffinity", lambda process: range(8), raising=False)
 
+    memory = SimpleNamespace(available=100 << 30)
+    monkeypatch.setattr(driver.psutil, "virtual_memory", lambda: memory)
+
     def jobs(*settings):
         return driver.default_jobs(load_preset("micro", settings))
 
     assert jobs("methods=irpo,dpo", "seeds=9") == 8 and jobs("methods=irpo,dpo", "seeds=9", "threads=3") == 2
     assert jobs() == 2  # the evaluations apart
     assert jobs("threads=9") == jobs("sampling.workers=2") == jobs("train.processes=2") == 1
+    memory.available = 7 << 30
+    assert jobs("methods=irpo,dpo", "seeds=9") == 3
     monkeypatch.setattr(driver, "can_fork", lambda: False)
     assert jobs() == 1
 
@@ -327,6 +333,10 @@ def test_a_failing_stage_is_one_error(tmp_path):
     remove_run("test-fail")
     done = drive("micro", "run=test-fail", "sampling.max_new_tokens=2")  # nothing can finish, so no pair can be made
     assert done.returncode == 1 and "error: irpo, seed 0: ValueError: no pair can be made" in done.stderr
+    remove_run("test-fail")
+    done = drive_apart("micro", "run=test-fail", "sampling.max_new_tokens=2", "methods=irpo,dpo", "jobs=2")
+    assert done.returncode == 1 and done.stderr.count("irpo, seed 0: ValueError: no pair can be made") == 1
+    assert (OUTPUTS / "test-fail" / "m0" / "seed_0" / "evaluation.json").exists()  # and what could be done was done
     remove_run("test-fail")
 
 

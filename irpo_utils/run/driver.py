@@ -12,9 +12,11 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, nullcontext, suppress
 from importlib.util import find_spec
-from itertools import chain
+from itertools import chain, takewhile
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from ..files import (
     NOTEBOOKS,
@@ -256,12 +258,13 @@ def configure(preset: str, settings: list[str]) -> tuple[Config, Path, int]:
 
 
 def default_jobs(config: Config) -> int:
-    """Jobs side by side where a command names none: what the cores allow, where a job has its threads and no more."""
+    """Jobs side by side where a command names none: as many as cores and memory allow, on a CPU alone."""
     own = config.sampling.workers == config.train.processes == 1 and config.sampling.engine == SamplingConfig().engine
     if not own or not can_fork() or os.environ.get("RAY_ADDRESS"):
         return 1
-    work = len(config.methods) * config.seeds
-    return max(1, min(len(os.sched_getaffinity(0)) // config.threads, 2 * work))  # 2: its evaluations may be apart
+    cores, memory = len(os.sched_getaffinity(0)) // config.threads, psutil.virtual_memory().available // JOB_BYTES
+    work = 2 * len(config.methods) * config.seeds  # evaluations may be apart
+    return max(1, min(cores, memory, work))
 
 
 def start(preset: str, settings: list[str], replaces: bool = False) -> None:
@@ -328,6 +331,7 @@ def run_in_turn(plans: list[list[Stage]]) -> list[str]:
 
 
 OPEN_FILES = 256
+JOB_BYTES = 2 << 30  # that a job takes with the embedded model, at most; of others the estimate knows
 REPORTERS = ("tensorboard", "wandb", "trackio")  # packages that transformers has a callback for, by its own name
 LONG = 600.0  # seconds of finished work that are not replaced without being asked for
 
@@ -476,4 +480,8 @@ def run_alone(run: Path, method: str, seed: int, parent: int, beside: bool = Fal
         run_stages(sorted(stages, key=is_evaluation), watch=not is_terminal(sys.stderr))
     except StageFailed as error:  # whose it is, between the lines of others
         wipe()
+        before = list(takewhile(lambda stage: is_evaluation(stage) or is_done(stage), stages))
+        if len(before) < len(stages):  # the models that there are get their evaluation all the same
+            with suppress(StageFailed):
+                run_stages([stage for stage in before if is_evaluation(stage)])
         raise StageFailed(f"{method}, seed {seed}: {error}") from error
