@@ -13,7 +13,8 @@ from pathlib import Path
 from .files import Busy, ConfigError, MissingArtefact, load_object
 from .methods.recipes import catalogue
 from .run.config import Config, dump
-from .run.driver import estimate, run_alone, start, why
+from .run.driver import estimate, start, why
+from .run.jobs import run_alone
 from .run.presets import presets
 from .run.store import is_run, read_run, run_folder
 

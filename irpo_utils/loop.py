@@ -68,7 +68,7 @@ def irpo(
             problem are right, or all wrong.
     """
     if getattr(model, "peft_config", None):
-        raise ValueError("the model has an adapter already; load it anew to start from M_0 again")
+        raise ValueError("the model has an adapter already; load it again (run that cell) to start from M_0")
     policy = new_adapter(model, settings.model, seed)
     sampler = Sampler.of(policy, tokenizer, task, settings)
     problems, test = task.problems("train"), task.problems("test")

@@ -21,7 +21,7 @@ LEVELS = {
 HEAVY = {"torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes"}
 LIGHT = [
     "files", "metrics", "settings", "answers", "tasks", "methods.parts", "methods.recipes", "methods.select",
-    "run.config", "run.presets", "run.store", "run.stages", "run.driver", "report", "__main__",
+    "run.config", "run.presets", "run.store", "run.stages", "run.driver", "run.jobs", "report", "__main__",
 ]  # fmt: skip
 
 

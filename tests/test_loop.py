@@ -25,5 +25,5 @@ def test_a_round_in_memory_learns_from_its_own_samples(config, tokenizer, task):
     assert first.facts["sampler_gap"] < 1e-3 and second.facts["sampler_gap"] < 1e-3
     after = {name.replace(".base_layer", ""): weight for name, weight in model.state_dict().items()}
     assert all(after[name].equal(weight) for name, weight in before.items())  # the base is frozen
-    with pytest.raises(ValueError, match="has an adapter already; load it anew"):
+    with pytest.raises(ValueError, match="has an adapter already; load it again"):
         next(irpo(model, tokenizer, task, settings))

@@ -30,7 +30,7 @@ from irpo_utils.files import (
 )
 from irpo_utils.model.load import load_policy
 from irpo_utils.model.records import Prompt
-from irpo_utils.run import driver
+from irpo_utils.run import jobs as jobs_of
 from irpo_utils.run.config import dump
 from irpo_utils.run.driver import check_inputs, why
 from irpo_utils.run.notebooks import run_notebook
@@ -94,21 +94,21 @@ def test_a_job_that_is_left_over_evaluates_and_changes_nothing(micro_run):
 
 def test_jobs_are_as_many_as_the_cores_allow_where_none_are_named(monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(driver, "can_fork", lambda: True)
-    monkeypatch.setattr(driver.os, "sched_getaffinity", lambda process: range(8), raising=False)
+    monkeypatch.setattr(jobs_of, "can_fork", lambda: True)
+    monkeypatch.setattr(jobs_of.os, "sched_getaffinity", lambda process: range(8), raising=False)
 
     memory = SimpleNamespace(available=100 << 30)
-    monkeypatch.setattr(driver.psutil, "virtual_memory", lambda: memory)
+    monkeypatch.setattr(jobs_of.psutil, "virtual_memory", lambda: memory)
 
     def jobs(*settings):
-        return driver.default_jobs(load_preset("micro", settings))
+        return jobs_of.default_jobs(load_preset("micro", settings))
 
     assert jobs("methods=irpo,dpo", "seeds=9") == 8 and jobs("methods=irpo,dpo", "seeds=9", "threads=3") == 2
     assert jobs() == 2  # the evaluations apart
     assert jobs("threads=9") == jobs("sampling.workers=2") == jobs("train.processes=2") == 1
     memory.available = 7 << 30
     assert jobs("methods=irpo,dpo", "seeds=9") == 3
-    monkeypatch.setattr(driver, "can_fork", lambda: False)
+    monkeypatch.setattr(jobs_of, "can_fork", lambda: False)
     assert jobs() == 1
 
 
@@ -220,8 +220,8 @@ def test_an_evaluation_that_another_process_makes_is_come_back_to(tmp_path, monk
         if len(ran) == len(others):
             other.communicate()
 
-    monkeypatch.setattr(driver, "execute", execute)
-    driver.run_stages(stages, watch=False)
+    monkeypatch.setattr(jobs_of, "execute", execute)
+    jobs_of.run_stages(stages, watch=False)
     assert ran == [*others, evaluated]
 
 

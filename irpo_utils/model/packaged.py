@@ -86,7 +86,10 @@ def write(name: str, gguf: Gguf, target: Path) -> None:
     if not source.is_file() or hashlib.sha256(source.read_bytes()).hexdigest() != gguf.sha256:
         raise ValueError(f"model.path: {source} is not the {name} that is known; {install(name)}")
 
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # takes seconds, once
+    print(f"{name}: written out to {relative(target)}, once; this takes a minute", file=sys.stderr, flush=True)
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, logging  # takes seconds, once
+
+    logging.disable_progress_bar()
 
     options = {"gguf_file": gguf.file}
     loaded = AutoModelForCausalLM.from_pretrained(source.parent, dtype="float32", **options)

@@ -260,4 +260,5 @@ def check_model(config: Settings, task: Task, problems: dict[str, list[Problem]]
         lines = check_fits(shape, config, max(lengths), free / jobs)
     except TooLarge as error:
         raise TooLarge(f"{error}, or fewer jobs at once (there are {jobs}, jobs=1 fits)") from None
-    return [f"estimate, from the model's shape ({size}):", *(f"  {line}" for line in lines)]
+    each = f", for each of {jobs} at once" if jobs > 1 else ""
+    return [f"estimate, from the model's shape ({size}){each}:", *(f"  {line}" for line in lines)]

@@ -64,7 +64,9 @@ def run_notebook(source: Path, target: Path, parameters: dict, threads: int, use
         raise StageFailed(f"{error.ename}: {error.evalue.strip() or 'no message'}\n({where})") from error
     except OSError as error:  # papermill's own writing, which does not say where
         raise OSError(error.errno, error.strerror, str(part)) from None
-    except DeadKernelError:
+    except RuntimeError as error:
+        if not isinstance(error, DeadKernelError) and "Kernel died" not in str(error):  # the latter: while it starts
+            raise
         raise StageFailed(
             f"the process that ran {source.name} was ended from outside, often for want of memory "
             "(sampling.max_rows and train.micro_batch say how much it takes); the same command goes on"

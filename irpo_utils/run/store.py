@@ -207,6 +207,9 @@ class Stage:
         """An input's path; None for one this stage has not, as M_0's where it is the base. Raises MissingArtefact."""
         path, made_by = self.reads().get(name, (None, ""))
         if path is not None and not path.exists():
+            name, _, where = made_by.partition(".ipynb")
+            if (path.parent / f".{name}.partial" / "key.json").exists():
+                raise MissingArtefact(f"{relative(path)} is missing: {name} was begun{where}; run it to its last cell")
             raise MissingArtefact(f"{relative(path)} is missing; run notebooks/{made_by} first")
         return path
 
@@ -390,7 +393,8 @@ class Stage:
         wanted = self.choices.stages(self.config.train.sync_every) if self.iteration else stages_of_m0(self.config)
         if self.name not in wanted:
             of = f"round {self.iteration} of {self.method}" if self.iteration else "M_0"
-            raise ConfigError(f"{self.name}: {of} has no such stage; it has {', '.join(wanted)}")
+            hint = "; warm_start.problems=100 would give it one" if self.name == "00_warm_start" else ""
+            raise ConfigError(f"{self.name}: {of} has no such stage; it has {', '.join(wanted)}{hint}")
         self._key = self.key()
         if "torch" not in sys.modules:
             os.environ["OMP_NUM_THREADS"] = str(self.config.threads)
@@ -427,8 +431,9 @@ class Stage:
         """Whether the stage is done, nothing being `found` that keeps it from that; says so."""
         if found:
             return False
-        begun = " (and was begun)" if (self.partial_folder() / "key.json").exists() else ""
-        print(f"{relative(self.folder)}: {self.name} is done, and shown as it is; again = True does it anew{begun}")
+        begun = (self.partial_folder() / "key.json").exists()
+        anew = "goes on with doing it anew, which was begun" if begun else "does it anew"
+        print(f"{relative(self.folder)}: {self.name} is done, and shown as it is; again = True {anew}")
         return True
 
     def run(self, **options: Any) -> Any:
