@@ -35,9 +35,9 @@ HELP = """usage: ./run_all.sh [preset] [key=value ...]     run the loop, skip wh
        ./run_all.sh --test                        run the tests
 
   run=NAME       the folder under outputs/ (default: the preset's name)
-  jobs=J         methods and seeds at work side by side, each on `threads` CPU threads; one that is left over evaluates.
-                 By default as many as there are cores for, and 1 where a GPU is. On the machines of a Ray cluster if
-                 RAY_ADDRESS names one; sampling.workers=W: processes that draw for one of them
+  jobs=J         methods and seeds at work side by side, each on `threads` CPU threads; one that is left over evaluates
+                 (default: on Linux without a GPU as many as cores and memory allow, else 1). They go to the machines of
+                 a Ray cluster if RAY_ADDRESS names one; sampling.workers=W: processes that draw for one of them
                  (irpo_utils/site/pages/clusters.md)
   key=value      any parameter, as in iterations=2 seeds=3 methods=irpo,dpo train.lr=1e-3 dpo.train.beta=0.3
   --yes          do finished stages again that took long, where a changed parameter wants it
@@ -86,7 +86,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--bench", nargs="?", const="quick", choices=("quick", "full"))
     made.add_argument("--publish", metavar="RUN")
     made.add_argument("--method-seed", nargs=4, help=argparse.SUPPRESS)
-    made.add_argument("--evaluations", action="store_true", help=argparse.SUPPRESS)
+    made.add_argument("--evaluations", choices=("last", "only"), help=argparse.SUPPRESS)
     made.add_argument("words", nargs="*")
     return made
 

@@ -121,8 +121,10 @@ def test_a_model_that_is_given_is_looked_at_and_counted():
     config = load_preset("micro", [f"model.path={SEED_MODEL}"])
     task = get_task(config.task)
     problems = {split: task.problems(split) for split in ("train", "dev", "test")}
-    lines = estimate.check_model(config, task, problems, jobs=1)
+    lines, _ = estimate.check_model(config, task, problems, jobs=1)
     assert lines[0].startswith("estimate, from the model's shape (1 M parameters; prompts of ")
     assert [line.strip().partition(":")[0] for line in lines[1:]] == ["sampling", "training", "dev score"]
     with pytest.raises(estimate.TooLarge, match="does not fit; .* jobs=1 fits"):  # a thousandth of the memory for each
         estimate.check_model(config, task, problems, jobs=1000)
+    _, jobs = estimate.check_model(config, task, problems, jobs=1000, or_fewer=True)
+    assert 1 <= jobs < 1000

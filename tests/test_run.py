@@ -534,7 +534,7 @@ def test_each_seed_may_have_a_base_model_and_problems_of_its_own(tmp_path):
     with pytest.raises(ConfigError, match="m0-1"):
         check_inputs(config)
     shutil.copytree(PACKAGE / "assets" / "seed_model", tmp_path / "m0-1")
-    assert any("estimate" in line for line in check_inputs(config))
+    assert any("estimate" in line for line in check_inputs(config)[0])
     weights = tmp_path / "m0-1" / "model.safetensors"
     torch.manual_seed(0)
     save_file({name: torch.randn_like(w) for name, w in load_file(weights).items()}, weights, {"format": "pt"})

@@ -229,7 +229,8 @@ def test_math_examples_are_in_every_prompt_and_not_trained_on(tmp_path):
 def test_two_questions_are_one_where_only_case_space_and_punctuation_differ():
     assert alike("What is 1.5 + 2?") == alike("what is 1.5+2 ") != alike("What is 15 + 2?")
     assert alike("Don't stop: 3.") == alike("dont stop 3") and alike("Find f'(2).") != alike("Find f(2).")
-    assert alike("Find 5!") != alike("Find 5") and alike("Go!") == alike("Go")
+    assert alike("Find n!") != alike("Find n") and alike("Go!") == alike("Go")
+    assert alike("y'' + y") != alike("y' + y") != alike("y + y") and alike("What is .5?") != alike("What is 5?")
 
 
 @pytest.mark.parametrize(

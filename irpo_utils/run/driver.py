@@ -48,24 +48,32 @@ def compare(run: Path, threads: int) -> None:
     run_notebook(NOTEBOOKS / "06_methods.ipynb", run / "06_methods.ipynb", {"run": relative(run)}, threads)
 
 
-def check_inputs(config: Config, jobs: int = 1) -> list[str]:
+def check_inputs(config: Config, jobs: int | None = 1) -> tuple[list[str], int]:
     """Find bad problems, a model that is not there and a run that cannot fit, before anything is written.
 
-    Returns what to say of them: problems left out, the memory it needs. Raises ConfigError.
+    Args:
+        jobs: how many run side by side; None: as many as cores and memory allow.
+
+    Returns:
+        What to say of it: problems left out, the memory it needs; and how many jobs there are.
+
+    Raises:
+        ConfigError: it cannot be run; the message says what to change.
     """
+    wanted, jobs = jobs, jobs or default_jobs(config)
     clustered = on_cluster(jobs)
     if config.sampling.workers > 1 or clustered:
         load_object(WORKERS.check)(config, jobs)
-    jobs = 1 if clustered else jobs  # of those that share this machine
+    here = 1 if clustered else jobs  # share this machine
     if check := SAMPLERS[config.sampling.engine].check:
-        load_object(check)(config.for_seed(0), jobs)
+        load_object(check)(config.for_seed(0), here)
     check_simulator(config)
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     try:
         check_methods(config)
         if config.task.generated and config.model.path == EMBEDDED:
-            return []
+            return [], jobs
         task = get_task(config.task)
         problems = check_task(task, config.task.name)
         lines = [", ".join(f"{len(p)} {split} problems" for split, p in problems.items())]
@@ -74,12 +82,13 @@ def check_inputs(config: Config, jobs: int = 1) -> list[str]:
         lines = [f"{config.task.name}: {', '.join(lines)}", *task.notes, *check_gold(config, problems)]
         if config.model.path == EMBEDDED:
             check_words(task, problems["train"])
-            return lines
+            return lines, jobs
         # torch takes seconds to import, and the embedded model fits anywhere.
         check = load_object("irpo_utils.run.estimate:check_model")
         models = {own.model.path: own for own in map(config.for_seed, range(config.seeds))}
-        estimates = [check(own, task, problems | further, jobs) for own in models.values()]
-        return lines + estimates[0]
+        for own in models.values():
+            estimated, here = check(own, task, problems | further, here, or_fewer=wanted is None)
+        return lines + estimated, jobs if clustered else here
     except ValueError as error:
         raise ConfigError(str(error)) from None
 
@@ -156,8 +165,8 @@ def check_gold(config: Config, problems: dict[str, list[Problem]]) -> list[str]:
     return [f"pairs.gold: {config.task.name} has no gold solutions, so none joins the winners"]
 
 
-def configure(preset: str, settings: list[str]) -> tuple[Config, Path, int]:
-    """The configuration, the run's folder and the number of jobs that a command line asks for. Raises ConfigError.
+def configure(preset: str, settings: list[str]) -> tuple[Config, Path, int | None]:
+    """The configuration, the run's folder and the jobs that a command line asks for, if it does. Raises ConfigError.
 
     Args:
         preset: a preset's name, or that of a run that is there, which goes on as it was started.
@@ -172,7 +181,7 @@ def configure(preset: str, settings: list[str]) -> tuple[Config, Path, int]:
         config = load_preset(preset, [f"{name}={text}" for name, text in texts.items()])
     if (rounds := len(config.methods) * config.seeds * config.iterations) > 100_000:
         raise ConfigError(f"methods, seeds, iterations: {rounds:,} rounds; at most 100,000 in one run")
-    return config, run_folder(run), default_jobs(config) if jobs is None else int(jobs)
+    return config, run_folder(run), None if jobs is None else int(jobs)
 
 
 def start(preset: str, settings: list[str], replaces: bool = False) -> None:
@@ -189,7 +198,7 @@ def start(preset: str, settings: list[str], replaces: bool = False) -> None:
     """
     started = time.monotonic()
     config, run, jobs = configure(preset, settings)
-    notes = check_inputs(config, jobs)
+    notes, jobs = check_inputs(config, jobs)
     if resource.getrlimit(resource.RLIMIT_NOFILE)[0] < OPEN_FILES:
         raise ConfigError(f"a run has up to {OPEN_FILES} files open; allow them with ulimit -n {OPEN_FILES}")
     # What is left of a driver that was killed is gone in a second or two.
@@ -266,7 +275,8 @@ def changes(run: Path, config: Config, plans: list[list[Stage]], replaces: bool)
 def estimate(preset: str, settings: list[str]) -> None:
     """Say whether a run fits into memory; run nothing."""
     config, _, jobs = configure(preset, settings)
-    print("\n".join(check_inputs(config, jobs) or ["the embedded model: a few minutes on any machine"]))
+    lines, _ = check_inputs(config, jobs)
+    print("\n".join(lines or ["the embedded model: a few minutes on any machine"]))
 
 
 def why(run: Path, config: Config) -> None:

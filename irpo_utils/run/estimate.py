@@ -223,14 +223,16 @@ def check_weights(config: ModelConfig) -> None:
             raise ValueError(f"model.path: {file} is damaged or cut off ({error}); copy it again") from None
 
 
-def check_model(config: Settings, task: Task, problems: dict[str, list[Problem]], jobs: int) -> list[str]:
+def check_model(
+    config: Settings, task: Task, problems: dict[str, list[Problem]], jobs: int, or_fewer: bool = False
+) -> tuple[list[str], int]:
     """Look at the model, its tokenizer and the memory of a run, without loading weights.
 
     Args:
         problems: split -> its problems. jobs: stages that run side by side and share the memory.
 
     Returns:
-        The lines of the estimate, as they are printed.
+        The lines of the estimate, as they are printed; and the jobs, `or_fewer` where so many do not fit.
 
     Raises:
         ValueError: the model cannot be used, or its tokenizer cannot tell the prompts apart.
@@ -256,9 +258,13 @@ def check_model(config: Settings, task: Task, problems: dict[str, list[Problem]]
     size = f"{shape.parameters / 1e6:,.0f} M parameters; prompts of {min(lengths)} to {max(lengths)} tokens"
     free = free_memory()
     lines = check_fits(shape, config, max(lengths), free)
-    try:
-        lines = check_fits(shape, config, max(lengths), free / jobs)
-    except TooLarge as error:
-        raise TooLarge(f"{error}, or fewer jobs at once (there are {jobs}, jobs=1 fits)") from None
-    each = f", for each of {jobs} at once" if jobs > 1 else ""
-    return [f"estimate, from the model's shape ({size}){each}:", *(f"  {line}" for line in lines)]
+    while jobs > 1:
+        try:
+            lines = check_fits(shape, config, max(lengths), free / jobs)
+            break
+        except TooLarge as error:
+            if not or_fewer:
+                raise TooLarge(f"{error}, or run fewer jobs at once (there are {jobs}, and jobs=1 fits)") from None
+            jobs -= 1
+    each = f", for each of {jobs} jobs" if jobs > 1 else ""
+    return [f"estimate, from the model's shape ({size}){each}:", *(f"  {line}" for line in lines)], jobs

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterable
 from contextlib import ExitStack, nullcontext, suppress
 from itertools import chain, takewhile
@@ -46,6 +46,7 @@ def execute(stage: Stage) -> None:
 
 
 def is_evaluation(stage: Stage) -> bool:
+    """Whether it is one: no other stage reads what it leaves."""
     return stage.name == EvaluateStage.name
 
 
@@ -63,13 +64,16 @@ def reasons(stage: Stage) -> str:
     return f" ({'; '.join(found[:3])}{more})" if found else " (its notebook is missing)"
 
 
-def run_stages(stages: list[Stage], after: Iterable[Stage] = (), watch: bool = True) -> None:
+def run_stages(
+    stages: list[Stage], after: list[Stage] | None = None, watch: bool = True, spent: dict[Path, float] | None = None
+) -> None:
     """Run stages in order. Raises StageFailed.
 
     Args:
         after: stages of others that follow (for the time left). watch: show how far each is.
+        spent: seconds of the stages that were looked at, by manifest; those of earlier methods come with it.
     """
-    spent: dict[str, list[float]] = {}  # by the kind of stage
+    spent = {} if spent is None else spent
     todo = list(enumerate(stages, 1))
     for position, (i, stage) in enumerate(todo):
         at = f"[{i}/{len(stages)}] " if len(stages) > 1 else ""
@@ -84,42 +88,70 @@ def run_stages(stages: list[Stage], after: Iterable[Stage] = (), watch: bool = T
                 continue
             if is_done(stage):
                 say(f"{at}{stage.label()}: done already")
+                spent.setdefault(stage.manifest_path(), 0.0)
                 continue
-            left = time_left([stage for _, stage in todo[position:]] + list(after), spent)
+            left = time_left([*(stage for _, stage in todo[position:]), *(after or ())], spent)
             say(f"{at}{stage.label()}{reasons(stage)} ...{left}")
             started = time.monotonic()
             with watched(of_stage(stage)) if watch else nullcontext():
                 execute(stage)
-            spent.setdefault(stage.name, []).append(time.monotonic() - started)
+            spent[stage.manifest_path()] = time.monotonic() - started
 
 
-def time_left(stages: list[Stage], spent: dict[str, list[float]]) -> str:
+def time_left(stages: list[Stage], spent: dict[Path, float]) -> str:
     """In words, what these stages take, once one of each kind has been run here; evaluations may be another's."""
-    kinds = Counter(stage.name for stage in stages)
-    if kinds.keys() - spent.keys() - {EvaluateStage.name}:
+    left = {stage.manifest_path() for stage in stages} - spent.keys()
+    kinds = {path.name: [took for other, took in spent.items() if other.name == path.name and took] for path in left}
+    unknown = [name for name, seconds in kinds.items() if not seconds]
+    if not left or any(not name.startswith(EvaluateStage.name) for name in unknown):
         return ""
-    seconds = sum(count * fmean(spent[name]) for name, count in kinds.items() if name in spent)
-    return f", about {duration(seconds)} left" if seconds else ""
+    seconds = sum(fmean(kinds[path.name]) for path in left if kinds[path.name])
+    return f", about {duration(seconds)} left" + (", and the evaluations" if unknown else "")
 
 
 def run_evaluations(stages: list[Stage]) -> None:
     """Of stages that another process runs in order, run the evaluations, each when all before it are done."""
     for stage in stages:
-        if is_evaluation(stage) and not is_done(stage):
-            run_stages([stage], watch=False)
-            say(f"{stage.label()}: done")
-        while not is_done(stage):
-            time.sleep(1.0)
+        if not is_evaluation(stage):
+            await_done(stage)
+        elif not is_done(stage):
+            try:
+                run_stages([stage], watch=False)
+                say(f"{stage.label()}: done")
+            except StageFailed:  # the other process comes to it as well, and says what it was
+                say(f"{stage.label()}: failed, and is tried again at the end")
+
+
+def await_done(stage: Stage) -> None:
+    """Wait until another process has done a stage, looking again where its files have changed."""
+    seen: list[int] = []
+    while True:
+        files = [path.stat().st_mtime_ns for path in (stage.manifest_path(), executed(stage)) if path.exists()]
+        if files != seen and is_done(stage):
+            return
+        seen = files
+        time.sleep(1.0)
 
 
 def default_jobs(config: Config) -> int:
     """Jobs side by side where a command names none: as many as cores and memory allow, on a CPU alone."""
-    own = config.sampling.workers == config.train.processes == 1 and config.sampling.engine == SamplingConfig().engine
+    processes = max(config.sampling.workers, *(config.for_round(m, 1).train.processes for m in config.methods))
+    own = processes == 1 and config.sampling.engine == SamplingConfig().engine
     if not own or not can_fork() or os.environ.get("RAY_ADDRESS"):
         return 1
-    cores, memory = len(os.sched_getaffinity(0)) // config.threads, psutil.virtual_memory().available // JOB_BYTES
+    cores = min(len(os.sched_getaffinity(0)), container_limit("cpu.max"))
+    memory = min(psutil.virtual_memory().available, container_limit("memory.max"))
     work = 2 * len(config.methods) * config.seeds  # evaluations may be apart
-    return max(1, min(cores, memory, work))
+    return max(1, int(min(cores // config.threads, memory // JOB_BYTES, work)))
+
+
+def container_limit(name: str) -> float:
+    """What the container that this runs in allows (Linux, cgroup v2): CPUs of "cpu.max", bytes of "memory.max"."""
+    try:
+        most, *period = Path("/sys/fs/cgroup", name).read_text().split()
+    except (OSError, ValueError):
+        return math.inf
+    return math.inf if most == "max" else float(most) / float(*period or [1])
 
 
 def on_cluster(jobs: int) -> bool:
@@ -134,10 +166,10 @@ def method_seed_command(run: Path, method: str, seed: int) -> list[str]:
 
 def run_in_turn(plans: list[list[Stage]]) -> list[str]:
     """Run every method and seed; returns what failed."""
-    failures = []
+    failures, spent = [], {}
     for i, stages in enumerate(plans):
         try:
-            run_stages(stages, after=chain.from_iterable(plans[i + 1 :]))
+            run_stages(stages, list(chain.from_iterable(plans[i + 1 :])), spent=spent)
         except StageFailed as error:
             failures.append(f"{stages[-1].method}, seed {stages[-1].seed}: {error}")
     return failures
@@ -156,11 +188,12 @@ def run_side_by_side(run: Path, work: list[tuple[str, int]], jobs: int, lock: in
     A job that is left over takes the evaluations of a method and seed that is at work. Each process holds the run's
     `lock` too, so that the run stays taken where the driver is killed and they are not yet gone.
     """
-    waiting, failures, told = list(work), [], set()
-    going: dict[tuple[str, int], list[subprocess.Popen]] = {}
+    waiting, failures = list(work), []
+    going: dict[tuple[str, int], subprocess.Popen] = {}
+    beside: dict[tuple[str, int], subprocess.Popen | None] = {}  # does the evaluations; None: it did, and has ended
 
-    def begin(each: tuple[str, int], *options: str) -> subprocess.Popen:
-        command = [*method_seed_command(run, *each), str(os.getpid()), *options]
+    def begin(each: tuple[str, int], evaluations: str) -> subprocess.Popen:
+        command = [*method_seed_command(run, *each), str(os.getpid()), "--evaluations", evaluations]
         return subprocess.Popen(command, pass_fds=[lock])
 
     try:
@@ -169,25 +202,29 @@ def run_side_by_side(run: Path, work: list[tuple[str, int]], jobs: int, lock: in
             while waiting or going:
                 while waiting and len(going) < jobs:
                     each = waiting.pop(0)
-                    going[each] = [begin(each)]
-                alone = [each for each, processes in going.items() if len(processes) == 1]
-                for each in alone[: jobs - sum(map(len, going.values()))]:
-                    going[each].append(begin(each, "--evaluations"))
+                    going[each] = begin(each, "last")
+                free = jobs - len(going) - len([process for process in beside.values() if process])
+                for each in [each for each in going if each not in beside][:free]:
+                    beside[each] = begin(each, "only")
                 time.sleep(0.2)
-                for each in [each for each in going if each not in told and any(p.poll() for p in going[each][1:])]:
-                    say("{}, seed {}: the process that evaluated was ended; evaluations come last".format(*each))
-                    told.add(each)
-                for each in [each for each, processes in going.items() if processes[0].poll() is not None]:
-                    ended, *beside = going.pop(each)
-                    end(beside)
-                    if ended.returncode:
+                for each, process in beside.items():
+                    if process and process.poll() is not None:
+                        beside[each] = None
+                        if process.returncode and each in going:
+                            say(
+                                "{}, seed {}: the process that evaluated was ended; evaluations come last".format(*each)
+                            )
+                for each in [each for each, process in going.items() if process.poll() is not None]:
+                    if going.pop(each).returncode:
                         failures.append("{}, seed {}: its message is above".format(*each))
+                    end(filter(None, [beside.get(each)]))
     finally:
-        end(chain.from_iterable(going.values()))
+        end([*going.values(), *filter(None, beside.values())])
     return failures
 
 
 def end(processes: Iterable[subprocess.Popen]) -> None:
+    """Ask processes to end, and wait until they have."""
     processes = list(processes)
     for process in processes:
         process.terminate()
@@ -195,10 +232,12 @@ def end(processes: Iterable[subprocess.Popen]) -> None:
         process.wait()
 
 
-def run_alone(run: Path, method: str, seed: int, parent: int, beside: bool = False) -> None:
+def run_alone(run: Path, method: str, seed: int, parent: int, evaluations: str | None = None) -> None:
     """One method and seed, for the driver in process `parent`; ends when that does.
 
-    Its evaluations come last, since a process `beside` this one may take them meanwhile.
+    Args:
+        evaluations: "last", since another process may take them meanwhile; "only", for that other process; None: in
+            their places.
     """
 
     def watch() -> None:
@@ -207,17 +246,22 @@ def run_alone(run: Path, method: str, seed: int, parent: int, beside: bool = Fal
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, daemon=True).start()
-    stages = plan(read_config(run / "config.yaml"), run, method, seed)
-    if beside:
-        with suppress(StageFailed):  # the other process comes to it as well, and says what it was
-            run_evaluations(stages)
+    stages, drawn = plan(read_config(run / "config.yaml"), run, method, seed), is_terminal(sys.stderr)
+    if evaluations == "only":
+        run_evaluations(stages)
         return
+    order = stages
+    if evaluations == "last":  # from the last one on: the other process begins with the first
+        order = [stage for stage in stages if not is_evaluation(stage)] + list(filter(is_evaluation, stages[::-1]))
     try:
-        run_stages(sorted(stages, key=is_evaluation), watch=not is_terminal(sys.stderr))
+        run_stages(order, watch=not drawn)
     except StageFailed as error:  # whose it is, between the lines of others
         wipe()
-        before = list(takewhile(lambda stage: is_evaluation(stage) or is_done(stage), stages))
-        if len(before) < len(stages):  # the models that there are get their evaluation all the same
+        ready = takewhile(lambda stage: is_evaluation(stage) or is_done(stage), stages)
+        missing = [stage for stage in ready if is_evaluation(stage) and not is_done(stage)]
+        if missing:
+            say(f"{method}, seed {seed}: stopped; the models that there are get their evaluation")
+        for stage in missing:
             with suppress(StageFailed):
-                run_stages([stage for stage in before if is_evaluation(stage)])
+                run_stages([stage], watch=not drawn)
         raise StageFailed(f"{method}, seed {seed}: {error}") from error

@@ -34,9 +34,9 @@ def read_file(path: Path, where: str) -> list[tuple[str, dict[str, Any]]]:
     if path.is_dir():
         raise BadRecord(f"{where}: {path} is a folder; name a file in it")
     if not path.exists():
-        pages = "irpo_utils/site/pages/real_models.md says what goes there, or "
-        mend = f"{pages if path.parent == OUTPUTS / 'data' else ''}name one that is there, as in {where}=my.jsonl"
-        raise BadRecord(f"{where}: {path} is missing; {mend}")
+        pages = "; irpo_utils/site/pages/own_data.md, and real_models.md for smollm2, say what goes there"
+        hint = pages if path.parent == OUTPUTS / "data" else ""
+        raise BadRecord(f"{where}: {path} is missing; name one that is there, as in {where}=my.jsonl{hint}")
     if path.suffix == ".parquet":
         import pyarrow
         import pyarrow.parquet
@@ -83,8 +83,8 @@ def read_hub(source: str, where: str) -> list[tuple[str, dict[str, Any]]]:
     return [(f"{source}, record {i}", row) for i, row in enumerate(rows, 1)]
 
 
-# A point within a number, a derivative's prime and a factorial are none.
-PUNCTUATION = re.compile(r"[\s,;:?\"$\\]|(?<!\d)\.|\.(?!\d)|'(?!\()|(?<![\d)])!")
+# A point before a digit, a prime that is no apostrophe, and a factorial are none.
+PUNCTUATION = re.compile(r"[\s,;:?\"$\\]|\.(?!\d)|(?<=[a-z])'(?=[a-z])|(?<=[a-z]{2})!", re.IGNORECASE)
 
 
 def alike(question: str) -> str:
