@@ -225,6 +225,18 @@ def test_an_evaluation_that_another_process_makes_is_come_back_to(tmp_path, monk
     assert ran == [*others, evaluated]
 
 
+def test_the_time_left_is_told_once_a_stage_of_each_kind_was_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(jobs_of, "execute", lambda stage: time.sleep(1.0 if stage.name == "03_train" else 0.01))
+    config = load_preset("micro", ["iterations=2", "methods=irpo,dpo"])
+    jobs_of.run_in_turn([plan(config, tmp_path, method, 0) for method in config.methods])
+    told = [line.partition(", about ")[2] for line in capsys.readouterr().out.splitlines()]
+    # M_0's evaluation and sampling are both methods'; here nobody leaves anything, so they are run for each.
+    assert told[:4] == [""] * 4 and told[4] == "3 s left"  # 03_train of M_2 here, and two of the other method
+    assert told[7] == "3 s left" and told[8] == "2 s left" and told[-1] == "0 s left"
+    monkeypatch.undo()
+    assert len(told) == 18
+
+
 RUN_NOTEBOOKS = """
 import json, sys
 run, method = sys.argv[1], "irpo"

@@ -103,9 +103,9 @@ def time_left(stages: list[Stage], spent: dict[Path, float]) -> str:
     left = {stage.manifest_path() for stage in stages} - spent.keys()
     kinds = {path.name: [took for other, took in spent.items() if other.name == path.name and took] for path in left}
     unknown = [name for name, seconds in kinds.items() if not seconds]
-    if not left or any(not name.startswith(EvaluateStage.name) for name in unknown):
-        return ""
     seconds = sum(fmean(kinds[path.name]) for path in left if kinds[path.name])
+    if not seconds or any(not name.startswith(EvaluateStage.name) for name in unknown):
+        return ""
     return f", about {duration(seconds)} left" + (", and the evaluations" if unknown else "")
 
 
@@ -116,8 +116,10 @@ def run_evaluations(stages: list[Stage]) -> None:
             await_done(stage)
         elif not is_done(stage):
             try:
-                run_stages([stage], watch=False)
-                say(f"{stage.label()}: done")
+                spent: dict[Path, float] = {}
+                run_stages([stage], watch=False, spent=spent)
+                if spent[stage.manifest_path()]:
+                    say(f"{stage.label()}: done")
             except StageFailed:  # the other process comes to it as well, and says what it was
                 say(f"{stage.label()}: failed, and is tried again at the end")
 
