@@ -209,7 +209,8 @@ def start(preset: str, settings: list[str], replaces: bool = False) -> None:
         print(*notes, sep="\n", end="\n" if notes else "")
         print(
             f"{run.name}: {', '.join(config.methods)}; {config.seeds} seed(s), "
-            f"{config.iterations} iterations -> {relative(run)}"
+            f"{config.iterations} iterations -> {relative(run)}",
+            flush=True,  # before what the processes of jobs print
         )
         # Side by side method by method: the methods of one seed would wait for its M_0 together.
         work = [(method, seed) for method in config.methods for seed in range(config.seeds)]
