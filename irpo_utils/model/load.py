@@ -30,12 +30,15 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils.logging import disable_progress_bar
 
 from ..files import ROOT, resolve
 from ..settings import ModelConfig
 from . import packaged
 from .adapter import sample_beside, train_beside
 from .attention import attend_by_products
+
+disable_progress_bar()  # of loading weights: a notebook shows it in red, and keeps it
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")

@@ -132,7 +132,7 @@ def audit_table(run: Path, config: Config) -> pd.DataFrame:
                 "iteration": t,
                 "right samples": f"{audit['right'] / audit['samples']:.1%}" if audit.get("samples") else "",
                 **{k: audit.get(k, "") for k in AUDITED},
-                "length gap": f"{audit['length_gap']:+.1f}" if "length_gap" in audit else "",
+                "length gap": f"{round(audit['length_gap'], 1) + 0.0:+.1f}" if "length_gap" in audit else "",
                 "best step": training["best_step"],
             }
         )

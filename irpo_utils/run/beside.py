@@ -32,7 +32,6 @@ def opened(run: str | Path, overrides: Sequence[str] = ()) -> Path:
     other = folder.parent / other_name(folder.name, overrides)
     if not (other / "config.yaml").exists():
         write_text(other / "config.yaml", dump(wanted))
-        print(f"{relative(other)}: a run of its own, with {', '.join(overrides)}")
     elif found := differences(open_run(other), wanted):
         raise ConfigError(
             f"overrides: {relative(other)} is there, and one of the two runs was changed since ({'; '.join(found)}); "
@@ -40,6 +39,7 @@ def opened(run: str | Path, overrides: Sequence[str] = ()) -> Path:
         )
     with locked(other / ".opened.lock", patience=60.0):  # two notebooks may be opened at once
         take_over(folder, config, other, wanted)
+    print(f"{relative(other)}: a run of its own, with {', '.join(overrides)}")
     return other
 
 

@@ -415,8 +415,11 @@ class Stage:
         if not mark.exists() or mark.read_text() != json.dumps(self._key, indent=1) + "\n":
             shutil.rmtree(self.partial_folder(), ignore_errors=True)
             write_json(mark, self._key)
-        if not again and self.manifest_path().exists():
-            print(f"{self.name} is done again: {'; '.join(found)}")
+        elif len(os.listdir(self.partial_folder())) > 1:
+            print(f"{relative(self.folder)}: {self.name} goes on with what was begun")
+        if self.manifest_path().exists():
+            why = "; ".join(found) or "again = True"
+            print(f"{self.name} is done again ({why}); what is there stays until the last cell")
         self.at_work = True
         self._seconds = 0.0
         self.path("").mkdir(exist_ok=True)
