@@ -272,7 +272,7 @@ def test_inputs_that_change_while_a_stage_is_at_work_are_not_named_as_what_it_wa
     ):
         stage.run()
     stage = PairsStage(run).begin()
-    assert "02_pairs is done again: input samples" in capsys.readouterr().out
+    assert "02_pairs is done again (input samples" in capsys.readouterr().out
     stage.run()
     drawn.write_text(text)
     with pytest.raises(ConfigError, match="inputs have changed since begin"):

@@ -110,7 +110,7 @@ def test_a_file_that_is_gone_or_altered_is_named(run):
         PairsStage(run).begin()
 
 
-def test_steps_out_of_order_say_which_cell_comes_first(run):
+def test_steps_out_of_order_say_which_cell_comes_first(run, capsys):
     for early in (lambda s: s.run(), lambda s: s.finish(), lambda s: s.partial):
         with pytest.raises(ConfigError, match=r"02_pairs: run the cell with begin\(\) first"):
             early(PairsStage(run))
@@ -118,6 +118,10 @@ def test_steps_out_of_order_say_which_cell_comes_first(run):
     assert stage.at_work and stage.why_not_done() == ["it was begun and has not finished"]
     with pytest.raises(ConfigError, match=r"pairs\.jsonl, audit\.json is not there yet; run the cell with stage\.run"):
         stage.finish()
+    assert "goes on" not in capsys.readouterr().out
+    stage.run()
+    stage = PairsStage(run).begin()
+    assert "02_pairs goes on with what was begun" in capsys.readouterr().out
     stage.run()
     assert stage.path("pairs.jsonl").parent == stage.partial / "made"
     stage.finish()

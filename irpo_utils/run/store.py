@@ -415,7 +415,7 @@ class Stage:
         if not mark.exists() or mark.read_text() != json.dumps(self._key, indent=1) + "\n":
             shutil.rmtree(self.partial_folder(), ignore_errors=True)
             write_json(mark, self._key)
-        elif len(os.listdir(self.partial_folder())) > 1:
+        elif any(path.is_file() and path != mark for path in self.partial_folder().rglob("*")):
             print(f"{relative(self.folder)}: {self.name} goes on with what was begun")
         if self.manifest_path().exists():
             why = "; ".join(found) or "again = True"
