@@ -98,9 +98,6 @@ def write(name: str, gguf: Gguf, target: Path) -> None:
 
     print(f"{name}: written out to {relative(target)}, once; this takes a minute", file=sys.stderr, flush=True)
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # takes seconds, once
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
 
     options = {"gguf_file": gguf.file}
     loaded = AutoModelForCausalLM.from_pretrained(source.parent, dtype="float32", **options)

@@ -19,6 +19,7 @@ from ..run.stages import method_seeds, plan
 from ..run.stages.evaluate import EvaluateStage
 from ..run.stages.pairs import PairsStage
 from ..run.stages.train import TrainStage
+from ..tasks.records import set_names
 
 MODEL = ["method", "seed", "iteration"]
 KEYS = ["run", *MODEL, "split"]
@@ -58,18 +59,12 @@ def metrics_table(run: str, rows: list[dict[str, Any]], config: Config) -> pd.Da
     return pd.DataFrame(flat)
 
 
-def set_names(config: Config) -> dict[str, str]:
-    """What each further test set is called: its name, or its whole path where two have one name."""
-    stems = {source: Path(source).stem for source in config.evaluation.test}
-    return {s: stem if [*stems.values()].count(stem) == 1 else s for s, stem in stems.items()}
-
-
 def summary_table(metrics: pd.DataFrame, config: Config) -> pd.DataFrame:
     """Test accuracy by method and iteration in percent: mean over seeds, ± standard deviation if there are several.
 
     Further test sets have a column each, of greedy accuracy.
     """
-    further = {source: f"greedy, {name}" for source, name in set_names(config).items()}
+    further = {source: f"greedy, {name}" for source, name in set_names(config.evaluation).items()}
     test = metrics[metrics.split == "test"].set_index(list(MODEL))
     for source, name in further.items():
         test[name] = metrics[metrics.split == source].set_index(list(MODEL)).greedy
@@ -203,7 +198,7 @@ def changes_table(run: Path, config: Config) -> pd.DataFrame:
     *gain* is in points, with its 95 % interval (and, of one seed, the p of a sign test); the two last columns count the
     problems of each seed that turned.
     """
-    rows, names = [], {"test": "test"} | set_names(config)
+    rows, names = [], {"test": "test"} | set_names(config.evaluation)
     for method, split in product(config.methods, names):
         models = [right_problems(run, config, method, t, split) for t in range(config.rounds(method) + 1)]
         for t, (before, after) in enumerate(pairwise(models), 1):

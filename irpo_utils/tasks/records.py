@@ -92,23 +92,29 @@ def alike(question: str) -> str:
     return PUNCTUATION.sub("", question).lower()
 
 
+def set_names(config: EvaluationConfig) -> dict[str, str]:
+    """What each further test set is called: its name, or its whole path where two have one name."""
+    stems = {source: Path(source).stem for source in config.test}
+    return {s: stem if [*stems.values()].count(stem) == 1 else s for s, stem in stems.items()}
+
+
 def further_tests(task: Task, config: EvaluationConfig) -> dict[str, list[Problem]]:
     """The problems of `evaluation.test` by source, in the form of `task`, without what was trained on or chosen by.
 
     Raises:
         BadRecord: a source is missing or malformed, or has fewer problems than `evaluation.test_size`.
     """
-    seen, found, stems = set(), {}, [Path(source).stem for source in config.test]
+    seen, found = set(), {}
     if config.test:
         seen = {alike(p.question) for split in ("train", "dev") for p in task.problems(split)}
         seen |= getattr(task, "shown", set())
+    names = set_names(config)
     for source in config.test:
         try:
             problems = _further_problems(task, source)
         except BadRecord as error:
             raise BadRecord(str(error).replace("task.test", "evaluation.test")) from None
-        name = source if stems.count(Path(source).stem) > 1 else Path(source).stem
-        fresh = [replace(p, id=f"{name}/{p.id}") for p in problems if alike(p.question) not in seen]
+        fresh = [replace(p, id=f"{names[source]}/{p.id}") for p in problems if alike(p.question) not in seen]
         if not fresh:
             raise BadRecord(f"evaluation.test: all problems of {source} are in training or dev")
         if config.test_size > len(fresh):
