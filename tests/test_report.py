@@ -320,7 +320,7 @@ def test_gains_in_words_are_counted_by_hand(run, config):
     gained, same = tables.gains_in_words(run, config)
     # Three for the better and none for the worse: p = 2 / 2**3.
     assert "25.0% of the test answers are right before (M_0), 100.0% after (M_1)" in gained
-    assert "3 turned right and 0 wrong: no change can be shown with 4 answers (sign test, p = 0.25)" in gained
+    assert "3 turned right and 0 wrong: no change can be shown with 4 problems (sign test, p = 0.25)" in gained
     assert "Guessing has 10.0%; M_1 does better" in gained
     assert "1 turned right and 1 wrong" in same and "M_1 is not known to do better" in same
 
@@ -342,10 +342,10 @@ def test_a_gain_of_several_seeds_counts_a_problem_once(three_seeds):
     gained, same = tables.gains_in_words(*three_seeds)
     # Nine answers for the better, but of three problems of four: half of one problem's spread, times Student's 3.18.
     assert (
-        "9 turned right and 0 wrong: no change can be shown with 12 answers (+75.0 points, -4.5 to +154.5 over"
+        "9 turned right and 0 wrong: no change can be shown with 4 problems (+75.0 points, -4.5 to +154.5 over"
         in gained
     )
-    assert "3 turned right and 3 wrong: no change can be shown with 12 answers (+0.0 points, " in same
+    assert "3 turned right and 3 wrong: no change can be shown with 4 problems (+0.0 points, " in same
     assert "M_1 does better (95 % interval 100.0% to 100.0%)" in gained
 
 
@@ -376,7 +376,10 @@ def test_the_outcome_is_one_sentence(config):
     sentence = "M_0 solves 25.0% of the 4 test problems, M_1 of IRPO (DPO + NLL) 75.0% (95 % interval: 62.5% to 87.5%)"
     assert outcome(one, config) == f"{sentence}."
     one[-1]["test"]["greedy"] = 1.0
-    assert outcome(one, config) == f"{sentence}; of 2 methods From M_0, held against M_t ends highest, at 100.0%."
+    assert (
+        outcome(one, config)
+        == f"{sentence}; of 2 methods From M_0, held against M_t ends highest, at 100.0% (06_methods says which differ)."
+    )
     several = [*one, row("irpo", 1, 1, 0.25), row("mine", 1, 1, 0.0)]
     assert "M_1 of IRPO (DPO + NLL) 50.0% (2 seeds: 25.0% to 75.0%)." in outcome(several, config)
 
@@ -450,7 +453,7 @@ def test_the_page_begins_with_the_outcome_and_the_curve_and_has_contents(hostile
     assert [link.get_text() for link in soup.select("nav a")] == headings and then in begins[3].find_all_next("h2")
     assert [image["alt"].partition(" against")[0] for image in soup.select("img")] == [
         "greedy accuracy on test (%)",
-        "Of the same pairs: chosen (solid), rejected (dashed): log-probability of a response (nats)",
+        "The same pairs at every step: chosen (solid), rejected (dashed): log-probability of a response (nats)",
     ]
 
 

@@ -111,7 +111,7 @@ def loss_curves(steps: Steps, best_step: int) -> Figure:
 def logp_curves(curves: dict[str, Steps], catalogue: Catalogue) -> Figure:
     """The paper's figure: mean log-probability of chosen (solid) and rejected (dashed) responses against steps.
 
-    The responses are those of the watched pairs, the same at every step.
+    The responses are those of each method's watched pairs, the same at every step.
     """
     fig, ax = plt.subplots(figsize=(WIDE, 3.6 + 0.1 * len(curves)), layout="constrained")
     for method, steps in curves.items():
@@ -126,7 +126,7 @@ def logp_curves(curves: dict[str, Steps], catalogue: Catalogue) -> Figure:
     ax.set(
         xlabel="step",
         ylabel="log-probability of a response (nats)",
-        title="Of the same pairs: chosen (solid), rejected (dashed)",
+        title="The same pairs at every step: chosen (solid), rejected (dashed)",
     )
     fig.legend(ncols=2, **BELOW)
     return fig
@@ -212,7 +212,7 @@ def accuracy_curves(metrics: pd.DataFrame, catalogue: Catalogue) -> Figure:
 
 
 def error_heatmap(rows: list[Record], names: list[str]) -> Figure:
-    """Share of wrong steps by kind and iteration, a panel for each method in `names` (seed 0, test).
+    """Share of wrong steps by kind and iteration, a panel for each method in `names` (test, mean over seeds).
 
     Args:
         rows: as `run.stages.evaluations` gives them.
@@ -222,20 +222,26 @@ def error_heatmap(rows: list[Record], names: list[str]) -> Figure:
     for ax in axes.flat[len(names) :]:
         ax.set_axis_off()
     for ax, method in zip(axes.flat, names, strict=False):
-        own = [r for r in rows if r["method"] == method and r["seed"] == 0 and "errors" in r["test"]]
-        if not own:
+        errors: dict[int, list[Record]] = {}  # of each iteration, those of its seeds
+        for r in rows:
+            if r["method"] == method and "errors" in r["test"]:
+                errors.setdefault(r["iteration"], []).append(r["test"]["errors"])
+        if not errors:
             ax.set_axis_off()
             continue
-        errors = [r["test"]["errors"] for r in own]
-        events = [kind for kind in errors[0] if kind != "extra"]  # lines too many are no event of a story
-        kinds = sorted(events, key=lambda kind: -errors[0][kind]["wrong"])
-        grid = [[found[kind]["wrong"] * 100 for found in errors] for kind in kinds]
+        kinds = set.intersection(*(set(seed) for found in errors.values() for seed in found))
+        kinds -= {"extra"}  # lines too many are no event of a story
+        wrong = {
+            kind: [100 * mean(seed[kind]["wrong"] for seed in found) for found in errors.values()] for kind in kinds
+        }
+        kinds = sorted(kinds, key=lambda kind: (-wrong[kind][0], kind))
+        grid = [wrong[kind] for kind in kinds]
         ax.imshow(grid, vmin=0, vmax=100, cmap="Reds", aspect="auto")
         for y, line in enumerate(grid):
             for x, value in enumerate(line):
                 ax.text(x, y, f"{value:.0f}", ha="center", va="center", color="white" if value > 60 else "black")
-        ax.set(xticks=range(len(own)), xticklabels=[r["iteration"] for r in own], yticks=range(len(kinds)))
-        ax.set(yticklabels=kinds, xlabel="iteration")
+        ax.set(xticks=range(len(errors)), xticklabels=errors, xlabel="iteration")
+        ax.set(yticks=range(len(kinds)), yticklabels=kinds)
         ax.set_title(f"{method}: steps wrong (%)", fontsize=9)
     return fig
 

@@ -94,14 +94,17 @@ def percent(values: pd.Series) -> str:
 def training_curves(run: Path, config: Config) -> dict[str, list[dict[str, float]]]:
     """Method -> the first iteration's start and steps (seed 0).
 
-    Of methods whose rounds are all of one kind and train on the policy's own samples, by their answers: the first
-    iteration stands for the others, and what is chosen are right answers of the same model.
+    Of methods whose rounds are all of one kind and train on the policy's own samples alone, by their answers: the
+    first iteration stands for the others, and what is chosen are right answers of the same model. (Gold solutions are
+    so much less probable at first that no other curve could be read beside theirs.)
     """
     curves = {}
     for method in config.methods:
         first, *others = config.recipe(method).rounds
-        if not others and first.draws and first.reward == "answer" and not first.part("selection").signed:
-            curves[method] = TrainStage(run, method, 0, 1, config).curve()
+        stage = TrainStage(run, method, 0, 1, config)
+        own = first.draws and first.reward == "answer" and not stage.config.pairs.gold
+        if own and not others and not first.part("selection").signed:
+            curves[method] = stage.curve()
     return curves
 
 
@@ -154,6 +157,7 @@ def _gain(run: Path, config: Config, method: str) -> tuple[str, list[dict[str, f
     last = config.rounds(method)
     before, after = (right_problems(run, config, method, t) for t in (0, last))
     both = [(old[name], new[name]) for old, new in zip(before, after, strict=True) for name in old]
+    names = {name for old in before for name in old}
     total, gained, lost = len(both), both.count((0, 1)), both.count((1, 0))
     right_before, right_after = (sum(column) for column in zip(*both, strict=True))
     found = paired(after, before)
@@ -161,7 +165,7 @@ def _gain(run: Path, config: Config, method: str) -> tuple[str, list[dict[str, f
     if found["p"] is not None:
         how = f"sign test, p = {found['p']:.2g}"
     verdict = "a gain" if gained > lost else "a loss"
-    verdict = verdict if found["told_apart"] else f"no change can be shown with {total} answers"
+    verdict = verdict if found["told_apart"] else f"no change can be shown with {len(names)} problems"
     text = (
         f"{config.recipe(method).label}: {right_before / total:.1%} of the test answers are right before (M_0), "
         f"{right_after / total:.1%} after (M_{last}). "

@@ -34,7 +34,8 @@ def outcome(rows: list[dict[str, Any]], config: Config) -> str:
         f"M_{config.rounds(first)} of {config.recipe(first).label} {ends[first]:.1%} ({what}: {low:.1%} to {high:.1%})"
     )
     if ends[best] > ends[first]:
-        sentence += f"; of {len(ends)} methods {config.recipe(best).label} ends highest, at {ends[best]:.1%}"
+        highest = f"{config.recipe(best).label} ends highest, at {ends[best]:.1%}"
+        sentence += f"; of {len(ends)} methods {highest} (06_methods says which differ)"
     return f"{sentence}."
 
 
