@@ -15,6 +15,7 @@ from small_models import build
 
 from irpo_utils.files import NOTEBOOKS, read_jsonl
 from irpo_utils.metrics import majority
+from irpo_utils.report.publish import with_present_text
 from irpo_utils.run.code import notebook_hash
 from irpo_utils.run.notebooks import run_notebook
 from irpo_utils.run.stages import STAGES
@@ -178,6 +179,21 @@ def test_a_notebook_is_titled_by_its_number():
         title = json.loads(path.read_text())["cells"][0]["source"][0]
         number = path.stem.partition("_")[0]
         assert title.startswith(f"# {number.capitalize()} · "), path.name
+
+
+def test_the_text_of_an_executed_copy_is_that_of_its_notebook(tmp_path):
+    for path in sorted((ROOT / "outputs" / "reference").rglob("*.ipynb")):
+        assert with_present_text(path) == path.read_text(), f"{path}: write with_present_text(path) there"
+    (copy := tmp_path / "02_pairs.ipynb").write_text((NOTEBOOKS / copy.name).read_text().replace("pairs", "others"))
+    assert with_present_text(copy) == copy.read_text()  # other code
+    notebook = json.loads((NOTEBOOKS / copy.name).read_text())
+    injected = {"cell_type": "code", "metadata": {"tags": ["injected-parameters"]}, "source": ["run = 1"]}
+    (first, *_) = [i for i, cell in enumerate(notebook["cells"]) if cell["cell_type"] == "code"]
+    notebook["cells"].insert(first + 1, injected)
+    notebook["cells"][0] = notebook["cells"][0] | {"source": ["# An older title"]}
+    copy.write_text(json.dumps(notebook))
+    cells = json.loads(with_present_text(copy))["cells"]
+    assert cells[0]["source"] != ["# An older title"] and cells[first + 1] == injected
 
 
 def test_notebooks_name_others_that_there_are():

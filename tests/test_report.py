@@ -376,10 +376,8 @@ def test_the_outcome_is_one_sentence(config):
     sentence = "M_0 solves 25.0% of the 4 test problems, M_1 of IRPO (DPO + NLL) 75.0% (95 % interval: 62.5% to 87.5%)"
     assert outcome(one, config) == f"{sentence}."
     one[-1]["test"]["greedy"] = 1.0
-    assert (
-        outcome(one, config)
-        == f"{sentence}; of 2 methods From M_0, held against M_t ends highest, at 100.0% (06_methods says which differ)."
-    )
+    highest = "of 2 methods From M_0, held against M_t ends highest, at 100.0% (06_methods says which differ)"
+    assert outcome(one, config) == f"{sentence}; {highest}."
     several = [*one, row("irpo", 1, 1, 0.25), row("mine", 1, 1, 0.0)]
     assert "M_1 of IRPO (DPO + NLL) 50.0% (2 seeds: 25.0% to 75.0%)." in outcome(several, config)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 from ..files import NOTEBOOKS, OUTPUTS, ConfigError, MissingArtefact, load_object, relative, write_jsonl, write_text
 from ..model.records import Pair
@@ -186,3 +188,31 @@ def publish(run: Path) -> None:
         if weights.is_file() and weights.stat().st_size <= LARGEST_ADAPTER:
             load_object("irpo_utils.model.load:copy_rounded")(adapter, target / adapter.relative_to(run))
     print(f"{len(kept)} files -> {relative(target)}")
+    for copy in sorted(target.parent.rglob("*.ipynb")):
+        write_text(copy, with_present_text(copy))
+
+
+def with_present_text(path: Path) -> str:
+    """An executed copy, as JSON, with the text between its cells as its notebook has it now.
+
+    Text is no result: where it was made clearer since, the copy says it too. A copy of other code stays as it is.
+    """
+    executed = path.read_text()
+    copy, source = json.loads(executed), json.loads((NOTEBOOKS / path.name).read_text())
+
+    def texts(notebook: dict[str, Any], kind: str) -> list[str]:
+        return [
+            "".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == kind and not injected(cell)
+        ]
+
+    def injected(cell: dict[str, Any]) -> bool:  # what papermill has put behind the parameters
+        return "injected-parameters" in cell["metadata"].get("tags", [])
+
+    if texts(copy, "code") != texts(source, "code") or texts(copy, "markdown") == texts(source, "markdown"):
+        return executed
+    code, cells = [cell for cell in copy["cells"] if cell["cell_type"] == "code"], []
+    for cell in source["cells"]:
+        cells.append(code.pop(0) if cell["cell_type"] == "code" else cell)
+        if code and injected(code[0]):
+            cells.append(code.pop(0))
+    return json.dumps(copy | {"cells": cells}, indent=1, ensure_ascii=False) + "\n"
