@@ -16,6 +16,16 @@ def test_presets_load_and_read_back_the_same(name, tmp_path):
     assert read_config(tmp_path / "config.yaml") == config
 
 
+def test_a_preset_has_what_is_different_from_the_one_that_it_inherits_from():
+    tiny, claims = load_preset("tiny"), load_preset("claims")
+    assert (claims.seeds, claims.task.by_seed, claims.evaluation.samples) == (5, True, 32)
+    assert (claims.method_settings, claims.task.train_size, claims.train) == (
+        tiny.method_settings,
+        tiny.task.train_size,
+        tiny.train,
+    )
+
+
 @given(st.floats(1e-8, 1.0), st.integers(1, 99))
 def test_overrides_arrive_and_survive_yaml(lr, n):
     config = load_preset("tiny", [f"train.lr={lr!r}", f"sampling.n={n}", f"dpo.train.lr={lr!r}"])
@@ -79,7 +89,7 @@ def test_an_override_given_twice_is_refused():
 
 def test_unknown_preset_lists_the_known():
     with pytest.raises(
-        ConfigError, match="'big'; There is: format-only, micro, online, own, smollm2, smollm2-paper, tiny, and <task>"
+        ConfigError, match="'big'; There is: claims, format-only, micro, online, own, smollm2, smollm2-paper, tiny, and <task>"
     ):
         load_preset("big")
 

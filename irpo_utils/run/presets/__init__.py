@@ -46,12 +46,15 @@ def presets() -> dict[str, str]:
 def read_preset(name: str) -> dict[str, Any]:
     """A preset as written: one file, or a task's and a model's part put together, as dotted names with their values.
 
-    Each part says what the paper does, and under `quick` what the quick size changes; a model's part says under a
-    task's name (with `-quick`: in that size) what it needs for that task.
+    A file has what is different from the preset that it `inherits` from, if it names one. Each part says what the
+    paper does, and under `quick` what the quick size changes; a model's part says under a task's name (with `-quick`:
+    in that size) what it needs for that task.
     """
     parts = _parts(name)
     if parts is None:
-        return flatten(read_yaml(FOLDER / f"{name}.yaml"))
+        own = read_yaml(FOLDER / f"{name}.yaml")
+        inherited = own.pop("inherits", None)
+        return (read_preset(inherited) if inherited else {}) | flatten(own)
     raw = [read_yaml(path) for path in parts]
     quick = [part.pop("quick") for part in raw]
     task, paper = parts[0].stem, name.endswith("-paper")
