@@ -174,6 +174,25 @@ def test_the_numbers_of_twenty_methods_stay_in_their_cells():
     plt.close(fig)
 
 
+def test_the_log_probabilities_are_those_of_own_winners(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables.TrainStage, "curve", lambda stage: [stage.method])
+    config = load_preset("claims", ["methods=irpo,dpo,sft_chosen,sipf,orpo,irpo_gold,sft_gold"])
+    assert list(tables.training_curves(tmp_path, config)) == ["irpo", "dpo", "sft_chosen"]
+
+
+def test_steps_that_are_wrong_are_means_over_seeds():
+    def row(seed, iteration, **wrong):
+        errors = {kind: {"wrong": share} for kind, share in wrong.items()}
+        return {"method": "irpo", "seed": seed, "iteration": iteration, "test": {"errors": errors}}
+
+    rows = [row(0, 0, half=0.2, two=0.9, extra=1.0), row(1, 0, half=0.4), row(0, 1, half=0.0), row(1, 1, half=0.1)]
+    fig = figures.error_heatmap(rows, ["irpo", "mine"])
+    assert [text.get_text() for text in fig.axes[0].texts] == ["30", "5"]  # "two" came in one seed alone
+    assert [label.get_text() for label in fig.axes[0].get_yticklabels()] == ["half"]
+    assert not fig.axes[1].axison  # a method without rows
+    plt.close(fig)
+
+
 def test_figures_can_be_read_on_a_phone(config, metrics):
     every = pd.concat([metrics[metrics.method == "irpo"].assign(method=name) for name in catalogue()])
     steps = [{"step": 1, "loss": 1.0, "nll": 0.3, "margin": 0.1, "dev_greedy": 0.5}]

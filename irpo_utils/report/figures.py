@@ -226,11 +226,11 @@ def error_heatmap(rows: list[Record], names: list[str]) -> Figure:
         for r in rows:
             if r["method"] == method and "errors" in r["test"]:
                 errors.setdefault(r["iteration"], []).append(r["test"]["errors"])
-        if not errors:
+        every = [set(seed) for found in errors.values() for seed in found]
+        kinds = set.intersection(*every) - {"extra"} if every else set()  # lines too many are no event of a story
+        if not kinds:
             ax.set_axis_off()
             continue
-        kinds = set.intersection(*(set(seed) for found in errors.values() for seed in found))
-        kinds -= {"extra"}  # lines too many are no event of a story
         wrong = {
             kind: [100 * mean(seed[kind]["wrong"] for seed in found) for found in errors.values()] for kind in kinds
         }

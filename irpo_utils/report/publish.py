@@ -195,9 +195,12 @@ def publish(run: Path) -> None:
 def with_present_text(path: Path) -> str:
     """An executed copy, as JSON, with the text between its cells as its notebook has it now.
 
-    Text is no result: where it was made clearer since, the copy says it too. A copy of other code stays as it is.
+    Text is no result: where it was made clearer since, the copy says it too. A copy of other cells, or of a notebook
+    that is not the project's, stays as it is. (What the package did otherwise when it was executed is not looked at.)
     """
     executed = path.read_text()
+    if not (NOTEBOOKS / path.name).is_file():
+        return executed
     copy, source = json.loads(executed), json.loads((NOTEBOOKS / path.name).read_text())
 
     def texts(notebook: dict[str, Any], kind: str) -> list[str]:

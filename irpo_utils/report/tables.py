@@ -101,10 +101,9 @@ def training_curves(run: Path, config: Config) -> dict[str, list[dict[str, float
     curves = {}
     for method in config.methods:
         first, *others = config.recipe(method).rounds
-        stage = TrainStage(run, method, 0, 1, config)
-        own = first.draws and first.reward == "answer" and not stage.config.pairs.gold
-        if own and not others and not first.part("selection").signed:
-            curves[method] = stage.curve()
+        selection = first.part("selection")
+        if not others and first.draws and first.reward == "answer" and not (selection.gold or selection.signed):
+            curves[method] = TrainStage(run, method, 0, 1, config).curve()
     return curves
 
 
