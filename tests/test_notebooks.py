@@ -70,7 +70,7 @@ def tune(folder: Path) -> dict:
 
 
 def claims(folder: Path) -> dict:
-    return {"run": str(folder), "twice": "", "fast": "", "real": str(folder), "watched": 4}
+    return {"run": str(folder), "twice": "", "process": "", "fast": "", "real": str(folder), "watched": 4}
 
 
 def without_labels(folder: Path) -> dict:
