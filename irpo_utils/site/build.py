@@ -68,7 +68,7 @@ def write_sources(target: Path) -> None:
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / figure, copy)
         write_text(target / f"{name}.md", in_prose(page, unbroken))
-    write_json(target / "interactive.json", interactive_facts(REFERENCE / "claims"))
+    write_json(target / "interactive.json", interactive_facts(REFERENCE / "methods"))
     for notebook, path in executed.items():
         write_notebook(notebook, path, target, pages)
 

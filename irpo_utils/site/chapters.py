@@ -31,7 +31,7 @@ BOOK: dict[str, tuple[str | Notebook, ...]] = {
         Notebook("00_seed_model"),
         Notebook("00_warm_start"),
         Notebook("01_sample", "tiny/m0"),
-        Notebook("01b_reward", "claims/sipf/seed_0/iteration_2"),
+        Notebook("01b_reward", "claims-process/sipf/seed_0/iteration_2"),
         Notebook("02_pairs", "tiny/irpo/seed_0/iteration_1"),
         Notebook("03_train", "tiny/irpo/seed_0/iteration_1"),
         Notebook("03b_extrapolate"),
@@ -55,7 +55,7 @@ BOOK: dict[str, tuple[str | Notebook, ...]] = {
     ),
     "The family of methods": (
         "family",
-        Notebook("06_methods", "claims", interactive=("methods_at_a_budget", "What differs, and why")),
+        Notebook("06_methods", "methods", interactive=("methods_at_a_budget", "What differs, and why")),
     ),
     "Feedback on steps": ("process", Notebook("07_process_feedback")),
     "How fast": ("speed", Notebook("31_speed"), Notebook("32_scale")),
