@@ -297,7 +297,7 @@ def test_a_missing_stage_names_its_notebook(tmp_path):
         (["tinny"], "no preset is called 'tinny'"),
         (["micro", "train.lrr=1"], "did you mean 'train.lr'"),
         (["micro", "run=../x"], "run: a plain folder name"),
-        (["micro", "run=reference"], "run: a plain folder name"),
+        (["micro", "run=reference"], "run: outputs/reference is kept for other things"),
         (["--publish", "x/.."], "run: a plain folder name"),
         (["micro", "model.path=/nonexistent"], "model.path: /nonexistent is no folder with config.json"),
         (
@@ -533,15 +533,28 @@ def test_publish_copies_small_files_without_this_machine_s_paths(micro_run):
         assert all(torch.equal(own, weights[name].bfloat16()) for name, own in load_file(rounded).items())
         assert load_policy(load_preset("micro").model, rounded.parent)
         assert not any(f"{ROOT}/" in p.read_text() for p in target.rglob("*.ipynb"))
+        # What is no longer in the run goes, and is named; what is not done is not published, and nothing is lost.
+        (target / "21_claims.ipynb").write_text("{}")
+        write_text(run / "dpo" / "seed_0" / "iteration_1" / "training.json", "{}")
+        done = drive("--publish", run.name)
+        assert done.returncode == 0 and "no longer there" in done.stdout and "21_claims.ipynb" in done.stdout
+        assert not (target / "dpo").exists() and (target / "irpo").exists()
+        manifest = run / "irpo" / "seed_0" / "iteration_1" / "03_train.manifest.json"
+        manifest.rename(run / "aside")
+        done = drive("--publish", run.name)
+        (run / "aside").rename(manifest)
+        assert done.returncode == 2 and "irpo, seed 0, iteration 1, 03_train: it has not run yet" in done.stderr
+        assert (target / "metrics.csv").exists()
     finally:
         remove_run(f"reference/{run.name}")
+        shutil.rmtree(run / "dpo", ignore_errors=True)
 
 
 def test_each_seed_may_have_a_base_model_and_problems_of_its_own(tmp_path):
     shutil.copytree(PACKAGE / "assets" / "seed_model", tmp_path / "m0-0")
     sizes = ["task.train_size=20", "task.dev_size=5", "task.test_size=5"]
     config = load_preset("tiny", [f"model.path={tmp_path}/m0-{{seed}}", "seeds=2", "task.by_seed=true", *sizes])
-    with pytest.raises(ConfigError, match="m0-1"):
+    with pytest.raises(ConfigError, match="m0-1.*one for each seed: notebooks/00_seed_model"):
         check_inputs(config)
     shutil.copytree(PACKAGE / "assets" / "seed_model", tmp_path / "m0-1")
     assert any("estimate" in line for line in check_inputs(config)[0])

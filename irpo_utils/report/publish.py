@@ -10,8 +10,9 @@ from typing import Any
 
 from ..files import NOTEBOOKS, OUTPUTS, ConfigError, MissingArtefact, load_object, relative, write_jsonl, write_text
 from ..model.records import Pair
-from ..run.config import configured, read_config
+from ..run.config import Config, configured, read_config
 from ..run.presets import key_values
+from ..run.stages import method_seeds, plan
 from ..run.store import Stage, read_run
 from .cards import model_card, pairs_card
 
@@ -131,11 +132,15 @@ def round_of(usage: str, arguments: list[str], *more: str) -> tuple[Stage, Path,
         raise ConfigError(usage)
     (run, config), target = read_run(names[0]), Path(names[1]).expanduser().resolve()
     method = settings.get("method", config.methods[0])
+    first, last = 0 if config.warm_start.problems else 1, config.rounds(method) if method in config.methods else -1
     try:
-        seed, t = (int(settings.get(k, v)) for k, v in (("seed", 0), ("iteration", config.rounds(method))))
+        seed, t = int(settings.get("seed", 0)), int(settings.get("iteration", last))
     except ValueError:
-        command = usage.partition(":")[0]
-        raise ConfigError(f"{command}: no such method, seed or iteration: {settings}") from None
+        seed = t = -1
+    if not (0 <= seed < config.seeds and first <= t <= last):
+        command, asked = usage.partition(":")[0], " ".join(arguments[2:]) or "iteration=1"
+        there = f"methods {', '.join(config.methods)}, seeds 0 to {config.seeds - 1}, iterations from {first} on"
+        raise ConfigError(f"{command}: no such method, seed or iteration: {asked}; {names[0]} has {there}")
     return Stage(run, method, seed, t, config), target, settings
 
 
@@ -156,30 +161,29 @@ def publish(run: Path) -> None:
     Of several methods the first has all its notebooks published (of seed 0), the others those that it has not. Its last
     adapter comes along, and that of M_0 after a warm start, rounded to bfloat16. Of a run on a benchmark the notebooks
     that show its problems are left out, but for the few that 20_real_model quotes: the records are others' to publish.
+    Whatever else the folder of the run has is not published: a method, a seed or an iteration that it had once.
 
     Raises:
-        MissingArtefact: the run holds no results.
+        MissingArtefact: the run holds no results, or one of its stages is not done.
     """
     target = OUTPUTS / "reference" / run.name
     config = read_config(run / "config.yaml") if (run / "config.yaml").exists() else None
-    first = config.methods[0] if config else "*"
-    notebooks = ("m0/seed_0/*", f"{first}/seed_0/iteration_*/*", "*/seed_0/iteration_*/0?b_*")
     kept = [p for pattern in TABLES for p in sorted(run.glob(pattern))]
-    kept += sorted({p for pattern in notebooks for p in run.glob(f"{pattern}.ipynb")})
-    kept += [p for name in FACTS for p in sorted(run.rglob(f"{name}.json"))]
+    kept += of_stages(run, config) if config else []
     if config and not config.task.generated:
         kept = [p for p in kept if p.suffix != ".ipynb" or p.stem in WITHOUT_PROBLEMS]
     if not any(p.suffix == ".csv" for p in kept):
         raise MissingArtefact(f"{relative(run)} holds nothing to publish; run it first")
+    gone = {p.name for p in target.glob("*") if p.is_file()} - {p.name for p in kept}
     shutil.rmtree(target, ignore_errors=True)
     for path in kept:
-        if not any(part.startswith(".") for part in path.relative_to(run).parts):  # of a stage that is at work
-            copy = target / path.relative_to(run)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            if path.suffix == ".ipynb":  # papermill notes where the files lay on this machine
-                write_text(copy, path.read_text().replace(f"{NOTEBOOKS.parent}/", ""))
-            else:
-                shutil.copyfile(path, copy)
+        copy = target / path.relative_to(run)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".ipynb":  # papermill notes where the files lay on this machine
+            write_text(copy, path.read_text().replace(f"{NOTEBOOKS.parent}/", "").rstrip("\n") + "\n")
+        else:
+            shutil.copyfile(path, copy)
+    first = config.methods[0] if config else ""
     adapters = (
         [run / "m0/seed_0/adapter", run / first / f"seed_0/iteration_{config.rounds(first)}/adapter"] if config else []
     )
@@ -188,8 +192,25 @@ def publish(run: Path) -> None:
         if weights.is_file() and weights.stat().st_size <= LARGEST_ADAPTER:
             load_object("irpo_utils.model.load:copy_rounded")(adapter, target / adapter.relative_to(run))
     print(f"{len(kept)} files -> {relative(target)}")
+    if gone:
+        print(f"no longer there, since {relative(run)} has them not: {', '.join(sorted(gone))}")
     for copy in sorted(target.parent.rglob("*.ipynb")):
         write_text(copy, with_present_text(copy))
+
+
+def of_stages(run: Path, config: Config) -> list[Path]:
+    """The facts of all stages of a run, and the notebooks of some. Raises MissingArtefact for one that is not done."""
+    kept = {}
+    for method, seed in method_seeds(config):
+        for stage in plan(config, run, method, seed):
+            if found := stage.why_not_done():
+                raise MissingArtefact(
+                    f"{stage.label()}: {found[0]}; a run is published when all of it is done: ./run_all.sh {run.name}"
+                )
+            shown = method == config.methods[0] or stage.name[2] == "b"
+            names = [f"{name}.json" for name in FACTS] + [f"{stage.name}.ipynb"] * (shown and seed == 0)
+            kept |= {stage.folder / name: None for name in names if (stage.folder / name).is_file()}
+    return list(kept)
 
 
 def with_present_text(path: Path) -> str:
@@ -201,7 +222,10 @@ def with_present_text(path: Path) -> str:
     executed = path.read_text()
     if not (NOTEBOOKS / path.name).is_file():
         return executed
-    copy, source = json.loads(executed), json.loads((NOTEBOOKS / path.name).read_text())
+    try:
+        copy, source = json.loads(executed), json.loads((NOTEBOOKS / path.name).read_text())
+    except ValueError as error:
+        raise ConfigError(f"{relative(path)}: not a notebook: {error}; publish its run again") from None
 
     def texts(notebook: dict[str, Any], kind: str) -> list[str]:
         return [
