@@ -262,6 +262,21 @@ def test_the_lab_s_copies_follow_their_notebooks_and_keep_what_was_written(tmp_p
     assert new.read_text() == "mine too" and (copies / "a.ipynb").read_text() == "mine"
 
 
+def test_the_lab_s_copy_that_was_only_opened_follows_its_notebook(tmp_path, monkeypatch):
+    def notebook(text, **metadata):
+        cell = {"cell_type": "code", "metadata": {}, "outputs": [], "execution_count": None, "source": [text]}
+        return json.dumps({"cells": [cell], "metadata": metadata, "nbformat": 4, "nbformat_minor": 5})
+
+    monkeypatch.setattr(lab, "NOTEBOOKS", tmp_path)
+    monkeypatch.setattr(lab, "FOLDER", tmp_path / "lab")
+    source, copy = tmp_path / "a.ipynb", tmp_path / "lab" / "a.ipynb"
+    source.write_text(notebook("1"))
+    lab.copies()
+    copy.write_text(notebook("1", language_info={"name": "python"}))  # as JupyterLab does
+    source.write_text(notebook("2"))
+    assert not lab.copies() and copy.read_text() == notebook("2")
+
+
 def test_inputs_that_change_while_a_stage_is_at_work_are_not_named_as_what_it_was_made_of(run, capsys):
     stage = PairsStage(run).begin(again=True)
     drawn = run / "m0" / "seed_0" / "samples.jsonl"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 import sys
+from contextlib import suppress
+from pathlib import Path
 
-from ..files import NOTEBOOKS, OUTPUTS, ROOT, file_hash, relative, write_json
+from ..files import NOTEBOOKS, OUTPUTS, ROOT, relative, write_json
 
 FOLDER = OUTPUTS / "lab"
 
@@ -19,14 +22,14 @@ def copies() -> list[str]:
     as well, the new one lies beside it.
     """
     FOLDER.mkdir(parents=True, exist_ok=True)
-    record = FOLDER / ".copied.json"  # name -> hash of what was copied
+    record = FOLDER / ".copied.json"  # name -> hash of the cells that were copied
     copied = json.loads(record.read_text()) if record.exists() else {}
     lines = []
     for source in sorted(NOTEBOOKS.glob("*.ipynb")):
-        copy, now = FOLDER / source.name, file_hash(source)
+        copy, now = FOLDER / source.name, cells_hash(source)
         if copied.get(source.name) == now and copy.exists():
             continue
-        changed = copy.exists() and file_hash(copy) != copied.get(source.name)
+        changed = copy.exists() and cells_hash(copy) != copied.get(source.name)
         if changed:
             copy = FOLDER / f"{source.stem}-{now[:6]}.ipynb"  # one for each version: it may be changed too
             lines.append(f"{relative(FOLDER / source.name)} was changed, so the new one is {relative(copy)}")
@@ -35,6 +38,14 @@ def copies() -> list[str]:
         copied[source.name] = now
     write_json(record, copied)
     return lines
+
+
+def cells_hash(path: Path) -> str:
+    """The hash of what a person writes: JupyterLab fills in other fields of a notebook that is only looked at."""
+    text = path.read_text()
+    with suppress(ValueError, TypeError, KeyError):  # a damaged copy is one that was changed
+        text = json.dumps([(cell["cell_type"], "".join(cell["source"])) for cell in json.loads(text)["cells"]])
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def main(arguments: list[str]) -> None:
