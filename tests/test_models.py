@@ -331,6 +331,14 @@ def test_a_folder_without_a_policy_is_named(config, tmp_path):
         load.load_policy(config.model, tmp_path)
 
 
+def test_a_damaged_adapter_is_named(config, tmp_path):
+    load.save(load.load_policy(config.model, trainable=True), tmp_path)
+    weights = tmp_path / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path.name} is damaged .*run 03_train of that iteration again"):
+        load.load_policy(config.model, tmp_path)
+
+
 def test_order_is_whole_shuffled_passes_cut_to_the_budget():
     problems, config = ["p"] * 10, TrainConfig(batch=4, micro_batch=4, max_steps=5, max_epochs=9)
     order = schedule.training_order(problems, config, seed=0)

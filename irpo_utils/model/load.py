@@ -20,7 +20,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
@@ -32,7 +32,7 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from ..files import ROOT, resolve
+from ..files import ROOT, MissingArtefact, relative, resolve
 from ..settings import ModelConfig
 from . import packaged
 from .adapter import sample_beside, train_beside
@@ -313,7 +313,7 @@ def load_policy(
         seed: of a fresh adapter. threads: CPU threads from now on; 0 leaves their number as it is.
 
     Raises:
-        FileNotFoundError: `policy` holds neither an adapter nor a model.
+        FileNotFoundError: `policy` holds neither an adapter nor a model. MissingArtefact: the adapter is damaged.
     """
     if threads:
         torch.set_num_threads(threads)  # sums round differently with another number of threads
@@ -330,8 +330,12 @@ def load_policy(
 
     from peft import PeftModel  # takes seconds, and the base alone needs none of it
 
-    # An adapter from elsewhere may bring dropout with it.
-    model = same_function(PeftModel.from_pretrained(model, policy, is_trainable=trainable))
+    try:  # an adapter from elsewhere may bring dropout with it
+        model = same_function(PeftModel.from_pretrained(model, policy, is_trainable=trainable))
+    except SafetensorError as error:
+        raise MissingArtefact(
+            f"{relative(policy)} is damaged ({error}); run 03_train of that iteration again"
+        ) from None
     if trainable:
         return train_beside(model)
     if config.quantize == "none" and config.dtype == "float32":
