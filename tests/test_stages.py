@@ -209,10 +209,12 @@ def test_a_round_that_has_no_such_stage_says_which_it_has(run, stage):
             STAGES[stage](run, "irpo", 0, 0).begin()
 
 
-@pytest.mark.parametrize("name", ["", ".x", "-x", "a/b", "reference", " x", "x\n", "x" * 101, "\udcff"])
+@pytest.mark.parametrize("name", ["", ".x", "-x", "a/b", " x", "x\n", "x" * 101, "\udcff"])
 def test_a_run_s_name_is_a_plain_one(name):
     with pytest.raises(ConfigError, match="run: a plain folder name under outputs/, got"):
         store.run_folder(name)
+    with pytest.raises(ConfigError, match="run: outputs/models is kept for other things"):
+        store.run_folder("models")
     assert store.run_folder("x" * 100) == OUTPUTS / ("x" * 100)
 
 
