@@ -29,8 +29,9 @@ def outcome(rows: list[dict[str, Any]], config: Config) -> str:
     low, high, what = min(values), max(values), f"{len(values)} seeds"
     if len(values) == 1:
         low, high, what = after[0]["greedy_low"], after[0]["greedy_high"], "95 % interval"
+    whose = "each seed's" if config.task.by_seed else "the"
     sentence = (
-        f"M_0 solves {solved(before):.1%} of the {after[0]['problems']} test problems, "
+        f"M_0 solves {solved(before):.1%} of {whose} {after[0]['problems']} test problems, "
         f"M_{config.rounds(first)} of {config.recipe(first).label} {ends[first]:.1%} ({what}: {low:.1%} to {high:.1%})"
     )
     if ends[best] > ends[first]:
