@@ -313,7 +313,8 @@ def loss_panels(table: pd.DataFrame) -> Figure:
         ax.set_title(loss, fontsize=9)
     ends = table[["chosen", "rejected"]]
     ax.set_ylim(max(ends.min(axis=None), table.rejected.iloc[0] - 10) - 0.5, ends.max(axis=None) + 0.5)
-    fig.supxlabel("step", fontsize=9)
+    for ax in axes[-1]:  # not one of the figure, which would stand in the legend
+        ax.set_xlabel("step", fontsize=9)
     fig.supylabel("log-probability of a response (nats)", fontsize=9)
     fig.legend(*axes.flat[0].get_legend_handles_labels(), ncols=2, **BELOW)
     return fig
