@@ -275,6 +275,13 @@ def test_the_lab_s_copy_that_was_only_opened_follows_its_notebook(tmp_path, monk
     copy.write_text(notebook("1", language_info={"name": "python"}))  # as JupyterLab does
     source.write_text(notebook("2"))
     assert not lab.copies() and copy.read_text() == notebook("2")
+    ran = json.loads(notebook("2"))
+    ran["cells"][0]["outputs"] = [{"output_type": "stream", "name": "stdout", "text": ["2"]}]
+    for mine in (json.dumps(ran), notebook("mine")):  # what was run, or written, stays
+        copy.write_text(mine)
+        source.write_text(notebook(str(len(mine))))
+        (line,) = lab.copies()
+        assert "a.ipynb was changed" in line and copy.read_text() == mine
 
 
 def test_inputs_that_change_while_a_stage_is_at_work_are_not_named_as_what_it_was_made_of(run, capsys):

@@ -335,7 +335,9 @@ def test_a_damaged_adapter_is_named(config, tmp_path):
     load.save(load.load_policy(config.model, trainable=True), tmp_path)
     weights = tmp_path / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
-    with pytest.raises(FileNotFoundError, match=f"{tmp_path.name} is damaged .*run 03_train of that iteration again"):
+    with pytest.raises(
+        FileNotFoundError, match=f"{tmp_path.name} is damaged .*the notebook that made it makes it again"
+    ):
         load.load_policy(config.model, tmp_path)
 
 

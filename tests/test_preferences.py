@@ -79,7 +79,8 @@ def test_the_sharegpt_form_is_read_as_it_is_documented(micro_run, tmp_path):
         (["form=csv"], "form: one of text, messages, sharegpt, got 'csv'"),
         (["rows=1"], "used as pairs RUN FILE"),
         (["method=sft_gold", "iteration=1"], "round 1 of sft_gold has no pairs of whole responses"),
-        (["iteration=0"], "pairs.jsonl is missing"),
+        (["iteration=0"], "no such method, seed or iteration: iteration=0; "),
+        (["method=dpo"], "has methods irpo, sft_gold"),
     ],
 )
 def test_what_cannot_be_written_is_one_error(settings, message, micro_run, tmp_path):

@@ -541,8 +541,10 @@ def test_publish_copies_small_files_without_this_machine_s_paths(micro_run):
         assert not (target / "dpo").exists() and (target / "irpo").exists()
         manifest = run / "irpo" / "seed_0" / "iteration_1" / "03_train.manifest.json"
         manifest.rename(run / "aside")
-        done = drive("--publish", run.name)
-        (run / "aside").rename(manifest)
+        try:
+            done = drive("--publish", run.name)
+        finally:
+            (run / "aside").rename(manifest)
         assert done.returncode == 2 and "irpo, seed 0, iteration 1, 03_train: it has not run yet" in done.stderr
         assert (target / "metrics.csv").exists()
     finally:

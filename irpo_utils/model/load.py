@@ -334,7 +334,7 @@ def load_policy(
         model = same_function(PeftModel.from_pretrained(model, policy, is_trainable=trainable))
     except SafetensorError as error:
         raise MissingArtefact(
-            f"{relative(policy)} is damaged ({error}); run 03_train of that iteration again"
+            f"{relative(policy)} is damaged ({error}); the notebook that made it makes it again, with `again = True`"
         ) from None
     if trainable:
         return train_beside(model)

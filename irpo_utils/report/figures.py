@@ -8,6 +8,7 @@ but for their yellow, which is too faint on white. No figure is wider than `WIDE
 from __future__ import annotations
 
 import textwrap
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable
 from importlib.metadata import version
 from statistics import mean
@@ -313,8 +314,9 @@ def loss_panels(table: pd.DataFrame) -> Figure:
         ax.set_title(loss, fontsize=9)
     ends = table[["chosen", "rejected"]]
     ax.set_ylim(max(ends.min(axis=None), table.rejected.iloc[0] - 10) - 0.5, ends.max(axis=None) + 0.5)
-    for ax in axes[-1]:  # not one of the figure, which would stand in the legend
+    for ax in axes.flat[max(0, len(losses) - 2) : len(losses)]:  # one of the figure would stand in the legend
         ax.set_xlabel("step", fontsize=9)
+        ax.tick_params(labelbottom=True)
     fig.supylabel("log-probability of a response (nats)", fontsize=9)
     fig.legend(*axes.flat[0].get_legend_handles_labels(), ncols=2, **BELOW)
     return fig
@@ -407,8 +409,9 @@ def accuracy_against_compute(
         ax.plot(means.passes, means.greedy, markersize=4, **look_of(method, catalogue))
     ax.set_yscale("logit")  # what is left to solve counts: from 98 to 99 % is half of it
     low, high = ax.get_ylim()
-    ticks = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995]
-    ticks = [tick for tick in ticks if low <= tick <= high]
+    ticks = [0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999]
+    below, above = bisect_right(ticks, low) - 1, bisect_left(ticks, high)  # the first and the last that are shown
+    ticks = ticks[max(below, 0) : above + 1]
     ax.set_yticks(ticks, [f"{tick * 100:g}" for tick in ticks])
     ax.minorticks_off()
     ax.set(

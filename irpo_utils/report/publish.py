@@ -21,6 +21,7 @@ PAIRS = "pairs: used as pairs RUN FILE [method= seed= iteration=] [form=text|mes
 EXTRAPOLATE = "extrapolate: used as extrapolate TH1 TH0|base TARGET [a=0.3] [model.path=... model.dtype=...]"
 TABLES = ("*.csv", "*.png", "table.txt", "methods.txt", "config.yaml", "*.ipynb")  # beside the methods' folders
 FACTS = ("evaluation", "audit", "training", "reward")
+NOT_IN_ALL = ("01b_reward", "03b_extrapolate")  # stages that the first method may not have
 WITHOUT_PROBLEMS = ("03_train", "03c_online", "05_report", "20_real_model")  # notebooks that show none, or quote a few
 LARGEST_ADAPTER = 12e6  # bytes, before it is rounded
 
@@ -132,16 +133,16 @@ def round_of(usage: str, arguments: list[str], *more: str) -> tuple[Stage, Path,
         raise ConfigError(usage)
     (run, config), target = read_run(names[0]), Path(names[1]).expanduser().resolve()
     method = settings.get("method", config.methods[0])
-    first, last = 0 if config.warm_start.problems else 1, config.rounds(method) if method in config.methods else -1
-    try:
-        seed, t = int(settings.get("seed", 0)), int(settings.get("iteration", last))
-    except ValueError:
-        seed = t = -1
-    if not (0 <= seed < config.seeds and first <= t <= last):
-        command, asked = usage.partition(":")[0], " ".join(arguments[2:]) or "iteration=1"
-        there = f"methods {', '.join(config.methods)}, seeds 0 to {config.seeds - 1}, iterations from {first} on"
-        raise ConfigError(f"{command}: no such method, seed or iteration: {asked}; {names[0]} has {there}")
-    return Stage(run, method, seed, t, config), target, settings
+    if method in config.methods:
+        seeds, rounds = range(config.seeds), range(0 if config.warm_start.problems else 1, config.rounds(method) + 1)
+        seed, t = settings.get("seed", "0"), settings.get("iteration", str(rounds[-1]))
+        if seed in map(str, seeds) and t in map(str, rounds):
+            return Stage(run, method, int(seed), int(t), config), target, settings
+        there = f"seeds 0 to {seeds[-1]} and iterations {rounds[0]} to {rounds[-1]} of {method}"
+    else:
+        there = f"methods {', '.join(config.methods)}"
+    asked = ", ".join(f"{name}={settings[name]}" for name in ("method", "seed", "iteration") if name in settings)
+    raise ConfigError(f"{usage.partition(':')[0]}: no such method, seed or iteration: {asked}; {names[0]} has {there}")
 
 
 def split(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
@@ -161,20 +162,22 @@ def publish(run: Path) -> None:
     Of several methods the first has all its notebooks published (of seed 0), the others those that it has not. Its last
     adapter comes along, and that of M_0 after a warm start, rounded to bfloat16. Of a run on a benchmark the notebooks
     that show its problems are left out, but for the few that 20_real_model quotes: the records are others' to publish.
-    Whatever else the folder of the run has is not published: a method, a seed or an iteration that it had once.
+    Whatever else the folder of the run has is not published: a method, a seed or an iteration that it had once. Of a
+    run that was not evaluated, as one that a notebook made pairs in, what lies at its top is.
 
     Raises:
-        MissingArtefact: the run holds no results, or one of its stages is not done.
+        MissingArtefact: the run holds no results, or one of its stages is not done. ConfigError: an executed copy that
+            was published before is no notebook.
     """
     target = OUTPUTS / "reference" / run.name
     config = read_config(run / "config.yaml") if (run / "config.yaml").exists() else None
     kept = [p for pattern in TABLES for p in sorted(run.glob(pattern))]
-    kept += of_stages(run, config) if config else []
+    kept += of_stages(run, config) if config and (run / "metrics.csv").exists() else []
     if config and not config.task.generated:
         kept = [p for p in kept if p.suffix != ".ipynb" or p.stem in WITHOUT_PROBLEMS]
     if not any(p.suffix == ".csv" for p in kept):
         raise MissingArtefact(f"{relative(run)} holds nothing to publish; run it first")
-    gone = {p.name for p in target.glob("*") if p.is_file()} - {p.name for p in kept}
+    gone = {p.name for p in target.glob("*")} - {p.relative_to(run).parts[0] for p in kept}
     shutil.rmtree(target, ignore_errors=True)
     for path in kept:
         copy = target / path.relative_to(run)
@@ -199,15 +202,22 @@ def publish(run: Path) -> None:
 
 
 def of_stages(run: Path, config: Config) -> list[Path]:
-    """The facts of all stages of a run, and the notebooks of some. Raises MissingArtefact for one that is not done."""
+    """The facts of all stages of a run, and the notebooks of some.
+
+    A stage counts as done where nothing but code or versions of packages have changed since.
+
+    Raises:
+        MissingArtefact: a stage is not done.
+    """
     kept = {}
     for method, seed in method_seeds(config):
         for stage in plan(config, run, method, seed):
-            if found := stage.why_not_done():
+            since = ("code ", "python ", *(f"{name} " for name in stage.key()["versions"]))
+            if found := [line for line in stage.why_not_done() if not line.startswith(since)]:
                 raise MissingArtefact(
                     f"{stage.label()}: {found[0]}; a run is published when all of it is done: ./run_all.sh {run.name}"
                 )
-            shown = method == config.methods[0] or stage.name[2] == "b"
+            shown = method == config.methods[0] or stage.name in NOT_IN_ALL
             names = [f"{name}.json" for name in FACTS] + [f"{stage.name}.ipynb"] * (shown and seed == 0)
             kept |= {stage.folder / name: None for name in names if (stage.folder / name).is_file()}
     return list(kept)
@@ -222,8 +232,9 @@ def with_present_text(path: Path) -> str:
     executed = path.read_text()
     if not (NOTEBOOKS / path.name).is_file():
         return executed
+    source = json.loads((NOTEBOOKS / path.name).read_text())
     try:
-        copy, source = json.loads(executed), json.loads((NOTEBOOKS / path.name).read_text())
+        copy = json.loads(executed)
     except ValueError as error:
         raise ConfigError(f"{relative(path)}: not a notebook: {error}; publish its run again") from None
 

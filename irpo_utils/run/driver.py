@@ -90,7 +90,7 @@ def check_inputs(config: Config, jobs: int | None = 1) -> tuple[list[str], int]:
             estimated, here = check(own, task, problems | further, here, or_fewer=wanted is None)
         return lines + estimated, jobs if clustered else here
     except ValueError as error:
-        of_each_seed = str(error).startswith("model.path") and "{seed}" in config.model.path
+        of_each_seed = "{seed}" in config.model.path and "is no folder" in str(error)
         hint = f"; {config.model.path} is one for each seed: notebooks/00_seed_model.ipynb makes them" * of_each_seed
         raise ConfigError(f"{error}{hint}") from None
 

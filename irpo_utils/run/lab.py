@@ -41,10 +41,10 @@ def copies() -> list[str]:
 
 
 def cells_hash(path: Path) -> str:
-    """The hash of what a person writes: JupyterLab fills in other fields of a notebook that is only looked at."""
+    """The hash of a notebook's cells: JupyterLab fills in other fields of one that is only looked at."""
     text = path.read_text()
     with suppress(ValueError, TypeError, KeyError):  # a damaged copy is one that was changed
-        text = json.dumps([(cell["cell_type"], "".join(cell["source"])) for cell in json.loads(text)["cells"]])
+        text = json.dumps(json.loads(text)["cells"], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

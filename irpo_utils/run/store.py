@@ -60,7 +60,7 @@ COUNTS = "progress.json"  # in a stage's partial folder: how far it is
 
 
 def run_folder(name: str) -> Path:
-    """outputs/NAME; refuses what is not a plain name, and the folders of published runs, models and notebooks."""
+    """outputs/NAME; refuses what is not a plain name, and what is a folder of something else."""
     plain = name.isprintable() and name == name.strip() and not any("\ud800" <= c <= "\udfff" for c in name)
     if not name or not plain or name[0] in ".-" or "/" in name or len(name.encode()) > 100:
         raise ConfigError(f"run: a plain folder name under outputs/, got {name!r}")
