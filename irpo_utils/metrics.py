@@ -43,8 +43,8 @@ def over_seeds(values: Sequence[dict[str, float]]) -> tuple[float, float, float]
     Seeds vary, and problems do. Where all seeds have the same problems, the variance of the mean is that of a two-way
     layout with random rows and columns, so that a problem counts once and not once a seed. Where each has its own, the
     seeds' means hold all of it; it is taken for no smaller than that of the problems alone. The quantile is Student's,
-    with Satterthwaite's degrees of freedom: few seeds give a wide interval. (That of two seeds that differ much is still
-    somewhat too narrow.) That of one seed is a bootstrap over its problems.
+    with Satterthwaite's degrees of freedom: few seeds give a wide interval. (That of two seeds that differ much is
+    still somewhat too narrow.) That of one seed is a bootstrap over its problems.
 
     Args:
         values: of each seed, problem -> value.
