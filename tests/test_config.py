@@ -1,12 +1,14 @@
 """Bad parameters give one clear error that names the thing and the mend."""
 
+import shutil
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from irpo_utils.files import ConfigError
 from irpo_utils.run.config import dump, read_config
-from irpo_utils.run.presets import load_preset, presets
+from irpo_utils.run.presets import FOLDER, load_preset, presets
 
 
 @pytest.mark.parametrize("name", presets())
@@ -91,6 +93,14 @@ def test_unknown_preset_lists_the_known():
     known = "claims, format-only, micro, online, own, smollm2, smollm2-paper, tiny, and <task>"
     with pytest.raises(ConfigError, match=f"'big'; There is: {known}"):
         load_preset("big")
+
+
+def test_a_preset_that_inherits_from_none_is_refused(tmp_path, monkeypatch):
+    shutil.copytree(FOLDER, tmp_path / "presets")
+    monkeypatch.setattr("irpo_utils.run.presets.FOLDER", tmp_path / "presets")
+    (tmp_path / "presets" / "mine.yaml").write_text("# Mine.\ninherits: tniy\n")
+    with pytest.raises(ConfigError, match="no preset is called 'tniy'; did you mean 'tiny'"):
+        load_preset("mine")
 
 
 @pytest.mark.parametrize(

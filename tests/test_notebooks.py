@@ -8,16 +8,20 @@ import json
 import re
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
 from small_models import build
 
+from irpo_utils import files
 from irpo_utils.files import NOTEBOOKS, read_jsonl
 from irpo_utils.metrics import majority
 from irpo_utils.report.publish import with_present_text
 from irpo_utils.run.code import notebook_hash
+from irpo_utils.run.config import differences
 from irpo_utils.run.notebooks import run_notebook
+from irpo_utils.run.presets import load_preset
 from irpo_utils.run.stages import STAGES
 
 UPSTREAM = ROOT / "tests" / "upstream"
@@ -316,6 +320,24 @@ def test_the_claims_are_differences_with_intervals(executed):
     assert gain == pytest.approx(100 * (sum(by_hand[2]) - sum(by_hand[1])) / len(by_hand[1]))
     assert all(float(r["low"]) <= float(r["mean"]) <= float(r["high"]) for r in rows)
     assert "embedded: stories, seed; 1 seeds" in printed
+
+
+def test_the_claims_refuse_a_run_of_another_experiment():
+    """One that differs in more than its claim is about. What a method has that is in neither run counts for nothing."""
+    cells = json.loads((NOTEBOOKS / "21_claims.ipynb").read_text())["cells"]
+    (cell,) = [source for c in cells if "def same_but(" in (source := "".join(c["source"]))]
+    methods = "methods=irpo,dpo"
+    scope = {"differences": differences, "files": files, "run": "outputs/claims"}
+    scope["embedded"] = SimpleNamespace(config=load_preset("micro", [methods]))
+    exec(cell, scope)
+
+    def other(*changes):
+        return SimpleNamespace(folder=ROOT / "outputs" / "other", config=load_preset("micro", [methods, *changes]))
+
+    scope["same_but"](other("dpo.train.lr=1", "orpo.train.lr=1", "iterations=1", "evaluation.samples=1"), "dpo.")
+    for change in ("sampling.temperature=0.5", "seeds=4", "dpo.train.lr=1", "irpo.train.beta=0.2"):
+        with pytest.raises(files.ConfigError, match=f"outputs/other is .* than outputs/claims: {change.split('=')[0]}"):
+            scope["same_but"](other(change), "task.train_size")
 
 
 def test_the_majority_splits_the_problems_in_two(executed):

@@ -49,7 +49,19 @@ def read_preset(name: str) -> dict[str, Any]:
     A file has what is different from the preset that it `inherits` from, if it names one. Each part says what the
     paper does, and under `quick` what the quick size changes; a model's part says under a task's name (with `-quick`:
     in that size) what it needs for that task.
+
+    Raises:
+        ConfigError: no such preset.
     """
+    if name not in presets():
+        near = difflib.get_close_matches(name, list(presets()), 1)
+        files = sorted(path.stem for path in FOLDER.glob("*.yaml"))
+        raise ConfigError(
+            f"no preset is called {name!r}; "
+            + (f"did you mean {near[0]!r}? " if near else "")
+            + f"There is: {', '.join(files)}, and <task>-<model> or <task>-<model>-paper with a task of "
+            + f"{', '.join(REAL_TASKS)} and a model of {', '.join(REAL_MODELS)}"
+        )
     parts = _parts(name)
     if parts is None:
         own = read_yaml(FOLDER / f"{name}.yaml")
@@ -71,15 +83,6 @@ def load_preset(name: str, overrides: Iterable[str] = ()) -> Config:
     Raises:
         ConfigError: no such preset, or an override is not `key=value`, unknown or mistyped.
     """
-    if name not in presets():
-        near = difflib.get_close_matches(name, list(presets()), 1)
-        files = sorted(path.stem for path in FOLDER.glob("*.yaml"))
-        raise ConfigError(
-            f"no preset is called {name!r}; "
-            + (f"did you mean {near[0]!r}? " if near else "")
-            + f"There is: {', '.join(files)}, and <task>-<model> or <task>-<model>-paper with a task of "
-            + f"{', '.join(REAL_TASKS)} and a model of {', '.join(REAL_MODELS)}"
-        )
     return configured(read_preset(name), key_values(overrides).items())
 
 
