@@ -59,13 +59,35 @@ def misgraded(task, cases, mode):
 
 
 @pytest.mark.parametrize("mode", ["strict", "flexible"])
-@pytest.mark.parametrize(("name", "count"), [("gsm8k", 450), ("math", 120), ("arc_challenge", 80)])
+@pytest.mark.parametrize(("name", "count"), [("gsm8k", 480), ("math", 150), ("arc_challenge", 85)])
 def test_every_crafted_answer(name, count, mode, tasks):
     """Hedges, denials, bounds, multiples, units, scripts, separators: right, wrong, or not understood and neither."""
     cases = [case for case in CRAFTED if case["task"] == name]
     assert len(cases) >= count
     assert {case[mode] for case in cases} == {True, False, None}
     assert not misgraded(tasks[name], cases, mode)
+
+
+@pytest.mark.parametrize(
+    "text", ["St. Louis", "Dr. Seuss", "U.S. Army", "__init__", "*args", "`x`", "The result is yes"]
+)
+def test_an_answer_in_words_is_read_whole(text):
+    solution = f"So it must be.\nFinal answer: {text}"
+    given = [{"question": f"Question {i}?", "answer": text, "solution": solution} for i in range(4)]
+    task = Given(given)  # which grades the solutions
+    (problem, *_) = task.problems("train")
+    responses = [
+        solution,
+        f"{solution}. I hope it helps.",
+        f"The answer is **{text}**.",
+        f"{solution}. Or maybe another one",
+    ]
+    verdicts = grade(task, [*responses, f"{solution} the second"], [problem] * 5)
+    assert [verdict.correct for verdict in verdicts] == [True, True, True, False, False]
+
+
+def test_votes_for_one_number_are_counted_together(tasks):
+    assert len({tasks["math"].vote(answer) for answer in ("\\frac{1}{2}", "0.5", "1/2", "$\\frac24$")}) == 1
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,9 @@ _UNIT_WORDS = """
 """
 _UNITS = frozenset(_UNIT_WORDS.split())
 _FUNCTIONS = re.compile(r"pi|sqrt|sin|cos|tan|cot|sec|csc|log|ln|exp|e|infty|infinity|frac|cup|cap|mod|and|or|in|i")
+_SHORT_WORDS = frozenset(["yes", "no", "odd", "all"])  # and no products of letters
+_NAMES = "alpha beta gamma delta epsilon theta lambda sigma omega infty infinity sinh cosh tanh arcsin arccos arctan"
+_NAMES = frozenset(_NAMES.split())  # of letters and functions, which no number counts
 _UNIT = re.compile(r"([-+]?[0-9][0-9.,]*)\s*((?:[a-zA-Z]{2,}\s*){1,4}(?:\^\{?[23]\}?)?)")
 _NUMBER = re.compile(r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]{1,2})?")
 _RATIO = re.compile(r"([-+]?)(?:\\frac\{([-+]?[0-9]+)\}\{([0-9]+)\}|([0-9]+)/([0-9]+))")
@@ -134,6 +137,7 @@ def normal(text: str) -> str:
     text = unwrap(text)
     text = re.sub(r"(?<=[0-9])(?:\{,\}|,\\!)(?=[0-9]{3})", "", text)  # 5,\!525 and 5{,}525
     text = _COMMAND.sub(lambda m: _SAME[m[0]], _SPACES.sub("", text))
+    text = re.sub(r"(?<![a-zA-Z\\])pi(?![a-zA-Z])", r"\\pi", text)
     text = re.sub(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![a-zA-Z]))", "", text)
     text = _BARE_FRACTION.sub(lambda m: "\\frac{{{}}}{{{}}}".format(*(g for g in m.groups() if g is not None)), text)
     text = re.sub(r"\\sqrt\s*([0-9a-zA-Z])", r"\\sqrt{\1}", text)
@@ -146,7 +150,7 @@ def normal(text: str) -> str:
         text = _TEXT.sub(lambda m: "," if m[1].strip().lower() in ("and", "or") else m[1], text)
     text = re.sub(r"(?:\s*,)+", ",", re.sub(r"\s+(?:and|or)\s+", ",", text)).strip().rstrip(".,").strip()
     unit = _UNIT.fullmatch(text)
-    if unit and all(word.lower() in _UNITS for word in re.findall(r"[a-zA-Z]+", unit[2])):
+    if unit and all(_counted(word, text[len(unit[1])] == " ") for word in re.findall(r"[a-zA-Z]+", unit[2].lower())):
         text = unit[1]
     if name := _NAME.match(text):
         text = text[name.end() :].strip()
@@ -159,6 +163,11 @@ def normal(text: str) -> str:
         text = text.replace(",", "")
     text = re.sub(r"([\^_])\{([0-9a-zA-Z])\}", r"\1\2", text)
     return text.replace("bmatrix", "pmatrix").strip()
+
+
+def _counted(word: str, apart: bool) -> bool:
+    """Whether a word behind a number is what it counts: a unit, or a longer word that stands `apart` from it."""
+    return word in _UNITS or (apart and len(word) > 3 and kind_of(word) == "w" and word not in _NAMES)
 
 
 def rational(text: str) -> Fraction | None:
@@ -232,6 +241,8 @@ def decide(first: str, second: str) -> bool | None:
         letters = re.fullmatch(r"[-+]?[0-9.]*([a-zA-Z]{1,3})", first if one is None else second)
         if letters and not _FUNCTIONS.fullmatch(letters[1].lower()):
             return False  # a product of letters, which math-verify may take for a unit
+    if not _SHORT_WORDS.isdisjoint(words := (first.lower(), second.lower())):
+        return words[0] == words[1]
     products = [re.fullmatch(r"([-+]?[0-9.]*)([a-zA-Z]{2,3})", t) for t in (first, second)]
     if all(products):
         return products[0][1] == products[1][1] and sorted(products[0][2]) == sorted(products[1][2])  # ab = ba

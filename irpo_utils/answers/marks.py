@@ -13,7 +13,8 @@ MARKS = {
     "boxed": re.compile(r"\\f?box(?:ed)?(?![a-zA-Z])"),
     "####": re.compile(r"####(?=[ \t]{0,8}[^\s#])"),
     "the answer is": re.compile(r"\b(?:answer|option|choice)\s{1,3}is\b[\s*_]{0,4}[:：]?", re.IGNORECASE),
-    "A:": re.compile(r"^[ \t*_#]{0,8}(?:A|Answer)[ \t*_]{0,4}:", re.MULTILINE),
+    "Answer:": re.compile(r"^[ \t*_#]{0,8}Answer[ \t*_]{0,4}:", re.MULTILINE),
+    "A:": re.compile(r"^[ \t*_#]{0,8}A[ \t*_]{0,4}:", re.MULTILINE),
 }
 _FRAME = re.compile(r"[\s*_]*(?:\\\[|\$\$|`{3}[a-z]*|[*_\s])*")  # a line that only opens a formula or a block
 _PREFIX = re.compile(
@@ -29,11 +30,14 @@ _BESIDE = (
     re.compile(
         r"(?:\b(?:not|never|negative|minus|maybe|perhaps|possibly|half of|twice|[a-z]+n['’]t)"
         r"|≠|√|\\(?:neq?|not|neg)|=\s?[-−])"
-        r"\s?\$*\s?$",
+        r"\s?\$*\s?$"
+        r"|(?<![:\w−-])[-−]\$*$|(?<![\w.,])[0-9]{1,9}$",
         re.IGNORECASE,
     ),
     re.compile(
-        r"\s?\$*\s?(?:\^.{0,9}|!(?=[\^!])|\b(?:hundred|thousand|million|billion|dozen|squared|cubed)\b"
+        r"[.,][0-9]{1,9}|(?-i:[kKM])(?![a-zA-Z])|-[0-9][0-9.,]{0,9}|\s?[+*/]\s?[0-9][0-9.,]{0,9}"
+        r"|\s?\\(?:pi|[dt]?frac|sqrt|times|cdot)(?![a-zA-Z])[^$]{0,30}"
+        r"|\s?\$*\s?(?:\^.{0,9}|!(?=[\^!])|\b(?:hundred|thousand|million|billion|dozen|squared|cubed)\b"
         r"|,?\s?\b(?:or|maybe|perhaps)\b.{0,30}|\b(?:isn['’]t|is (?:not|wrong|incorrect))\b.{0,20})",
         re.IGNORECASE,
     ),
@@ -112,7 +116,9 @@ def boxed_as_said(text: str) -> str | None:
     before, after = _BESIDE[0].search(text[max(0, start - 40) : start]), _BESIDE[1].match(text[end : end + 40])
     if not before and not after:
         return inside
-    return f"{before[0] if before else ''}{inside}{after[0] if after else ''}".replace("$", "").strip()
+    said = re.sub(r"^=\s?|\$", "", before[0]) if before else ""
+    joint = "*" if said.isdigit() else ""  # "2\\boxed{5}" is not 25
+    return f"{said}{joint}{inside}{after[0].replace('$', '') if after else ''}".strip()
 
 
 def _last_boxes(text: str) -> tuple[int, int, str] | None:
@@ -138,21 +144,30 @@ def _last_boxes(text: str) -> tuple[int, int, str] | None:
     return spans[-len(found)][0], spans[-1][1], ", ".join(reversed(found))
 
 
-def candidates(response: str) -> Iterator[str]:
-    """The marked final answers of a response: the last of every kind of mark, the surest kind first."""
+def candidates(response: str, gold: str | None = None) -> Iterator[str]:
+    """The marked final answers of a response: the last of every kind of mark, the surest kind first.
+
+    Where a sentence begins with the words of `gold`, it is these: only who knows them knows that "St." ends none.
+    """
     for kind, pattern in MARKS.items():
         if kind == "boxed":
             found = boxed_as_said(response)
         else:
             ends = [match.end() for match in pattern.finditer(response)][-20:]
-            found = next((text for end in reversed(ends) if (text := _after(response, end))), None)
+            found = next((text for end in reversed(ends) if (text := _after(response, end, gold))), None)
         if found and found.strip():
             yield found.strip()
 
 
-def _after(response: str, at: int) -> str | None:
+def _after(response: str, at: int, gold: str | None = None) -> str | None:
     """The answer behind a mark: the rest of its line, or the first of the next lines that says something."""
+    stated = gold and re.compile(rf"[\s*_`\"'“‘]*{re.escape(gold)}[*_`\"'”’]*(?:\s*$|[.!][*_`\"'”’]*(?:\s|$))", re.I)
+    at -= len(response[at - 4 : at]) - len(
+        response[at - 4 : at].rstrip("*_")
+    )  # "__init__" begins with what a mark took
     for i, line in enumerate(response[at : at + LONGEST].split("\n")[:6]):
+        if stated and (found := stated.match(line)) and not _RETRACTED.search(line, found.end()):
+            return gold
         text = line.strip(" \t*_\r")
         text = re.sub(r"^[-•] (?=\S)", "", text) if i else text  # a bullet
         if text.strip(".$") and not _FRAME.fullmatch(text):

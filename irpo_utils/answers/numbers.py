@@ -48,7 +48,7 @@ _PLAIN = str.maketrans(
 )  # fmt: skip
 _NOISE = re.compile(
     r"\\[,!;:]|\\ |\\text(?:bf|it|rm)?\b|\\math(?:rm|bf)\b|\\mbox\b|\\f?box(?:ed)?\b"
-    r"|\\left|\\right|\\[()\[\]]|\\?\$|\\(?=[%#&])|[`€£¥₹]"
+    r"|\\left|\\right|\\[()\[\]]|\\?\$|\\(?=[%#&])|[`€£¥₹]|</?[a-zA-Z]{1,20}>"
 )
 # Stars of Markdown: on the outer side of what they emphasise there is nothing, or a space, or punctuation.
 _STARS = re.compile(r"(?<!\S)\*{1,3}(?=\S)|(?<=[^\s*])\*{1,3}(?=[\s.,;:!?)]|$)")
@@ -67,6 +67,7 @@ _POWERS = re.compile(r"\b(square|cube)(?= (?:of|root)\b)", re.IGNORECASE)
 _CENTS = re.compile(r"\b([0-9,]+) dollars?,? and ([0-9]{2}) cents?\b", re.IGNORECASE)
 _INSTEAD = re.compile(r"([^,]*[0-9][^,0-9]{0,30}), (?:and |but )?not [-+]?[0-9][0-9.,/]*(?: [a-z]+)?", re.IGNORECASE)
 _SIGN = re.compile(r"(?<![0-9]\s)\b(?:minus|negative)\s{1,3}(?=[0-9.])", re.IGNORECASE)
+_AND_A_FRACTION = re.compile(r"(?<=[0-9]) (?:and|&) (?=[0-9]{1,9}\s?/\s?[0-9])")
 _AND_A_PART = re.compile(r"(?<=[0-9]) and (?:an?|one)[ -](half|third|quarter)\b", re.IGNORECASE)
 _FACTORS = {"half": Fraction(1, 2), "third": Fraction(1, 3), "quarter": Fraction(1, 4)}
 _FACTORS |= {"twice": Fraction(2), "double": Fraction(2), "triple": Fraction(3), "thrice": Fraction(3)}
@@ -184,6 +185,7 @@ def _tidy(text: str) -> str:
         text = _SIGN.sub("-", text.replace("{", " ").replace("}", " ") if "\\" not in text else text)
         if instead := _INSTEAD.fullmatch(text):
             text = instead[1]
+    text = _AND_A_FRACTION.sub(" ", text)
     text = _EXPONENT.sub(r" ** \1", _SCIENTIFIC.sub(r"e\1", text))
     return re.sub(r"(?<=[0-9])['’](?=[0-9]{1,2}(?![0-9]))", " ; ", text).strip()
 
@@ -412,7 +414,7 @@ def _side(tokens: list[_Token]) -> Reading | None:
 def _changed(tokens: list[_Token], kinds: str, value: Fraction) -> Reading | None:
     """What one number means beside a word or sign that makes another of it; None where that is not known."""
     if re.fullmatch(r"\$?nv", kinds):
-        return NOTHING  # "18x"
+        return None if tokens[-1].text in "cdp" else NOTHING  # "18c", "18d", "18p": cents, days, pence; "18x"
     if "D" in kinds and re.fullmatch(r"[wp]*nD[wp]*", kinds):
         return Reading((value, 12 * value))
     if kinds == "n!":

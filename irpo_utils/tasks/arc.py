@@ -47,6 +47,8 @@ _WORDS = re.compile(r"[a-z]+(?:['’]t)?")
 _DENIALS = frozenset(["not", "no", "never", "none", "nothing", "nobody", "neither", "nor", "cannot", "without"])
 _BRACKETED = re.compile(r"\(([A-E])\)")
 _NOISE = re.compile(r"\\text(?:bf|rm|it)?\b|\\math(?:rm|bf)\b|[$*`{}\\]|\\[()\[\]]")
+# The options once more: no mark of an answer.
+_LISTED = re.compile(r"^[ \t*_#]{0,8}A[ \t*_]{0,4}:(?=.*\n{1,3}[ \t*_#]{0,8}B[ \t*_]{0,4}:)", re.MULTILINE)
 _AFTER_A = re.compile(r"\s*(?:$|[=.,;:)\]\-–—(]|because\b|since\b|is\b|as\b)", re.I)
 
 
@@ -147,6 +149,8 @@ class ARC(RecordTask):
         others = set(_OTHER.findall(claim[:40]) + ([alone[1]] if alone else [])) - {label.upper()}
         if others and not label.isdigit():
             return None  # "(A) or (B)" and "A/B" choose nothing
+        if label.isdigit() and any(re.match(r"\W*[0-9]", option) for option in options):
+            return UNCLEAR  # the second option, or the one that says 2
         if bare and (
             (label.islower() and rest.strip(" .)")) or (label in "Aa" and not self._may_follow(label, rest, options))
         ):
@@ -181,7 +185,7 @@ class ARC(RecordTask):
 
     def extract(self, response: str, problem: Problem, flexible: bool = False) -> str | None:
         options = problem.meta.get("options") or []
-        found = list(candidates(response))
+        found = list(candidates(_LISTED.sub("", response)))
         for text in found:
             if (letter := self.choice(text, options)) is not None:
                 return text[:LONGEST] if letter == UNCLEAR else letter
@@ -192,7 +196,8 @@ class ARC(RecordTask):
             bare = re.fullmatch(r"[(\[*]{0,3}([A-E1-5])[)\].*:]{0,4}", last)
             labelled = re.fullmatch(r"[(\[*]{0,3}([A-E1-5])[)\].:*]{1,4}\s+(.{1,300})", last)
             if bare or (labelled and self._by_text(labelled[2], options) is not None):
-                return self.choice((bare or labelled)[1], options)
+                letter = self.choice((bare or labelled)[1], options)
+                return last if letter == UNCLEAR else letter
         if first is None and flexible:
             named = _BRACKETED.findall(response[-4000:])
             by_text = {a for line in lines[-1:] for a, o in zip(LETTERS, options, strict=False) if _names(line, o)}

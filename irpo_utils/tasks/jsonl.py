@@ -47,7 +47,8 @@ class JsonLines(RecordTask):
         return Problem(name, record["question"], answer, solution)
 
     def extract(self, response: str, problem: Problem, flexible: bool = False) -> str | None:
-        found = next(candidates(response), None)
+        gold = None if plain_number(problem.answer) else problem.answer
+        found = next(candidates(response, gold), None)
         if found is None and flexible and (value := last_number(response)) is not None:
             return plain(value)
         return found

@@ -6,7 +6,7 @@ import hashlib
 from functools import cached_property
 from typing import ClassVar
 
-from ..answers.latex import Equality, normal, unwrap
+from ..answers.latex import Equality, normal, rational, unwrap
 from ..answers.marks import boxed, candidates
 from ..answers.numbers import last_number, plain
 from .base import Problem
@@ -110,4 +110,6 @@ class MATH(RecordTask):
         return self.same.verifier.gave_up
 
     def vote(self, answer: str) -> str:
-        return normal(answer)
+        text = normal(answer)
+        value = rational(text)
+        return text if value is None else plain(value)
