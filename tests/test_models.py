@@ -8,10 +8,11 @@ from dataclasses import replace
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Qwen2Config, TrainerCallback
 from transformers.integrations import integration_utils
 
-from irpo_utils.files import ConfigError, read_jsonl, relative
+from irpo_utils.files import ConfigError, MissingArtefact, read_jsonl, relative
 from irpo_utils.methods.parts import LOSSES
 from irpo_utils.methods.select import cyclic_pairs
 from irpo_utils.model import adapter, load, logprobs, losses, sampling, schedule, training
@@ -341,6 +342,29 @@ def test_a_damaged_adapter_is_named(config, tmp_path):
         load.load_policy(config.model, tmp_path)
 
 
+def test_an_adapter_that_lacks_weights_or_holds_one_that_is_not_finite_is_damaged(config, tmp_path):
+    load.save(load.load_policy(config.model, trainable=True), tmp_path)
+    weights = tmp_path / "adapter_model.safetensors"
+    whole = load_file(weights)
+    name = sorted(whole)[0]
+    save_file({f"another.{name}": weight for name, weight in whole.items()}, weights, {"format": "pt"})
+    with pytest.raises(MissingArtefact, match=f"is damaged .{len(whole)} of its weights are not in its file, as "):
+        load.load_policy(config.model, tmp_path)
+    save_file(whole | {name: whole[name] * float("nan")}, weights, {"format": "pt"})
+    with pytest.raises(MissingArtefact, match=f"is damaged .{name} is not finite"):
+        load.load_policy(config.model, tmp_path)
+
+
+def test_a_run_that_is_killed_before_its_checkpoint_goes_back_to_the_best_step_before(tmp_path):
+    for name, step in (("best", 4), ("best.before", 2)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "best.json").write_text(json.dumps({"step": step, "score": step / 10}))
+    training.rewind(tmp_path, 2)
+    assert json.loads((tmp_path / "best" / "best.json").read_text())["step"] == 2
+    training.rewind(tmp_path, 0)
+    assert not list(tmp_path.glob("best*"))
+
+
 def test_order_is_whole_shuffled_passes_cut_to_the_budget():
     problems, config = ["p"] * 10, TrainConfig(batch=4, micro_batch=4, max_steps=5, max_epochs=9)
     order = schedule.training_order(problems, config, seed=0)
@@ -351,12 +375,14 @@ def test_order_is_whole_shuffled_passes_cut_to_the_budget():
 def test_retraining_with_dev_takes_the_selected_steps_and_survives_a_kill(config, pairs, tmp_path, monkeypatch):
     """The second training stops at the step that dev chose, on the schedule of the first. Killed in it, it goes on."""
     task = get_task(config.task)
-    train = config.train.but(retrain_with_dev=True, max_steps=6, eval_every=2, batch=4, micro_batch=4)
+    epochs = {"max_steps": 1000, "max_epochs": 1}  # so that the dev problems' pairs would make it longer
+    train = config.train.but(retrain_with_dev=True, eval_every=2, batch=4, micro_batch=4, **epochs)
+    pairs, steps = pairs[:24], 6
     config = config.but(train=train)
     scores = {2: 0.1, 4: 0.9, 6: 0.2}
     dev_pairs = [replace(p, problem=d.id) for p, d in zip(pairs, task.problems("dev"), strict=False)]
     whole = training.train
-    taken: list[tuple[int, int | None]] = []
+    taken: list[tuple[int, int | None, int]] = []
 
     def watched(model, rows, folder, **settings):
         calls = iter(sorted(scores))
@@ -364,7 +390,7 @@ def test_retraining_with_dev_takes_the_selected_steps_and_survives_a_kill(config
             settings["score"] = lambda policy: scores[next(calls)]
         elif len(taken) == 1 and kill:
             settings["score"] = lambda policy: (_ for _ in ()).throw(KeyboardInterrupt)
-        taken.append((len(rows), settings.get("stop_after")))
+        taken.append((len(rows), settings.get("stop_after"), settings["config"].max_steps))
         return whole(model, rows, folder, **settings)
 
     monkeypatch.setattr(training, "train", watched)
@@ -383,7 +409,8 @@ def test_retraining_with_dev_takes_the_selected_steps_and_survives_a_kill(config
             scores = {6: 0.2}  # the first training is over; nothing of it is scored again
         facts = stage.begin().run(show=lambda line: None)
         assert facts["best_step"] == 4 and facts["retrained_with_dev"]
-        assert taken[-2:] == [(len(pairs), None), (len(pairs) + len(dev_pairs), 4)]
+        assert facts["steps"] == steps
+        assert taken[-2:] == [(len(pairs), None, 1000), (len(pairs) + len(dev_pairs), 4, steps)]
         adapters.append((stage.path("adapter") / "adapter_model.safetensors").read_bytes())
         stage.finish()
     assert adapters[0] == adapters[1]

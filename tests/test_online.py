@@ -229,6 +229,7 @@ def test_problems_are_asked_in_turn_and_pairs_repeated_where_they_are_too_few(
     across, behind = ids(7, 6, asked=whole[:5])  # the end of a pass, and the next one without those asked already
     assert across[:3] == whole[7:] and len(across) == len({*across, *whole[:5]}) - 5 == 5
     assert behind > 10
+    assert len(draws.fresh(online.train.max_steps - 1)[0]) == 4  # one step is left, and not two
     few = replace(draws, batch=40)  # 80 pairs are wanted, of 10 problems with one pair each at most
     pairs, counted = few.fresh(0)
     assert len(pairs) == 80 and counted["made"] <= 10 and counted["tried"] == 10

@@ -121,7 +121,7 @@ def test_a_conversation_goes_through_the_chat_template(tmp_path):
     rows = [
         {"prompt": said, "chosen": [right], "rejected": [wrong]},
         {"chosen": [*said, right], "rejected": [*said, wrong]},  # the prompt is in both
-        {"prompt": "How many?", "chosen": [*said, right], "rejected": [*said, wrong]},
+        {"prompt": "", "chosen": [*said, right], "rejected": [*said, wrong]},
         {"prompt": "How many?", "chosen": "6", "rejected": [wrong]},
     ]
     config = settings_for(tmp_path / "pairs.jsonl", rows, f"model.path={tmp_path}/model")
@@ -185,6 +185,9 @@ def test_a_file_that_is_not_there_and_a_selection_without_one_are_errors(tmp_pat
     assert done.returncode == 2 and "pairs.file: " in done.stderr and "none.jsonl is missing" in done.stderr
     with pytest.raises(ConfigError, match="needs preference data, as in pairs.file=pairs.jsonl"):
         read(load_preset("micro"))
+    for method in ("rloo", "scpo"):  # which weigh responses by their rewards
+        with pytest.raises(ConfigError, match="pairs.file: .* weighs responses by their rewards.*leave it out"):
+            load_preset("micro", [f"methods=irpo,{method}", "pairs.file=pairs.jsonl"]).recipe(method)
     done = drive("micro", "run=test-bad-pairs", f"pairs.file={tmp_path}/none.jsonl", "methods=irpo,latro")
     assert done.returncode == 2 and "pairs.file: LaTRO" in done.stderr and "leave it out" in done.stderr
 

@@ -59,7 +59,8 @@ class Draws:
             ValueError: a pass over all problems makes none.
         """
         config, earlier, counted = self.sampler.config, sum(self.counted(step).values(), Counter()), Counter()
-        wanted, pairs, tried = config.train.sync_every * self.batch, [], set()
+        steps = min(config.train.sync_every, config.train.max_steps - step)
+        wanted, pairs, tried = steps * self.batch, [], set()
         most = config.sampling.n if parts.part("selection", self.selection).signed else config.pairs.k
         while len(pairs) < wanted and len(tried) < len(self.problems):
             both = earlier + counted

@@ -64,7 +64,7 @@ def read(config: Settings, imitates: bool = False, seed: int = 0) -> tuple[list[
     if not pairs:
         why = (
             f"{audit['over_long']} exceed pairs.max_tokens (it is {limit}; raise it), "
-            f"{audit['held_out']} ask a question of dev or test"
+            f"{audit['held_out']} ask a question of dev or test, {audit['duplicates']} have the same response twice"
         )
         raise ConfigError(f"pairs.file: no pair of {source} is left of {len(rows)}: {why}")
     pairs = capped(pairs, config.pairs.max_pairs, seed, audit)
@@ -74,6 +74,9 @@ def read(config: Settings, imitates: bool = False, seed: int = 0) -> tuple[list[
 def conversation(row: Any) -> tuple[Turns, str, str]:
     """What was said, and the chosen and rejected answer to it. Raises ValueError for a line that is neither form."""
     fields = {"prompt": [], **row} if isinstance(row, dict) else {}
+    said = fields.get("chosen")
+    if isinstance(said, list) and len(said) > 1:  # the whole conversation; a prompt is not looked at
+        fields["prompt"] = []
     prompt, chosen, rejected = (turns_of(fields.get(name), name, role) for name, role in ROLES.items())
     turns = chosen[:-1] or prompt
     if chosen[:-1] != rejected[:-1]:

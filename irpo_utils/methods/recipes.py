@@ -43,6 +43,8 @@ class Round(Section):
             )
         if selection.signed and not loss.gaps:
             raise ValueError(f"the selection {self.selection!r} gives advantages, which the loss {self.loss!r} ignores")
+        if loss.gaps and self.selection == "file":
+            raise ValueError(f"the loss {self.loss!r} weighs responses by their rewards, which a file does not bring")
         if loss.continues != selection.continues:
             raise ValueError(
                 f"the loss {self.loss!r} and the selection {self.selection!r} do not fit: only for one of them "

@@ -357,8 +357,8 @@ def _nothing(row: parts.Selection, selection: str, audit: Counter[str], golds: i
         )
     if not audit["rewarded"]:
         return (
-            f"no pair can be made: none of {audit['samples']} samples has a reward, so the judge wrote no score "
-            "that can be read; take a larger model, or set judge.read=scores"
+            f"no pair can be made: none of {audit['samples']} samples has a reward; where the judge gives them, it "
+            "wrote no score that can be read: take a larger model, or set judge.read=scores"
         )
     hints = [row.hint] if row.hint else []
     hints += ["raise sampling.n or sampling.temperature", "or take other problems"]

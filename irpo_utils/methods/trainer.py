@@ -50,11 +50,17 @@ class Training:
         config, train, options = self.config, self.engine, self.options(show)
         pairs, dev = self.scored_pairs(), self.task.problems("dev")
         held_out = {p.id for p in dev}
+        held_in = [pair for pair in pairs if pair.problem not in held_out]
+        if not held_in:
+            raise ValueError(
+                f"no pair is left to train on: all {len(pairs)} are of dev problems; set train.retrain_with_dev=false, "
+                "or lower task.dev_size"
+            )
         with opened(config, None, self.task, dev) as sampler:
             model = self.start_model()
             facts = train(
                 model,
-                [pair for pair in pairs if pair.problem not in held_out],
+                held_in,
                 self.folder,
                 score=lambda policy: dev_score(policy, sampler, dev),
                 keep_reference=self.kept_scores,
@@ -67,7 +73,9 @@ class Training:
             del model
             release_memory()
             model, kept = self.start_model(), self.folder / "retrained"
-            again = train(model, pairs, kept, stop_after=best, **options)
+            options["config"] = config.train.but(max_steps=facts["steps"])  # the schedule is that of the first training
+            scores = (self.folder / "retrained.json", self.kept_scores[1])
+            again = train(model, pairs, kept, stop_after=best, keep_reference=scores, **options)
             facts["trained_tokens"] += again["trained_tokens"]
         return self.kept(kept, model) | facts
 

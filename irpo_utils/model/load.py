@@ -244,9 +244,9 @@ def same_function(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def unpacks(parameters: int, free: float) -> bool:
-    """Whether a 4-bit base is unpacked to sample from it: where 16-bit weights leave at least half of `free`."""
-    return 2 * parameters < free / 2
+def unpacks(parameters: int, dtype: str, free: float) -> bool:
+    """Whether a 4-bit base is unpacked to sample from it: where weights of `dtype` leave at least half of `free`."""
+    return DTYPES[dtype].itemsize * parameters < free / 2
 
 
 def free_bytes() -> float:
@@ -299,6 +299,26 @@ def load_whole(
     return as_run_here(model)
 
 
+def damaged(adapter: Path, reason: str) -> MissingArtefact:
+    return MissingArtefact(
+        f"{relative(adapter)} is damaged ({reason}); the notebook that made it makes it again, with `again = True`"
+    )
+
+
+def check_adapter(model: PreTrainedModel, folder: Path) -> None:
+    """Raise MissingArtefact where the adapter's file lacks weights of the model's, or holds one that is not finite."""
+    from peft import get_peft_model_state_dict
+
+    if not (folder / "adapter_model.safetensors").exists():
+        return
+    saved = load_file(folder / "adapter_model.safetensors")
+    missing = sorted(get_peft_model_state_dict(model, save_embedding_layers=False).keys() - saved.keys())
+    if missing:
+        raise damaged(folder, f"{len(missing)} of its weights are not in its file, as {missing[0]}")
+    if wrong := [name for name, weight in saved.items() if not torch.isfinite(weight).all()]:
+        raise damaged(folder, f"{wrong[0]} is not finite")
+
+
 def load_policy(
     config: ModelConfig, policy: Path | None = None, trainable: bool = False, seed: int = 0, threads: int = 0
 ) -> PreTrainedModel:
@@ -320,7 +340,7 @@ def load_policy(
     if policy is not None and not is_adapter(policy):
         return load_whole(config, policy, "policy", "03_train")
     model = load_base(config)
-    if not trainable and config.quantize == "nf4" and unpacks(model.num_parameters(), free_bytes()):
+    if not trainable and config.quantize == "nf4" and unpacks(model.num_parameters(), config.dtype, free_bytes()):
         # Every forward of a 4-bit layer unpacks its weights first; sampling would do that for every token.
         model = model.dequantize()
     if policy is None and (not trainable or config.tuning == "full"):
@@ -333,9 +353,8 @@ def load_policy(
     try:  # an adapter from elsewhere may bring dropout with it
         model = same_function(PeftModel.from_pretrained(model, policy, is_trainable=trainable))
     except SafetensorError as error:
-        raise MissingArtefact(
-            f"{relative(policy)} is damaged ({error}); the notebook that made it makes it again, with `again = True`"
-        ) from None
+        raise damaged(policy, str(error)) from None
+    check_adapter(model, policy)
     if trainable:
         return train_beside(model)
     if config.quantize == "none" and config.dtype == "float32":

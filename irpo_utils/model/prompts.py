@@ -99,7 +99,8 @@ def ending_tokens(tokenizer: PreTrainedTokenizerBase, generation: GenerationConf
     turns = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "@@"}]
     after_answer = chat_text(tokenizer, turns).rpartition("@@")[2]
     after_ids = tokenizer(after_answer, add_special_tokens=False).input_ids
-    ending = [i for i in after_ids if i in tokenizer.all_special_ids or i in known]
+    special = {*tokenizer.all_special_ids, *special_names(tokenizer), *known}  # the first lack those of templates
+    ending = [i for i in after_ids if i in special]
     return list(dict.fromkeys([*ending[:1], *known]))
 
 

@@ -28,7 +28,7 @@ class Record:
             row = {name: tuple(value) if isinstance(value, list) else value for name, value in row.items()}
             try:
                 found.append(cls(**{name: value for name, value in row.items() if name in known}))
-            except (TypeError, KeyError, AttributeError):
+            except TypeError:
                 raise MissingArtefact(
                     f"{path}, line {number} is damaged or cut off; delete it and run {made_by} again"
                 ) from None

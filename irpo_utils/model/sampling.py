@@ -386,7 +386,8 @@ def sample(
     each, greedy = n + greedy_too, np.full((int(greedy_too), max_new_tokens), -1.0)
     samples = each * max((len(starts_of[name]) for name in prompts), default=1)  # of one problem, at most
     longest = max(map(len, prompts.values()), default=0)
-    max_rows = min(max_rows, fitting_rows(model, longest, max_new_tokens, samples))
+    if not shards():  # whose processes have agreed on the rows
+        max_rows = min(max_rows, fitting_rows(model, longest, max_new_tokens, samples))
     started, tokens, done, size = time.perf_counter(), 0, 0, max(1, max_rows // samples)  # problems of a batch
     while done < len(order):
         names = order[done : done + size]

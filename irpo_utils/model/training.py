@@ -195,6 +195,11 @@ class Recorder(Mark):
         if "dev_greedy" in row:
             self.show(f"step {step}/{state.max_steps}  loss {row['loss']:.3f}  dev {row['dev_greedy']:.1%}")
 
+    def on_save(self, args, state, control, **kwargs):
+        super().on_save(args, state, control, **kwargs)
+        if rank() == 0:
+            shutil.rmtree(self.folder / "best.before", ignore_errors=True)
+
     def _keep_best(self, model: PreTrainedModel, weights: dict[str, Tensor], step: int, score: float) -> None:
         best = self.folder / "best"
         if best.exists() and json.loads((best / "best.json").read_text())["score"] >= score:
@@ -206,7 +211,9 @@ class Recorder(Mark):
         shutil.rmtree(fresh, ignore_errors=True)
         save(model, fresh, weights if isinstance(model, FSDPModule) else None)
         (fresh / "best.json").write_text(json.dumps({"step": step, "score": score}))
-        shutil.rmtree(best, ignore_errors=True)
+        if best.exists():  # a run that is killed before the checkpoint is whole goes back to it
+            shutil.rmtree(self.folder / "best.before", ignore_errors=True)
+            best.rename(self.folder / "best.before")
         fresh.rename(best)
 
 
@@ -221,11 +228,13 @@ def rewind(folder: Path, step: int) -> None:
             except json.JSONDecodeError:  # the line in flight when the run was killed
                 break
     write_jsonl(path, (r for r in rows if r["step"] <= step))
-    best = folder / "best"
+    best, before = folder / "best", folder / "best.before"
     if best.exists() and (
         not (best / "best.json").exists() or json.loads((best / "best.json").read_text())["step"] > step
     ):
         shutil.rmtree(best)
+    if before.exists() and not best.exists():
+        before.rename(best)
 
 
 def check_start(terms: Tensor, tolerance: float) -> float:
