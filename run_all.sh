@@ -77,10 +77,13 @@ set_up_site() {
     }
   done
 }
+if [ "${1:-}" = --debug ] && [ $# -gt 1 ]; then  # behind the command, where it is looked for
+  first=$2; shift 2; set -- "$first" --debug "$@"
+fi
 case "${1:-}" in
   --site) [ -n "${IRPO_SITE_PYTHON:-}" ] || site_ready || set_up_site ;;
 esac
 case "${1:-}" in
-  --test) shift; exec "$python" -m pytest "$@" ;;
+  --test) shift; [ "${1:-}" != --debug ] || shift; exec "$python" -m pytest "$@" ;;
   *) exec "$python" -m irpo_utils "$@" ;;
 esac

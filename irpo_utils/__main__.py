@@ -96,7 +96,7 @@ def command(arguments: list[str]) -> int:
         return load_object(COMMANDS[arguments[0]])(arguments[1:])
     options = parser().parse_intermixed_args(arguments)  # `--yes` may stand between parameters
     words, alone = options.words, options.help or options.list or options.bench or options.publish is not None
-    if alone and (words or options.estimate):
+    if (alone and (words or options.estimate)) or (options.evaluations and not options.method_seed):
         raise ConfigError(f"no option is used as {' '.join(arguments)!r}; see ./run_all.sh --help")
     if options.help:
         print(HELP)
@@ -146,7 +146,7 @@ def main(arguments: list[str]) -> int:
     except (ConfigError, MissingArtefact, Busy, OSError, RuntimeError) as error:
         if debug:
             traceback.print_exc()
-        plain = isinstance(error, OSError) and not isinstance(error, MissingArtefact) and error.strerror
+        plain = isinstance(error, OSError) and not isinstance(error, MissingArtefact) and error.filename
         print("error:", readable(f"{error.strerror}: {error.filename}" if plain else str(error)), file=sys.stderr)
         return 2 if isinstance(error, ConfigError | MissingArtefact | Busy) else 1
     except Exception as error:  # a case that nobody thought of

@@ -89,6 +89,14 @@ def test_an_override_given_twice_is_refused():
         load_preset("tiny", ["train.lr=1", "train.lr=2"])
 
 
+def test_a_method_s_own_file_of_pairs_is_that_of_all_its_rounds_and_of_no_other_method():
+    config = load_preset(
+        "micro", ["methods=self_refine,irpo,irpo_gold", "self_refine.pairs.file=x", "irpo.pairs.file=y"]
+    )
+    files = {m: [config.for_round(m, t).pairs.file for t in (1, 2)] for m in config.methods}
+    assert files == {"self_refine": ["x", "x"], "irpo": ["y", "y"], "irpo_gold": ["", ""]}
+
+
 def test_unknown_preset_lists_the_known():
     known = "claims, format-only, micro, online, own, smollm2, smollm2-paper, tiny, and <task>"
     with pytest.raises(ConfigError, match=f"'big'; There is: {known}"):

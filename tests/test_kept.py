@@ -247,6 +247,8 @@ def test_the_lab_s_copies_follow_their_notebooks_and_keep_what_was_written(tmp_p
     (notebooks / "a.ipynb").write_text("1")
     (notebooks / "b.ipynb").write_text("1")
     assert not lab.copies() and (copies / "a.ipynb").read_text() == "1"
+    (copies / ".copied.json").unlink()  # a start that was killed before it had noted what it copied
+    assert not lab.copies() and len(list(copies.glob("a*"))) == 1
     (copies / "a.ipynb").write_text("mine")
     assert not lab.copies() and (copies / "a.ipynb").read_text() == "mine"
     for name in ("a", "b"):

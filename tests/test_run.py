@@ -298,6 +298,8 @@ def test_a_missing_stage_names_its_notebook(tmp_path):
         (["micro", "train.lrr=1"], "did you mean 'train.lr'"),
         (["micro", "run=../x"], "run: a plain folder name"),
         (["micro", "run=reference"], "run: outputs/reference is kept for other things"),
+        (["micro", "run=site-build"], "run: outputs/site-build is kept for other things"),
+        (["--evaluations", "only"], "no option is used as '--evaluations only'"),
         (["--publish", "x/.."], "run: a plain folder name"),
         (["micro", "model.path=/nonexistent"], "model.path: /nonexistent is no folder with config.json"),
         (

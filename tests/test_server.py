@@ -228,6 +228,13 @@ def test_answers_in_another_form_are_refused(asking, stub, prompts, change, mess
         list(server.Server(asking, None).sample(prompts, **DRAWN))
 
 
+@pytest.mark.parametrize("url", ["localhost:8000", "http://[::1"])
+def test_an_address_that_is_none_is_named(config, url):
+    asked = config.but(sampling=config.sampling.but(engine="server", url=url))
+    with pytest.raises(ConfigError, match=r"sampling\.url: no server answers at "):
+        server.check(asked)
+
+
 def test_no_server_is_refused_before_the_run(config):
     nobody = config.but(sampling=config.sampling.but(engine="server", url="http://127.0.0.1:9"))
     with pytest.raises(

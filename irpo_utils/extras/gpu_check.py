@@ -6,7 +6,7 @@ peak; tokens and pairs per second beside the floor, which is the time to read th
 the measured bandwidth, or to multiply at the measured rate, whichever is longer. -> outputs/gpu/gpu.json, table.txt
 
 It needs torch, transformers, peft and bitsandbytes, and what this package itself stands on (pydantic, pyyaml,
-filelock): no notebook is run. Models have random weights and are not loaded from anywhere.
+filelock, psutil): no notebook is run. Models have random weights and are not loaded from anywhere.
 
 Without a GPU the same parts run with tiny shapes on the CPU, so that the first minutes on one are not spent on typing
 errors.

@@ -88,8 +88,8 @@ class Server(Remote):
     def _ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
         """What the server answers, read as JSON where it is that. A `body` is posted."""
         data = None if body is None else json.dumps(body).encode()
-        asked = HttpRequest(self.url + path, data, {"Content-Type": "application/json"})
         try:
+            asked = HttpRequest(self.url + path, data, {"Content-Type": "application/json"})
             with urlopen(asked, timeout=PATIENCE) as answer:
                 text = answer.read().decode()
         except HTTPError as error:

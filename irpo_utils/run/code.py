@@ -28,13 +28,12 @@ BOOKKEEPING = (
 
 
 def parsed(source: str) -> ast.Module:
-    """The syntax tree of a module, or of a notebook's cells without IPython's own lines."""
+    """The syntax tree of a notebook's cells, without IPython's own lines."""
     return ast.parse("\n".join("" if line.lstrip().startswith(("%", "!")) else line for line in source.splitlines()))
 
 
-def meaning(source: str) -> str:
-    """The source's syntax tree without comments, layout and docstrings: what changes when the program does."""
-    tree = parsed(source)
+def meaning(tree: ast.Module) -> str:
+    """A syntax tree, which has no comments and no layout, without docstrings: what changes when the program does."""
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
         if (
@@ -107,7 +106,7 @@ def closure(roots: tuple[str, ...]) -> tuple[str, ...]:
 
 @cache
 def module_hash(name: str) -> str:
-    return hashlib.sha256(meaning(module_file(name).read_text()).encode()).hexdigest()
+    return hashlib.sha256(meaning(ast.parse(module_file(name).read_text())).encode()).hexdigest()
 
 
 @cache
@@ -119,4 +118,4 @@ def notebook_hash(path: Path) -> str:
     """
     cells = [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
     made = [c for c in cells if not {"parameters", "hide-cell"} & {*c.get("metadata", {}).get("tags", [])}]
-    return hashlib.sha256(meaning("\n".join("".join(c["source"]) for c in made)).encode()).hexdigest()
+    return hashlib.sha256(meaning(parsed("\n".join("".join(c["source"]) for c in made))).encode()).hexdigest()

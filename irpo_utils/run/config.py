@@ -93,8 +93,11 @@ class Config(Settings):
         """Raises ConfigError for a method that there is not."""
         if method not in self.catalogue:
             raise ConfigError(f"method: no method is called {method!r}; there is: {', '.join(self.catalogue)}")
-        file = self.method_settings.get(method, {}).get("pairs.file", self.pairs.file)
-        return self.catalogue[method].on_file() if file else self.catalogue[method]
+        return self.catalogue[method].on_file() if self.pairs_file(method) else self.catalogue[method]
+
+    def pairs_file(self, method: str) -> str:
+        """The file of pairs that all rounds of a method train on; "" where they make their own."""
+        return self.method_settings.get(method, {}).get("pairs.file", self.pairs.file)
 
     def rounds(self, method: str) -> int:
         return self.recipe(method).count(self.iterations)
@@ -108,6 +111,8 @@ class Config(Settings):
         inherits = recipe.round(t).inherits if t else ""
         once = inherits and recipe.repeat and t <= len(recipe.rounds) - recipe.repeat
         own = self.method_settings.get(inherits, {}) | ({} if once else self.method_settings.get(method, {}))
+        if own.get("pairs.file", self.pairs.file) != (file := self.pairs_file(method)):
+            own["pairs.file"] = file  # in its first rounds too, and not another method's
         config, budget = changed(self, own), recipe.budget(self.iterations)
         longer = {f"train.{name}": budget * getattr(config.train, name) for name in ("max_steps", "max_epochs")}
         return changed(config, longer) if budget > 1 else config

@@ -87,7 +87,8 @@ def check_inputs(config: Config, jobs: int | None = 1) -> tuple[list[str], int]:
         check = load_object("irpo_utils.run.estimate:check_model")
         models = {own.model.path: own for own in map(config.for_seed, range(config.seeds))}
         for own in models.values():
-            estimated, here = check(own, task, problems | further, here, or_fewer=wanted is None)
+            rounds = {f"{m}, round {t}": own.for_round(m, t) for m in own.methods for t in range(1, own.rounds(m) + 1)}
+            estimated, here = check(own, task, problems | further, here, wanted is None, rounds)
         return lines + estimated, jobs if clustered else here
     except ValueError as error:
         of_each_seed = "{seed}" in config.model.path and "is no folder" in str(error)
@@ -225,20 +226,32 @@ def start(preset: str, settings: list[str], replaces: bool = False) -> None:
 
 def conclude(run: Path, config: Config, failures: list[str], started: float) -> None:
     """The report, and what came of it in a few lines, `started` then. Raises StageFailed if something had failed."""
-    stopped = "\n".join([*failures, "the same command goes on from there"])
     try:
         whole, _ = finished(run)
-    except MissingArtefact as missing:  # with no failure: something that the stages read has changed meanwhile
-        raise StageFailed(stopped if failures else f"{missing}\n{stopped}") from None
-    print("report ...", flush=True)
-    report(run, config.threads)
-    if len(whole.methods) > 1:
-        compare(run, config.threads)
-    print(*card(run, whole, time.monotonic() - started), sep="\n")
+        print("report ...", flush=True)
+        report(run, config.threads)
+        if len(whole.methods) > 1:
+            compare(run, config.threads)
+        else:  # that of an earlier start would be of other methods
+            for name in COMPARISON:
+                (run / name).unlink(missing_ok=True)
+        print(*card(run, whole, time.monotonic() - started), sep="\n")
+    except (MissingArtefact, StageFailed) as error:
+        # Something that the stages read has changed meanwhile; a method that had failed is named already.
+        failures = failures if failures and isinstance(error, MissingArtefact) else [*failures, str(error)]
     if failures:
-        raise StageFailed(stopped)
+        raise StageFailed("\n".join([*failures, "the same command goes on from there"]))
 
 
+COMPARISON = (
+    "06_methods.ipynb",
+    "methods.csv",
+    "methods.txt",
+    "against.csv",
+    "against.png",
+    "curves.png",
+    "compute.png",
+)
 OPEN_FILES = 256
 REPORTERS = ("tensorboard", "wandb", "trackio")  # packages that transformers has a callback for, by its own name
 LONG = 600.0  # seconds of finished work that are not replaced without being asked for
@@ -255,8 +268,8 @@ def changes(run: Path, config: Config, plans: list[list[Stage]], replaces: bool)
     try:
         found = differences(read_config(run / "config.yaml"), config)
         lines = [f"changed since this run's last start: {'; '.join(found)}"] if found else []
-    except ConfigError:
-        lines = ["this run was started by another version of the project"]
+    except ConfigError as error:
+        lines = [f"the run's config.yaml, of another version or edited, is written anew: {error}"]
     lost: dict[Path, dict[str, Any]] = {}
     for stage, found, before in with_reasons(plans):
         lost |= stage.replaced() if found or before else {}

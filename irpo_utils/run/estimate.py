@@ -67,7 +67,7 @@ def drawing_bytes(shape: Shape, config: Settings, prompt: int, rows: int, n: int
 
 def sampling_bytes(shape: Shape, config: Settings, prompt: int, free_bytes: float) -> dict[str, float]:
     """Memory of sampling and evaluation, by part, for prompts of `prompt` tokens."""
-    unpacked = config.model.quantize == "nf4" and unpacks(shape.parameters, free_bytes)
+    unpacked = config.model.quantize == "nf4" and unpacks(shape.parameters, config.model.dtype, free_bytes)
     weights = shape.parameters * DTYPES[config.model.dtype].itemsize if unpacked else weight_bytes(shape, config.model)
     return {
         "weights": weights,
@@ -224,12 +224,18 @@ def check_weights(config: ModelConfig) -> None:
 
 
 def check_model(
-    config: Settings, task: Task, problems: dict[str, list[Problem]], jobs: int, or_fewer: bool = False
+    config: Settings,
+    task: Task,
+    problems: dict[str, list[Problem]],
+    jobs: int,
+    or_fewer: bool = False,
+    rounds: dict[str, Settings] | None = None,
 ) -> tuple[list[str], int]:
     """Look at the model, its tokenizer and the memory of a run, without loading weights.
 
     Args:
         problems: split -> its problems. jobs: stages that run side by side and share the memory.
+        rounds: those with parameters of their own, by what they are called; they are to fit as well.
 
     Returns:
         The lines of the estimate, as they are printed; and the jobs, `or_fewer` where so many do not fit.
@@ -257,10 +263,20 @@ def check_model(
     lengths = [len(ids) for ids in prompts.values()]
     size = f"{shape.parameters / 1e6:,.0f} M parameters; prompts of {min(lengths)} to {max(lengths)} tokens"
     free = free_memory()
-    lines = check_fits(shape, config, max(lengths), free)
+
+    def fit(free: float) -> list[str]:
+        lines = check_fits(shape, config, max(lengths), free)
+        for name, own in (rounds or {}).items():
+            try:
+                check_fits(shape, own, max(lengths), free)
+            except TooLarge as error:
+                raise TooLarge(f"{name}: {error}") from None
+        return lines
+
+    lines = fit(free)
     while jobs > 1:
         try:
-            lines = check_fits(shape, config, max(lengths), free / jobs)
+            lines = fit(free / jobs)
             break
         except TooLarge as error:
             if not or_fewer:

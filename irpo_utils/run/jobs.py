@@ -22,8 +22,7 @@ from ..methods.parts import COMMANDS
 from ..progress import duration
 from ..settings import SamplingConfig
 from .config import Config, read_config
-from .kernels import can_fork
-from .notebooks import StageFailed, run_notebook
+from .notebooks import StageFailed, can_fork, run_notebook
 from .stages import plan
 from .stages.evaluate import EvaluateStage
 from .store import Stage

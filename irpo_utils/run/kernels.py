@@ -31,17 +31,7 @@ from jupyter_client.provisioning import LocalProvisioner
 
 from ..files import ROOT
 from .code import parsed, written
-
-
-def can_fork() -> bool:
-    """Whether kernels are forked here: on a Linux that can tell when another process's child ends, without a GPU."""
-    if sys.platform != "linux" or Path("/proc/driver/nvidia").exists():
-        return False
-    try:
-        os.close(os.pidfd_open(os.getpid()))
-    except OSError:
-        return False
-    return True
+from .notebooks import can_fork
 
 
 def imported(source: Path) -> list[str]:

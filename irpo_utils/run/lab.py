@@ -29,7 +29,7 @@ def copies() -> list[str]:
         copy, now = FOLDER / source.name, cells_hash(source)
         if copied.get(source.name) == now and copy.exists():
             continue
-        changed = copy.exists() and cells_hash(copy) != copied.get(source.name)
+        changed = copy.exists() and cells_hash(copy) not in (now, copied.get(source.name))
         if changed:
             copy = FOLDER / f"{source.stem}-{now[:6]}.ipynb"  # one for each version: it may be changed too
             lines.append(f"{relative(FOLDER / source.name)} was changed, so the new one is {relative(copy)}")

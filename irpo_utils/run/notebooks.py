@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -19,6 +20,17 @@ QUIET = {
 
 class StageFailed(RuntimeError):
     """A notebook's cell failed, or its kernel died."""
+
+
+def can_fork() -> bool:
+    """Whether kernels are forked here: on a Linux that can tell when another process's child ends, without a GPU."""
+    if sys.platform != "linux" or Path("/proc/driver/nvidia").exists():
+        return False
+    try:
+        os.close(os.pidfd_open(os.getpid()))
+    except OSError:
+        return False
+    return True
 
 
 def run_notebook(source: Path, target: Path, parameters: dict, threads: int, uses: Iterable[str] = ()) -> None:
@@ -66,7 +78,7 @@ def run_notebook(source: Path, target: Path, parameters: dict, threads: int, use
         raise OSError(error.errno, error.strerror, str(part)) from None
     except RuntimeError as error:
         if not isinstance(error, DeadKernelError) and "Kernel died" not in str(error):  # the latter: while it starts
-            raise
+            raise StageFailed(f"{source.name} could not be run: {error}; the same command goes on") from error
         raise StageFailed(
             f"the process that ran {source.name} was ended from outside, often for want of memory "
             "(sampling.max_rows and train.micro_batch say how much it takes); the same command goes on"

@@ -35,8 +35,9 @@ def watch(starter: str) -> None:
 
 def work(where: str, run: str, method: str, seed: str, iteration: str) -> None:
     """Train as the stage says, with the other processes. The first of them writes the facts."""
-    stage = load_object(where)(run, method, int(seed), int(iteration)).joined()
+    stage = load_object(where)(run, method, int(seed), int(iteration))
     try:
+        stage.join()
         processes.join(stage.config.train.processes, stage.config.train.shard)
         first = processes.rank() == 0
         if first:  # what is left of a stage that was killed is gone in a second

@@ -64,7 +64,7 @@ def run_folder(name: str) -> Path:
     plain = name.isprintable() and name == name.strip() and not any("\ud800" <= c <= "\udfff" for c in name)
     if not name or not plain or name[0] in ".-" or "/" in name or len(name.encode()) > 100:
         raise ConfigError(f"run: a plain folder name under outputs/, got {name!r}")
-    if name in ("reference", "models", "lab", "site"):
+    if name in ("reference", "models", "lab", "site", "site-build", "gpu", "bench", "data"):
         raise ConfigError(f"run: outputs/{name} is kept for other things; take another name")
     return OUTPUTS / name
 
@@ -104,6 +104,13 @@ def open_run(folder: str | Path, preset: str = "") -> Config:
             )
         write_text(path, dump(load_preset(preset or folder.name)))
     return read_config(path)
+
+
+def own_file_hash(where: str, file: Path) -> str:
+    """The hash of a file of the user's, which `where` names. Raises ConfigError where there is none."""
+    if not file.is_file():
+        raise ConfigError(f"{where}: there is no file {relative(file)}")
+    return file_hash(file)
 
 
 class Stage:
@@ -274,7 +281,7 @@ class Stage:
     def inputs(self) -> dict[str, str]:
         """Input name -> hash. Raises MissingArtefact if one is not there."""
         found = {name: file_hash(self.input(name)) for name in self.reads()}
-        found |= {where: file_hash(file) for where in self.uses() if (file := source_of(where))}
+        found |= {where: own_file_hash(where, file) for where in self.uses() if (file := source_of(where))}
         return found | self.configured_files()
 
     def configured_files(self) -> dict[str, str]:
@@ -287,7 +294,7 @@ class Stage:
         if self.reads_problems:
             found |= problem_files((*task.train, *task.dev, *task.test))
             if (file := source_of(task.name)) is not None:
-                found["task"] = file_hash(file)
+                found["task"] = own_file_hash(task.name, file)
         return found
 
     def named_code(self) -> list[str]:
@@ -303,7 +310,10 @@ class Stage:
             if file is None:
                 roots.add(where.rpartition(":")[0])
             elif file.is_file():  # it is an input; the package's modules that it imports count here
-                roots |= imports(file.read_text(), "")
+                try:
+                    roots |= imports(file.read_text(), "")
+                except (SyntaxError, UnicodeDecodeError) as error:
+                    raise ConfigError(f"{where}: {relative(file)} is no Python: {error}") from None
         modules = closure(tuple(sorted(root.removeprefix("irpo_utils.") for root in roots)))
         found = {module_file(name).relative_to(PACKAGE).as_posix(): module_hash(name) for name in modules}
         return {f"notebooks/{self.name}.ipynb": notebook_hash(NOTEBOOKS / f"{self.name}.ipynb"), **found}
@@ -427,10 +437,13 @@ class Stage:
         self.path("").mkdir(exist_ok=True)
         return self
 
-    def joined(self) -> Self:
-        """The stage as a process sees it that works for the one that has begun it."""
+    def join(self) -> None:
+        """Work for the process that has begun the stage. Raises ConfigError where config.yaml was changed since."""
         self._key = json.loads((self.partial_folder() / "key.json").read_text())
-        return self
+        if json.loads(json.dumps(self._parameters())) != self._key["parameters"]:
+            raise ConfigError(
+                f"{self.name}: the run's config.yaml was changed while it began; the same command goes on"
+            )
 
     def _is_shown(self, found: list[str]) -> bool:
         """Whether the stage is done, nothing being `found` that keeps it from that; says so."""
