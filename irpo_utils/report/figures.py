@@ -83,7 +83,7 @@ def correct_counts(counts: list[int], n: int, title: str) -> Figure:
     fig, ax = plt.subplots(figsize=(WIDE, 3), layout="constrained")
     heights = [counts.count(i) for i in range(n + 1)]
     ax.bar(range(n + 1), heights, color=[RED, *[BLUE] * (n - 1), "#999999"])
-    ax.set(xlabel=f"right samples of {n}", ylabel="problems", title=f"{title}: red and grey give no pair")
+    ax.set(xlabel=f"right samples of {n}", ylabel="problems", title=f"{title} (red: none right, grey: all)")
     return fig
 
 
@@ -406,6 +406,7 @@ def accuracy_against_compute(
     fig, ax = plt.subplots(figsize=(WIDE, 5 + 0.1 * results.method.nunique()), layout="constrained")
     for method, own in results.assign(passes=passes(results) / 1e6).groupby("method", sort=False):
         means = own.groupby("iteration")[["passes", "greedy"]].mean()
+        means["greedy"] = means.greedy.clip(0.002, 0.998)  # which has no place for 0 and 100 %
         ax.plot(means.passes, means.greedy, markersize=4, **look_of(method, catalogue))
     ax.set_yscale("logit")  # what is left to solve counts: from 98 to 99 % is half of it
     low, high = ax.get_ylim()

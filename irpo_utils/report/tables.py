@@ -261,7 +261,7 @@ def _right_samples(audits: pd.DataFrame, config: Config, method: str) -> str:
     temperatures = {config.temperature(t) for t in range(1, config.rounds(method) + 1)}
     if len(shares) < 2 or not all(shares) or len(temperatures) > 1:
         return ""
-    each = ", ".join(f"{share} (M_{t})" for t, share in enumerate(shares))
+    each = ", ".join(f"{share} (M_{t - 1})" for t, share in zip(own.iteration, shares, strict=True))
     return f" Right samples on the training problems: {each}."
 
 

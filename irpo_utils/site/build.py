@@ -107,8 +107,8 @@ def interactive_facts(run: Path) -> dict[str, Any]:
     known, table = catalogue(), pd.read_csv(run / "methods.csv")
     table["passes"] = comparison.forward_passes(table) / 1e6
     mean = table.groupby(["method", "iteration"], sort=False).mean().reset_index()
-    shares = {"greedy": 100 * mean.greedy, "sound": 100 * mean.steps_right, "lucky": 100 * mean.right_for_wrong_reason}
-    mean = mean.assign(**shares, wrong=100 - shares["greedy"])
+    shares = {"greedy": 100 * mean.greedy, "lucky": 100 * mean.right_for_wrong_reason}
+    mean = mean.assign(**shares, sound=shares["greedy"] - shares["lucky"], wrong=100 - shares["greedy"])
     columns = ["iteration", "passes", "greedy", "sound", "lucky", "wrong"]
     methods = [
         report_figures.look_of(name, known) | {"name": name} | own[columns].round(3).to_dict("list")

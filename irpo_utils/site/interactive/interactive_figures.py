@@ -20,7 +20,7 @@ from docutils.parsers.rst import Directive
 
 SCRIPTS = [Path(bokeh.__file__).parent / f"server/static/js/{name}.min.js" for name in ("bokeh", "bokeh-widgets")]
 MARKERS, DASHES = (
-    {"o": "circle", "s": "square", "^": "triangle", "D": "diamond"},
+    {"o": "circle", "s": "square", "^": "triangle", "D": "diamond", "v": "inverted_triangle"},
     {"-": "solid", "--": "dashed", ":": "dotted", "-.": "dashdot"},
 )
 LEGEND = {"border_line_color": None, "label_text_font_size": "8pt", "glyph_width": 14, "margin": 0, "padding": 0}
@@ -78,7 +78,9 @@ def methods_at_a_budget(facts):
         numbers = {k: method[k] for k in ("passes", "greedy", "iteration")}
         data = ColumnDataSource(numbers | {"label": [method["label"]] * len(method["greedy"])})
         style = {"color": method["color"], "visible": method["name"] in AT_FIRST}
-        line = plot.line("passes", "greedy", source=data, line_width=2, line_dash=DASHES[method["linestyle"]], **style)
+        dash = method["linestyle"]
+        dash = DASHES[dash] if isinstance(dash, str) else dash[1]  # Matplotlib's (offset, lengths)
+        line = plot.line("passes", "greedy", source=data, line_width=2, line_dash=dash, **style)
         points = plot.scatter("passes", "greedy", source=data, size=7, marker=MARKERS[method["marker"]], **style)
         items.append((method["label"], [line, points]))
     tips = [("", "@label, M_@iteration"), ("greedy", "@greedy{0.0} %"), ("passes", "@passes{0.0} M")]
