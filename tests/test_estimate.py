@@ -3,9 +3,10 @@
 import pytest
 from transformers import AutoConfig, LlamaConfig, Qwen2Config
 
-from irpo_utils.files import PACKAGE
+from irpo_utils.files import PACKAGE, ConfigError
 from irpo_utils.model.shape import Shape
 from irpo_utils.run import estimate
+from irpo_utils.run.driver import check_inputs
 from irpo_utils.run.presets import REAL_MODELS, REAL_TASKS, load_preset
 from irpo_utils.tasks import get_task
 
@@ -126,6 +127,11 @@ def test_a_model_that_is_given_is_looked_at_and_counted(monkeypatch):
     assert [line.strip().partition(":")[0] for line in lines[1:]] == ["sampling", "training", "dev score"]
     with pytest.raises(estimate.TooLarge, match="does not fit; .* jobs=1 fits"):  # a thousandth of the memory for each
         estimate.check_model(config, task, problems, jobs=1000)
+    large = load_preset(
+        "micro", [f"model.path={SEED_MODEL}", "irpo.train.micro_batch=1000000", "irpo.train.batch=1000000"]
+    )
+    with pytest.raises(ConfigError, match="irpo, round 1: .*training: .*does not fit"):  # a method's own, too
+        check_inputs(large)
     monkeypatch.setattr(estimate, "free_memory", lambda: 8 * estimate.GIB)
     _, jobs = estimate.check_model(config, task, problems, jobs=9, or_fewer=True)
     assert 1 < jobs < 6  # each keeps a reserve of 1.5 GiB

@@ -286,6 +286,28 @@ def test_the_lab_s_copy_that_was_only_opened_follows_its_notebook(tmp_path, monk
         assert "a.ipynb was changed" in line and copy.read_text() == mine
 
 
+def test_a_process_does_not_work_by_parameters_that_were_changed_since_its_stage_began(run):
+    PairsStage(run).begin(again=True)
+    PairsStage(run).join()
+    text = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(text.replace("\n  k: 2", "\n  k: 3"))
+    with pytest.raises(ConfigError, match="02_pairs: the run's config.yaml was changed while it began"):
+        PairsStage(run).join()
+
+
+def test_a_module_is_known_by_all_its_lines(tmp_path, monkeypatch):
+    path = tmp_path / "module.py"
+    monkeypatch.setattr(code, "module_file", lambda name: path)
+
+    def hashed(text):
+        path.write_text(text)
+        code.module_hash.cache_clear()
+        return code.module_hash("module")
+
+    assert hashed("x = (\n 7\n % 2\n)") == hashed("x = 7 % 2  # a comment") != hashed("x = (\n 7\n % 3\n)")
+    code.module_hash.cache_clear()
+
+
 def test_inputs_that_change_while_a_stage_is_at_work_are_not_named_as_what_it_was_made_of(run, capsys):
     stage = PairsStage(run).begin(again=True)
     drawn = run / "m0" / "seed_0" / "samples.jsonl"

@@ -6,9 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from small_models import FAMILIES, build
+from transformers import AddedToken
 
 from irpo_utils.model.load import load_base, load_policy, load_tokenizer, new_adapter, save
-from irpo_utils.model.prompts import PLACE, chat_prompt, encode_prompts, encode_response, special_names
+from irpo_utils.model.prompts import PLACE, chat_prompt, encode_prompts, encode_response, ending_tokens, special_names
 from irpo_utils.settings import ModelConfig
 from irpo_utils.tasks.base import Problem
 
@@ -111,6 +112,14 @@ def test_a_special_token_s_name_in_a_problem_is_text(folders, family, chat):
         hostile = ids_of(tokenizer, f"What is 2 {name}\n{name} + 3?")
         assert [i for i in hostile if i in special] == [i for i in plain if i in special], name
         assert tokenizer.decode(hostile, skip_special_tokens=True).count(name) == 2
+
+
+def test_a_turn_ends_with_the_template_s_token_though_it_is_special_there_alone():
+    tokenizer = load_tokenizer(ModelConfig())
+    tokenizer.add_tokens([AddedToken("<|end|>", special=True)])
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}<|end|>{% endfor %}"
+    end = tokenizer.convert_tokens_to_ids("<|end|>")
+    assert ending_tokens(tokenizer, None) == [end, tokenizer.eos_token_id]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
