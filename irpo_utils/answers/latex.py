@@ -38,8 +38,7 @@ _UNIT_WORDS = """
 _UNITS = frozenset(_UNIT_WORDS.split())
 _FUNCTIONS = re.compile(r"pi|sqrt|sin|cos|tan|cot|sec|csc|log|ln|exp|e|infty|infinity|frac|cup|cap|mod|and|or|in|i")
 _SHORT_WORDS = frozenset(["yes", "no", "odd", "all"])  # and no products of letters
-_NAMES = "alpha beta gamma delta epsilon theta lambda sigma omega infty infinity sinh cosh tanh arcsin arccos arctan"
-_NAMES = frozenset(_NAMES.split())  # of letters and functions, which no number counts
+_NAMES = re.compile(r"alpha|beta|gamma|delta|epsilon|theta|lambda|sigma|omega|infty|infinity|(?:arc)?(?:sin|cos|tan)h?")
 _UNIT = re.compile(r"([-+]?[0-9][0-9.,]*)\s*((?:[a-zA-Z]{2,}\s*){1,4}(?:\^\{?[23]\}?)?)")
 _NUMBER = re.compile(r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]{1,2})?")
 _RATIO = re.compile(r"([-+]?)(?:\\frac\{([-+]?[0-9]+)\}\{([0-9]+)\}|([0-9]+)/([0-9]+))")
@@ -167,7 +166,7 @@ def normal(text: str) -> str:
 
 def _counted(word: str, apart: bool) -> bool:
     """Whether a word behind a number is what it counts: a unit, or a longer word that stands `apart` from it."""
-    return word in _UNITS or (apart and len(word) > 3 and kind_of(word) == "w" and word not in _NAMES)
+    return word in _UNITS or (apart and len(word) > 3 and kind_of(word) == "w" and not _NAMES.fullmatch(word))
 
 
 def rational(text: str) -> Fraction | None:

@@ -162,9 +162,8 @@ def candidates(response: str, gold: str | None = None) -> Iterator[str]:
 def _after(response: str, at: int, gold: str | None = None) -> str | None:
     """The answer behind a mark: the rest of its line, or the first of the next lines that says something."""
     stated = gold and re.compile(rf"[\s*_`\"'“‘]*{re.escape(gold)}[*_`\"'”’]*(?:\s*$|[.!][*_`\"'”’]*(?:\s|$))", re.I)
-    at -= len(response[at - 4 : at]) - len(
-        response[at - 4 : at].rstrip("*_")
-    )  # "__init__" begins with what a mark took
+    while at and response[at - 1] in "*_":  # "__init__" begins with what a mark took for emphasis
+        at -= 1
     for i, line in enumerate(response[at : at + LONGEST].split("\n")[:6]):
         if stated and (found := stated.match(line)) and not _RETRACTED.search(line, found.end()):
             return gold
