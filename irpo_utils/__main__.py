@@ -30,6 +30,7 @@ HELP = """usage: ./run_all.sh [preset] [key=value ...]     run the loop, skip wh
        ./run_all.sh --publish RUN                 copy a run's small artefacts to outputs/reference/RUN
        ./run_all.sh export RUN FOLDER [method=irpo seed=0 iteration=3 push=OWNER/NAME]   write M_t as one whole model
        ./run_all.sh pairs RUN FILE [method=irpo seed=0 iteration=1 form=text]   write a round's pairs as preference data
+       ./run_all.sh attempts RUN FOLDER [method=irpo seed=0 iteration=1]   write M_{t-1}'s solutions as problems to refine
        ./run_all.sh extrapolate TH1 TH0|base FOLDER [a=0.3]   ExPO: write TH1 + a (TH1 - TH0), both folders of policies
        ./run_all.sh grade --task gsm8k FILE.jsonl       grade any responses (see grade --help)
        ./run_all.sh --test                        run the tests
@@ -50,6 +51,7 @@ COMMANDS = {
     "grade": "irpo_utils.run.grade:main",
     "export": "irpo_utils.report.publish:export",
     "pairs": "irpo_utils.report.publish:pairs",
+    "attempts": "irpo_utils.report.publish:attempts",
     "extrapolate": "irpo_utils.report.publish:extrapolate",
     "--site": "irpo_utils.site.build:main",
     "--gpu-check": "irpo_utils.extras.gpu_check:main",

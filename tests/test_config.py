@@ -98,7 +98,7 @@ def test_a_method_s_own_file_of_pairs_is_that_of_all_its_rounds_and_of_no_other_
 
 
 def test_unknown_preset_lists_the_known():
-    known = "claims, format-only, micro, online, own, smollm2, smollm2-paper, tiny, and <task>"
+    known = "claims, format-only, micro, online, own, refine, smollm2, smollm2-paper, tiny, and <task>"
     with pytest.raises(ConfigError, match=f"'big'; There is: {known}"):
         load_preset("big")
 

@@ -1,4 +1,7 @@
-"""What leaves a run: small artefacts to commit (`publish`), models (`export`, `extrapolate`), preferences (`pairs`)."""
+"""What leaves a run: small artefacts to commit (`publish`), models (`export`, `extrapolate`), preferences (`pairs`).
+
+And its responses, as `attempts` that are to be refined.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,12 @@ from ..run.config import Config, configured, read_config
 from ..run.presets import key_values
 from ..run.stages import method_seeds, plan
 from ..run.store import Stage, read_run
+from ..tasks import get_task
 from .cards import model_card, pairs_card
 
 EXPORT = "export: used as export RUN FOLDER [method=irpo] [seed=0] [iteration=1] [push=OWNER/NAME]"
 PAIRS = "pairs: used as pairs RUN FILE [method= seed= iteration=] [form=text|messages|sharegpt] [push=OWNER/NAME]"
+ATTEMPTS = "attempts: used as attempts RUN FOLDER [method= seed= iteration=1]"
 EXTRAPOLATE = "extrapolate: used as extrapolate TH1 TH0|base TARGET [a=0.3] [model.path=... model.dtype=...]"
 TABLES = ("*.csv", "*.png", "table.txt", "methods.txt", "config.yaml", "*.ipynb")  # beside the methods' folders
 FACTS = ("evaluation", "audit", "training", "reward")
@@ -84,6 +89,23 @@ FORMS = {
         | {name: {"from": "gpt", "value": getattr(p, name)} for name in ("chosen", "rejected")}
     ),
 }
+
+
+def attempts(arguments: list[str]) -> int:
+    """`attempts RUN FOLDER [method=...] [seed=...] [iteration=...]`: write problems with M_{t-1}'s solutions of them.
+
+    Raises:
+        ConfigError: an argument is wrong, or the folder is not empty. MissingArtefact: there is no such run, or the
+            round has no samples, or M_{t-1} no evaluation.
+    """
+    first = [] if "iteration" in split(arguments)[1] else ["iteration=1"]  # M_0's
+    stage, target, _ = round_of(ATTEMPTS, [*arguments, *first])
+    check_new("attempts", target)
+    samples, responses = stage.samples_folder() / "samples.jsonl", stage.folder_of(stage.iteration - 1)
+    write = load_object("irpo_utils.extras.refine:attempts")
+    counts = write(get_task(stage.config.task), samples, responses / "responses.jsonl", target)
+    print(f"{target}: {', '.join(f'{split}.jsonl ({count} problems)' for split, count in counts.items())}")
+    return 0
 
 
 def extrapolate(arguments: list[str]) -> int:

@@ -19,6 +19,8 @@ TASKS = {
     "humaneval": "irpo_utils.extras.code.tasks:HumanEval",
     "mmlu_math": "irpo_utils.tasks.mmlu_math:MMLUMath",
     "jsonl": "irpo_utils.tasks.jsonl:JsonLines",
+    "refined": "irpo_utils.extras.refine:Refined",
+    "refined_stories": "irpo_utils.extras.refine:RefinedStories",
 }
 
 
