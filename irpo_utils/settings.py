@@ -56,6 +56,7 @@ class Section(BaseModel):
 
 # Tasks that draw their problems, and the further test sets that each of them has.
 GENERATED: dict[str, tuple[str, ...]] = {"stories": ("long",)}
+FROM_FILES = ("jsonl", "refined", "refined_stories")  # tasks without a source of their own
 
 
 class TaskConfig(Section):
@@ -81,8 +82,8 @@ class TaskConfig(Section):
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
-        if self.name == "jsonl" and not self.train:
-            raise ValueError("task.train: the jsonl task needs a file, as in task.train=problems.jsonl")
+        if self.name in FROM_FILES and not self.train:
+            raise ValueError(f"task.train: the {self.name} task needs a file, as in task.train=problems.jsonl")
         if self.generated and (self.train or self.dev or self.test):
             raise ValueError(
                 f"task.train, task.dev, task.test: {self.name} are generated; set task.name=jsonl for a file"

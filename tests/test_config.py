@@ -51,6 +51,7 @@ def test_overrides_arrive_and_survive_yaml(lr, n):
         ("task.name=gsm9k", "'gsm9k'; there is: arc_challenge, gsm8k, humaneval, jsonl"),
         ("task.execution=yes", "task.execution: one of isolated, i-accept-the-risk, got 'yes'"),
         ("task.name=jsonl", "task.train: the jsonl task needs a file"),
+        ("task.name=refined", "task.train: the refined task needs a file"),
         ("task.dev_size=-1", "task.dev_size: at least 0, got -1"),
         ("train.lr=inf", "train.lr: expected a finite number, got inf"),
         ("train.beta=nan", "train.beta: expected a finite number"),

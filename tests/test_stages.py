@@ -244,9 +244,11 @@ def test_the_line_that_loads_a_policy(settings, line):
     assert store.load_line(ModelConfig(**settings), OUTPUTS / "x") == line
 
 
-def test_where_test_is_held_out_of_training_its_size_is_in_the_key(tmp_path):
+@pytest.mark.parametrize("task", ["jsonl", "refined"])
+def test_where_test_is_held_out_of_training_its_size_is_in_the_key(tmp_path, task):
     def sizes(*settings):
-        stage = SampleStage(tmp_path, config=load_preset("micro", ["task.name=jsonl", "task.train=a.jsonl", *settings]))
+        given = [f"task.name={task}", "task.train=a.jsonl", *settings]
+        stage = SampleStage(tmp_path, config=load_preset("micro", given))
         return {name for name in stage.parameters() if name.endswith("_size")}
 
     assert sizes() == {"task.train_size", "task.dev_size", "task.test_size"}

@@ -44,7 +44,7 @@ from ..methods.parts import SAMPLERS, Engine
 from ..model import packaged
 from ..model.records import Prompt, Record, Sample
 from ..progress import kept
-from ..settings import MATH_VERSIONS, PLACES, VERSIONS, ModelConfig, Section
+from ..settings import FROM_FILES, MATH_VERSIONS, PLACES, VERSIONS, ModelConfig, Section
 from ..tasks import TASKS
 from ..tasks.base import Problem, Task
 from ..tasks.records import is_file
@@ -262,7 +262,7 @@ class Stage:
         task = self.config.task
         own_splits = task.generated and not self.config.train.retrain_with_dev
         held_out = [] if own_splits else ["dev"]
-        if not task.test and (task.name == "jsonl" or source_of(task.name)):
+        if not task.test and (task.name in FROM_FILES or source_of(task.name)):
             held_out.append("test")
         dropped = [f"{split}_size" for split in unused.split() if split not in held_out]
         return self.section("task", without=dropped)
