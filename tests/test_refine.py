@@ -7,6 +7,7 @@ from conftest import drive, remove_run
 from hypothesis import given
 from hypothesis import strategies as st
 
+from irpo_utils.extras.code.sandbox import ISOLATED, Refused
 from irpo_utils.extras.refine import computed, program_of
 from irpo_utils.files import OUTPUTS, read_jsonl, write_jsonl
 from irpo_utils.settings import TaskConfig
@@ -43,6 +44,9 @@ def refined(tmp_path, execution):
         (program("return float('nan')"), 0),
         (program("return None"), 0),
         (program("while True: pass"), 0),
+        (program("return 9.00001"), 0),
+        ("solution = 9\nFinal answer: 9", 1),
+        ("Final answer: solution = 8", 0),
         (program("return Any()") + "\n```python\nclass Any:\n    def __eq__(self, other): return True\n```", 0),
         ("12 / 2 + 3 = 9\nFinal answer: 9", 1),
         ("Final answer: 8", 0),
@@ -59,6 +63,7 @@ def test_a_program_is_right_if_it_returns_the_answer(refined, response, worth):
     ("response", "worth"),
     [
         ("12 / 2\n + 3", 1),
+        ("1\n / 3\n * 27", 1),
         ("12 / 2 + 3", 1),
         ("12 + 2\n / 2\n + 2", 1),  # line by line: (12 + 2) / 2 + 2
         ("12 + 2 / 2 + 2", 0),
@@ -78,7 +83,7 @@ def test_lines_of_arithmetic_go_on_from_what_came_before(refined, response, wort
 @given(st.integers(0, 10**6), st.integers(2, 6))
 def test_a_story_s_program_comes_to_its_answer(seed, length):
     story = draw_story(random.Random(seed), (length,), 0.0)
-    assert str(int(computed(program_of(story)))) == story.solution((False,) * length)[1]
+    assert computed(program_of(story)) == story.solution((False,) * length)[1]
 
 
 @pytest.mark.parametrize(
@@ -86,12 +91,33 @@ def test_a_story_s_program_comes_to_its_answer(seed, length):
     [
         ({"answer": "odd"}, "line 1: the answer of a program must be a number, got 'odd'"),
         ({"attempt": " "}, "line 1: attempt must be text that is not empty"),
+        ({"attempt": "\ud800"}, r"line 1: attempt has characters that are no text"),
         ({"solution": "nothing"}, "line 1: the solution is no program, and has no final answer"),
+        ({"solution": "Final answer: 8"}, "line 1: the solution comes to '8', the answer is '9'"),
+        ({"solution": program("return (")}, "line 1: the solution is no Python: "),
     ],
 )
 def test_a_bad_record_is_named(refined, changes, message):
     with pytest.raises(ValueError, match=message):
         refined("refined", **changes)
+
+
+def test_a_wrong_gold_program_of_a_story_is_named(refined):
+    with pytest.raises(ValueError, match="line 1: the solution comes to '10', the answer is '9'"):
+        refined("refined_stories", solution="12 - 2")
+
+
+def test_where_programs_cannot_be_run_a_task_is_refused_at_once(refined, monkeypatch):
+    task, problem = refined("refined", answer="10")
+    monkeypatch.setenv("PATH", "")
+    isolated = get_task(task.config.but(execution=ISOLATED))
+    with pytest.raises(Refused, match="bwrap is not installed"):
+        isolated.equal("1", problem)
+
+
+def test_equal_answers_are_one_vote(refined):
+    task, _ = refined("refined")
+    assert task.vote("9.0") == task.vote("9") != task.vote("def solution():\n    return 9")
 
 
 def test_a_run_s_solutions_become_problems_that_a_run_is_trained_on(micro_run, tmp_path):
@@ -129,3 +155,12 @@ def test_there_is_one_error_for_what_cannot_be_refined(micro_run, tmp_path):
     assert done.returncode == 2 and "full is not empty; name a new folder" in done.stderr
     done = drive("attempts", micro_run[0].name, str(tmp_path / "new"), "iteration=9")
     assert done.returncode == 2 and "no such method, seed or iteration: iteration=9" in done.stderr
+    done = drive("attempts", micro_run[0].name, str(tmp_path / "new"), "method=sft_gold")
+    assert done.returncode == 2 and "round 1 of sft_gold draws no samples; take one that does" in done.stderr
+    config = micro_run[0] / "config.yaml"
+    before = config.read_text()
+    config.write_text(before.replace("train_size: 48", "train_size: 40"))
+    done = drive("attempts", micro_run[0].name, str(tmp_path / "new"))
+    config.write_text(before)
+    assert done.returncode == 2 and "01_sample: task.train_size 48 -> 40" in done.stderr
+    assert not (tmp_path / "new").exists()

@@ -1,7 +1,4 @@
-"""What leaves a run: small artefacts to commit (`publish`), models (`export`, `extrapolate`), preferences (`pairs`).
-
-And its responses, as `attempts` that are to be refined.
-"""
+"""What leaves a run: small artefacts to commit, models, preference data, and responses that are to be refined."""
 
 from __future__ import annotations
 
@@ -95,15 +92,26 @@ def attempts(arguments: list[str]) -> int:
     """`attempts RUN FOLDER [method=...] [seed=...] [iteration=...]`: write problems with M_{t-1}'s solutions of them.
 
     Raises:
-        ConfigError: an argument is wrong, or the folder is not empty. MissingArtefact: there is no such run, or the
-            round has no samples, or M_{t-1} no evaluation.
+        ConfigError: an argument is wrong, the folder is not empty, or the round draws no samples. MissingArtefact:
+            there is no such run, or samples or evaluation of M_{t-1} are not done.
     """
     first = [] if "iteration" in split(arguments)[1] else ["iteration=1"]  # M_0's
     stage, target, _ = round_of(ATTEMPTS, [*arguments, *first])
     check_new("attempts", target)
-    samples, responses = stage.samples_folder() / "samples.jsonl", stage.folder_of(stage.iteration - 1)
+    run, t = stage.run_folder, stage.iteration
+    stages = {(s.name, s.iteration): s for s in plan(read_run(run.name)[1], run, stage.method, stage.seed)}
+    sampled, evaluated = stages.get(("01_sample", t)), stages.get(("04_evaluate", t - 1))
+    if not (stage.choices.draws and sampled and evaluated):
+        raise ConfigError(f"attempts: round {t} of {stage.method} draws no samples; take one that does")
+    check_done(sampled)
+    check_done(evaluated)
     write = load_object("irpo_utils.extras.refine:attempts")
-    counts = write(get_task(stage.config.task), samples, responses / "responses.jsonl", target)
+    try:
+        counts = write(
+            get_task(stage.config.task), sampled.path("samples.jsonl"), evaluated.path("responses.jsonl"), target
+        )
+    except ValueError as error:  # of the problems' files
+        raise ConfigError(str(error)) from None
     print(f"{target}: {', '.join(f'{split}.jsonl ({count} problems)' for split, count in counts.items())}")
     return 0
 
@@ -224,25 +232,22 @@ def publish(run: Path) -> None:
 
 
 def of_stages(run: Path, config: Config) -> list[Path]:
-    """The facts of all stages of a run, and the notebooks of some.
-
-    A stage counts as done where nothing but code or versions of packages have changed since.
-
-    Raises:
-        MissingArtefact: a stage is not done.
-    """
+    """The facts of all stages of a run, and the notebooks of some. Raises MissingArtefact: a stage is not done."""
     kept = {}
     for method, seed in method_seeds(config):
         for stage in plan(config, run, method, seed):
-            since = ("code ", "python ", *(f"{name} " for name in stage.key()["versions"]))
-            if found := [line for line in stage.why_not_done() if not line.startswith(since)]:
-                raise MissingArtefact(
-                    f"{stage.label()}: {found[0]}; a run is published when all of it is done: ./run_all.sh {run.name}"
-                )
+            check_done(stage)
             shown = method == config.methods[0] or stage.name in NOT_IN_ALL
             names = [f"{name}.json" for name in FACTS] + [f"{stage.name}.ipynb"] * (shown and seed == 0)
             kept |= {stage.folder / name: None for name in names if (stage.folder / name).is_file()}
     return list(kept)
+
+
+def check_done(stage: Stage) -> None:
+    """Raise a MissingArtefact for a stage of which anything but code or versions of packages has changed since."""
+    since = ("code ", "python ", *(f"{name} " for name in stage.key()["versions"]))
+    if found := [line for line in stage.why_not_done() if not line.startswith(since)]:
+        raise MissingArtefact(f"{stage.label()}: {found[0]}; ./run_all.sh {stage.run_folder.name} does what is missing")
 
 
 def with_present_text(path: Path) -> str:
