@@ -13,7 +13,7 @@ from irpo_utils.files import OUTPUTS, read_jsonl, write_jsonl
 from irpo_utils.settings import TaskConfig
 from irpo_utils.tasks import check_task, get_task
 from irpo_utils.tasks.grading import grade
-from irpo_utils.tasks.stories import draw_story
+from irpo_utils.tasks.stories import draw_story, marked_answer
 
 RECORD = {"question": "What is half of 12, and 3 more?", "answer": "9", "attempt": "12 / 2 = 6\nFinal answer: 6"}
 
@@ -124,6 +124,9 @@ def test_a_run_s_solutions_become_problems_that_a_run_is_trained_on(micro_run, t
     run, folder = micro_run[0], tmp_path / "data"
     done = drive("attempts", run.name, str(folder))
     assert done.returncode == 0, done.stderr
+    test = read_jsonl(folder / "test.jsonl", "")
+    right = sum(marked_answer(row["attempt"]) == row["answer"] for row in test)
+    assert f"test.jsonl: {len(test)} problems, {right} of whose attempts are right" in done.stdout
     drawn = {row["response"] for row in read_jsonl(run / "m0/seed_0/samples.jsonl", "") if row["sample"] == 0}
     train = read_jsonl(folder / "train.jsonl", "")
     assert 30 < len(train) <= 48 and {row["attempt"] for row in train} <= drawn

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ast
 import re
+from collections import Counter
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -141,7 +142,7 @@ def program_of(story: Story) -> str:
     return "\n".join([f"{story.start} {first}".strip(), *(f" {operation}" for operation in others)])
 
 
-def attempts(task: Task, samples: Path, responses: Path, folder: Path) -> dict[str, int]:
+def attempts(task: Task, samples: Path, responses: Path, folder: Path) -> dict[str, tuple[int, int]]:
     """Write train.jsonl, dev.jsonl and test.jsonl into `folder`: problems whose answer is a number, with an attempt.
 
     Problems that were not asked, as those of a warm start, and empty responses are left out. Problems of stories have a
@@ -153,22 +154,26 @@ def attempts(task: Task, samples: Path, responses: Path, folder: Path) -> dict[s
             others'.
 
     Returns:
-        how many records each split has.
+        how many records each split has, and how many of their attempts are right.
 
     Raises:
         MissingArtefact: a file is missing. ConfigError: a split has no such problem.
     """
     drawn = Sample.by_problem(Sample.read(samples, "01_sample.ipynb"))
-    found = {name: own[0].response for name, own in drawn.items()}
-    found |= {row["problem"]: row["response"] for row in read_jsonl(responses, "04_evaluate.ipynb")}
+    found = {name: (own[0].response, own[0].answer_reward) for name, own in drawn.items()}
+    greedy = read_jsonl(responses, "04_evaluate.ipynb")
+    found |= {row["problem"]: (row["response"], row["greedy"]) for row in greedy}
     records: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
+    right = Counter()
     for split, rows in records.items():
         for p in task.problems(split):
-            if number(p.answer) is not None and found.get(p.id, "").strip():
-                rows.append({"question": p.question, "answer": p.answer, "attempt": found[p.id]})
+            attempt, reward = found.get(p.id, ("", None))
+            if number(p.answer) is not None and attempt.strip():
+                rows.append({"question": p.question, "answer": p.answer, "attempt": attempt})
                 rows[-1] |= {"solution": program_of(story_of(p))} if isinstance(task, Stories) else {}
+                right[split] += reward == 1
         if not rows:
             raise ConfigError(f"attempts: no {split} problem has an attempt, and an answer that is a number")
     for split, rows in records.items():
         write_jsonl(folder / f"{split}.jsonl", rows)
-    return {split: len(rows) for split, rows in records.items()}
+    return {split: (len(rows), right[split]) for split, rows in records.items()}

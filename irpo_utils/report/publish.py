@@ -112,7 +112,8 @@ def attempts(arguments: list[str]) -> int:
         )
     except ValueError as error:  # of the problems' files
         raise ConfigError(str(error)) from None
-    print(f"{target}: {', '.join(f'{split}.jsonl ({count} problems)' for split, count in counts.items())}")
+    for name, (count, right) in counts.items():
+        print(f"{target / name}.jsonl: {count} problems, {right} of whose attempts are right")
     return 0
 
 
