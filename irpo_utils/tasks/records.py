@@ -34,8 +34,8 @@ def read_file(path: Path, where: str) -> list[tuple[str, dict[str, Any]]]:
     if path.is_dir():
         raise BadRecord(f"{where}: {path} is a folder; name a file in it")
     if not path.exists():
-        pages = "; irpo_utils/site/pages/own_data.md, and real_models.md for smollm2, say what goes there"
-        hint = pages if path.parent == OUTPUTS / "data" else ""
+        pages = "; irpo_utils/site/pages/own_data.md, family.md (refine), real_models.md (smollm2) say what goes in"
+        hint = pages if OUTPUTS / "data" in path.parents else ""
         raise BadRecord(f"{where}: {path} is missing; name one that is there, as in {where}=my.jsonl{hint}")
     if path.suffix == ".parquet":
         import pyarrow
